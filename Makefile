@@ -1,0 +1,49 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP_QUIET := --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check test demo bench fmt model guests clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with glowplug (editable) and the development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_QUIET) --upgrade 'pip>=24'
+	$(BIN)/python -m pip install $(PIP_QUIET) -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+check: setup  ## format, lint, types, import contracts, rebuilt guests equal the shipped ones
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m guests.build --check
+
+model: setup  ## fetch the real model that tests and demo use (once)
+	$(BIN)/python tests/fetch_test_model.py
+
+test: model  ## the whole test suite; starts and stops its own servers
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup  ## build the real model, wake it from zero, stream, scale to zero, wake again (KEEP=1 leaves it up)
+	$(BIN)/python -m loadtest demo $(if $(KEEP),--keep)
+
+bench: model  ## measure over HTTP; writes loadtest/results/latest.json
+	$(BIN)/python -m loadtest bench $(BENCH_ARGS)
+
+fmt: setup  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+guests: setup  ## rebuild the shipped WebAssembly guests from C
+	$(BIN)/python -m guests.build
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Sandboxed WebAssembly guests: binding, module surgery, baking, runtime and the shipped guests."""

@@ -1,0 +1,1 @@
+"""The control side: gateway (HTTP), scheduler (demand, timers, placement), embedded Redis, command line."""

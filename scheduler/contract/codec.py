@@ -1,0 +1,66 @@
+"""MessagePack encoding of the contract's structs, with size caps checked before parsing. Never pickle."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from scheduler.contract.errors import ContractError
+from scheduler.contract.messages import StepFrame, TerminalFrame
+
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+STEP_KIND: Final = b"t"
+TERMINAL_KIND: Final = b"f"
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def encode(message: object) -> bytes:
+    """MessagePack bytes of a contract struct."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes, kind: type[T] | Any) -> T:
+    """The struct of type ``kind`` in ``data``.
+
+    Raises:
+        ContractError: larger than :data:`MAX_MESSAGE_BYTES`, or not a valid ``kind``.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ContractError(f"message of {len(data)} bytes: at most {MAX_MESSAGE_BYTES} are accepted")
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    try:
+        result: T = decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ContractError(f"not a {kind}: {error}") from error
+    return result
+
+
+def encode_frame(frame: StepFrame | TerminalFrame) -> bytes:
+    """A token-log element: kind byte, then MessagePack."""
+    kind = TERMINAL_KIND if isinstance(frame, TerminalFrame) else STEP_KIND
+    return kind + _encoder.encode(frame)
+
+
+def decode_frame(data: bytes) -> StepFrame | TerminalFrame:
+    """The frame in a token-log element.
+
+    Raises:
+        ContractError: unknown kind, too large, or malformed.
+    """
+    if data[:1] == STEP_KIND:
+        return decode(data[1:], StepFrame)
+    if data[:1] == TERMINAL_KIND:
+        return decode(data[1:], TerminalFrame)
+    raise ContractError(f"unknown frame kind {data[:1]!r}")
+
+
+def is_terminal(data: bytes) -> bool:
+    """Whether a token-log element is a terminal frame (no parsing)."""
+    return data[:1] == TERMINAL_KIND

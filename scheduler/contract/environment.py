@@ -1,0 +1,82 @@
+"""Settings of a process, read once from the environment, with errors that name the variable and the remedy."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+STATE_DIR: Final = "GLOWPLUG_STATE_DIR"
+REDIS_URL: Final = "REDIS_URL"
+NODE_ID: Final = "GLOWPLUG_NODE_ID"
+LOG_LEVEL: Final = "GLOWPLUG_LOG_LEVEL"
+CONFIG: Final = "GLOWPLUG_CONFIG"
+SNAPSHOT_KEYS: Final = "GLOWPLUG_SNAPSHOT_KEYS"  # path of the key file
+SNAPSHOT_KEY: Final = "GLOWPLUG_SNAPSHOT_KEY"  # "key-id:hex", instead of a file
+
+
+class SettingsError(ValueError):
+    """A variable is missing or malformed; the message names it, what was seen and an example."""
+
+
+class ProcessSettings(msgspec.Struct, frozen=True):
+    """What every process of glowplug needs to know."""
+
+    state_dir: Path
+    redis_url: str
+    node_id: str
+    log_level: str
+    config_path: Path | None
+
+
+def default_state_dir(env: Mapping[str, str] = os.environ) -> Path:
+    """The user's data folder for glowplug (XDG_DATA_HOME, else ~/.local/share)."""
+    base = env.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(base) / "glowplug"
+
+
+def read_process_settings(env: Mapping[str, str] = os.environ) -> ProcessSettings:
+    """Settings of this process.
+
+    Raises:
+        SettingsError: a value is malformed.
+    """
+    state_dir = Path(env.get(STATE_DIR) or default_state_dir(env)).expanduser().absolute()
+    redis_url = env.get(REDIS_URL) or f"unix://{state_dir}/redis/redis.sock"
+    if not redis_url.startswith(("unix://", "redis://", "rediss://")):
+        raise SettingsError(
+            f'{REDIS_URL}="{redis_url}": expected redis://HOST:PORT/DB, rediss://... or unix:///path/to.sock'
+        )
+    level = (env.get(LOG_LEVEL) or "info").lower()
+    if level not in {"debug", "info", "warning", "error", "critical"}:
+        raise SettingsError(f'{LOG_LEVEL}="{level}": expected debug, info, warning, error or critical')
+    config = env.get(CONFIG)
+    return ProcessSettings(
+        state_dir=state_dir,
+        redis_url=redis_url,
+        node_id=env.get(NODE_ID) or socket.gethostname(),
+        log_level=level,
+        config_path=Path(config) if config else None,
+    )
+
+
+def read_positive_float(name: str, default: float, env: Mapping[str, str] = os.environ) -> float:
+    """A positive number from variable ``name``.
+
+    Raises:
+        SettingsError: not a positive number.
+    """
+    text = env.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise SettingsError(f'{name}="{text}": expected a positive number, e.g. {default:g}')
+    return value

@@ -1,0 +1,86 @@
+"""Every Redis key and channel. Nothing else in the project spells one."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PREFIX: Final = "gp:"
+
+#: Lifetimes, seconds. Every key has one, or an owner named here.
+REQUEST_TTL_S: Final = 3600  # queued job, fence, cancel flag
+LOG_TTL_S: Final = 600  # token log after its last frame
+TRACE_TTL_S: Final = 3600
+NODE_TTL_S: Final = 10
+WORKER_TTL_S: Final = 5
+RESULT_TTL_S: Final = 60  # arq result kept, so that a repeated enqueue is refused
+
+JOB_FUNCTION: Final = "generate"  # arq function name
+MODELS: Final = PREFIX + "models"  # hash name -> ModelCard; owner: node agents
+NODES: Final = PREFIX + "nodes"  # set of node ids; owner: node agents
+WORKERS: Final = PREFIX + "workers"  # set of worker ids; owner: node agents
+INBOX: Final = PREFIX + "inbox"  # stream of InboxMessage; owner: scheduler leader (trimmed)
+EVENTS: Final = PREFIX + "events"  # pub/sub: StageEvent
+LEADER: Final = PREFIX + "leader"  # string: leader id, with TTL
+LEADER_TOKEN: Final = PREFIX + "leader:token"  # counter: fencing tokens
+STATUS: Final = PREFIX + "status"  # string: StatusReport; owner: scheduler leader
+TRACES: Final = PREFIX + "traces"  # list of request ids, newest first, trimmed
+SECURITY_COUNTS: Final = PREFIX + "security"  # hash kind -> count; owner: node agents
+INBOX_MAX_ENTRIES: Final = 10_000
+TRACES_MAX_ENTRIES: Final = 1_000
+
+FIELD: Final = "m"  # the one field of our stream entries
+
+
+def queue(model: str) -> str:
+    """Sorted set of job ids, arq's layout; score is the claim order."""
+    return f"{PREFIX}q:{model}"
+
+
+def bell(model: str) -> str:
+    """Stream of length 1 that wakes claiming workers."""
+    return f"{PREFIX}q:{model}:bell"
+
+
+def token_log(request_id: str) -> str:
+    """List; element i is frame i."""
+    return f"{PREFIX}log:{request_id}"
+
+
+def fence(request_id: str) -> str:
+    """Attempt number of the run that may write the token log."""
+    return f"{PREFIX}fence:{request_id}"
+
+
+def cancelled(request_id: str) -> str:
+    """Set when the client went away; a run that begins later ends at once."""
+    return f"{PREFIX}cancel:{request_id}"
+
+
+def gateway_channel(gateway_id: str) -> str:
+    """Pub/sub channel of one gateway process."""
+    return f"{PREFIX}gw:{gateway_id}"
+
+
+def control_channel(model: str) -> str:
+    """Pub/sub channel to a model's workers: request ids to cancel."""
+    return f"{PREFIX}ctl:{model}"
+
+
+def node(node_id: str) -> str:
+    """NodeReport, with TTL."""
+    return f"{PREFIX}node:{node_id}"
+
+
+def node_commands(node_id: str) -> str:
+    """Stream of AgentCommand."""
+    return f"{PREFIX}node:{node_id}:cmd"
+
+
+def worker(worker_id: str) -> str:
+    """WorkerReport, with TTL."""
+    return f"{PREFIX}worker:{worker_id}"
+
+
+def trace(request_id: str) -> str:
+    """Trace, with TTL."""
+    return f"{PREFIX}trace:{request_id}"

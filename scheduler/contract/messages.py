@@ -1,0 +1,266 @@
+"""Every message that crosses a process border, as msgspec structs.
+
+All times named ``*_mono_ns`` are CLOCK_MONOTONIC nanoseconds of the host; ``*_at_s`` are wall-clock seconds.
+Token logs and pub/sub carry *frames*: one kind byte, then MessagePack (see :mod:`scheduler.contract.codec`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from scheduler.contract.errors import ErrorInfo
+from scheduler.contract.states import FinishReason, Priority, SlotState, Tier
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is chosen. ``seed`` is always set (the gateway draws one if the client gave none)."""
+
+    seed: int
+    max_tokens: int  # completion tokens; already cut to what fits the context where the prompt is known
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    num_top_logprobs: int | None = None  # None: no log-probabilities; 0: the chosen token's only
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One accepted request, as enqueued. ``prompt`` is rendered text, or token ids taken as they are."""
+
+    request_id: str
+    model: str
+    gateway_id: str
+    prompt: str | tuple[int, ...]
+    sampling: SamplingParams
+    num_choices: int = 1
+    priority: Priority = Priority.INTERACTIVE
+    parse_special: bool = True  # text such as <|im_end|> in the prompt becomes its special token
+    echo: bool = False
+    user: str | None = None
+    accepted_at_s: float = 0.0
+    marks: dict[str, int] = {}  # Mark -> mono ns, filled so far
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One candidate of a position; ``token_bytes`` may be part of a UTF-8 character."""
+
+    token_id: int
+    token_bytes: bytes
+    logprob: float
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """The chosen token of a position with the best candidates, natural logarithm."""
+
+    token_id: int
+    token_bytes: bytes
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one choice. ``text`` may be empty while bytes are held back."""
+
+    choice: int
+    token_id: int  # -1: no new token (text flushed at the end)
+    text: str
+    finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+
+
+class StepFrame(msgspec.Struct, frozen=True, array_like=True):
+    """All events of one request in one engine step."""
+
+    events: tuple[TokenEvent, ...]
+    sampled_mono_ns: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a finished request."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class TerminalFrame(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The one last frame of a request: usage, or the error that ended it, and the marks of its way."""
+
+    usage: Usage = Usage()
+    error: ErrorInfo | None = None
+    marks: dict[str, int] = {}
+    worker_id: str = ""
+    cold_tier: Tier | None = None  # None: met a hot worker
+    snapshot_id: str = ""
+
+
+class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the gateway and scheduler know of a model without touching its snapshot. Written by node agents.
+
+    ``refused`` is set when the snapshot failed verification: no worker is started, requests get that error.
+    """
+
+    name: str
+    snapshot_id: str = ""
+    created_at_s: float = 0.0
+    architecture: str = ""
+    weight_format: str = ""  # "bf16", "int8", ...
+    context_length: int = 0  # tokens
+    vocab_size: int = 0  # tokens
+    max_token_bytes: int = 0  # the longest token's text; bounds a prompt's token count from below
+    chat_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    weights_bytes: int = 0
+    worker_bytes: int = 0  # private memory to reserve for one worker, KV included
+    refused: ErrorInfo | None = None
+
+
+# --- scheduler inbox (stream) ------------------------------------------------------------------------------
+
+
+class Demand(msgspec.Struct, frozen=True, tag="demand"):
+    """A request was enqueued for ``model``."""
+
+    model: str
+    request_id: str
+    sent_mono_ns: int
+
+
+class WorkerChanged(msgspec.Struct, frozen=True, tag="worker", omit_defaults=True):
+    """A worker's slot changed state, or its process ended (state cold or failed, ``exited`` true)."""
+
+    node_id: str
+    worker_id: str
+    model: str
+    state: SlotState
+    exited: bool = False
+    error: ErrorInfo | None = None
+
+
+class ModelsChanged(msgspec.Struct, frozen=True, tag="models"):
+    """A node's set of models changed; read the cards again."""
+
+    node_id: str
+
+
+InboxMessage = Demand | WorkerChanged | ModelsChanged
+
+
+# --- commands to a node agent (stream) ---------------------------------------------------------------------
+
+
+class SpawnWorker(msgspec.Struct, frozen=True, tag="spawn", omit_defaults=True):
+    """Start one worker process for ``model``. ``fencing_token`` is the leader's; older ones are ignored."""
+
+    worker_id: str
+    model: str
+    fencing_token: int
+    max_running: int  # sequences at once
+    kv_budget_bytes: int
+    marks: dict[str, int] = {}
+
+
+class DrainWorker(msgspec.Struct, frozen=True, tag="drain"):
+    """Stop taking requests, finish what runs within ``grace_s`` seconds, exit."""
+
+    worker_id: str
+    fencing_token: int
+    grace_s: float
+
+
+class ForgetModel(msgspec.Struct, frozen=True, tag="forget"):
+    """Drop the sealed bytes of ``model`` from host memory (T2 to T1); refused while a worker maps them."""
+
+    model: str
+    fencing_token: int
+
+
+AgentCommand = SpawnWorker | DrainWorker | ForgetModel
+
+
+# --- published reports (advisory, with a timestamp) --------------------------------------------------------
+
+
+class NodeReport(msgspec.Struct, frozen=True):
+    """A node agent's heartbeat."""
+
+    node_id: str
+    pid: int
+    reported_at_s: float
+    memory_total_bytes: int
+    memory_available_bytes: int
+    sealed_bytes: dict[str, int]  # model -> sealed bytes held
+    zygote_pid: int = 0
+    backend: str = "numkong"
+
+
+class WorkerReport(msgspec.Struct, frozen=True):
+    """A worker's heartbeat, by the worker itself."""
+
+    worker_id: str
+    node_id: str
+    model: str
+    pid: int
+    state: SlotState
+    num_running: int
+    num_waiting: int
+    reported_at_s: float
+    kv_used_bytes: int = 0
+    kv_budget_bytes: int = 0
+    private_bytes: int = 0
+    tokens_generated: int = 0
+
+
+class StageEvent(msgspec.Struct, frozen=True, array_like=True):
+    """Progress of a wake, published for waiting clients. ``eta_ms``: to the first token, -1 if unknown."""
+
+    model: str
+    stage: str
+    eta_ms: int = -1
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    """One row of ``glowplug ps``."""
+
+    name: str
+    tier: Tier
+    workers: int
+    in_flight: int
+    queued: int
+    idle_for_s: float | None
+    idle_timeout_s: float
+    sealed_bytes: int
+    worker_bytes: int
+    state: str = ""  # worker slot states, comma separated; "refused" for a refused snapshot
+    error: str | None = None
+
+
+class StatusReport(msgspec.Struct, frozen=True):
+    """What the scheduler leader publishes for ``ps`` and the gateway."""
+
+    published_at_s: float
+    leader: str
+    models: tuple[ModelStatus, ...]
+    nodes: tuple[NodeReport, ...] = ()
+    workers: tuple[WorkerReport, ...] = ()
+
+
+class Trace(msgspec.Struct, frozen=True):
+    """The phases of one finished request. ``marks`` are mono ns; ``phases_ms`` derived from them."""
+
+    request_id: str
+    model: str
+    cold_tier: Tier | None
+    worker_id: str
+    accepted_at_s: float
+    marks: dict[str, int]
+    phases_ms: dict[str, float]
+    total_ms: float

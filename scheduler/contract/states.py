@@ -1,0 +1,50 @@
+"""States and tiers that several processes name."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Tier(StrEnum):
+    """Where a model's weights are; the coldest part of a wake names the tier of its cold start."""
+
+    REMOTE = "T0"  # object store
+    DISK = "T1"  # local disk, not in sealed memory
+    HOST_RAM = "T2"  # sealed memory file, no worker process
+    PARKED = "T3"  # worker alive, weights in host memory, device memory returned
+    HOT = "T4"  # worker alive and serving
+
+
+class SlotState(StrEnum):
+    """A worker's slot. One writer: the worker's slot loop.
+
+    ========= ========== =========================================
+    from      to         when
+    ========= ========== =========================================
+    cold      restoring  the process starts with its spawn order
+    restoring ready      model mapped, guest restored, plan bound
+    restoring failed     anything was refused or went wrong
+    ready     draining   drain order, SIGTERM, or idle limit
+    draining  cold       no request in flight; the process exits
+    ========= ========== =========================================
+    """
+
+    COLD = "cold"
+    RESTORING = "restoring"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended; OpenAI's vocabulary."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Priority(StrEnum):
+    """Class of a request: interactive ones are claimed before batch ones."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"

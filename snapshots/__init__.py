@@ -1,0 +1,1 @@
+"""Signed, content-addressed snapshots: manifest, store, verification, sealed memory."""

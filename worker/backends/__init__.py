@@ -1,0 +1,1 @@
+"""Devices that run a guest's recorded tensor program: NumPy (reference), NumKong (CPU), CuPy (GPU)."""

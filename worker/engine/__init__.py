@@ -1,0 +1,1 @@
+"""Continuous batching: sequences, KV slots, the step loop and sampling."""

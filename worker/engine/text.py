@@ -1,0 +1,51 @@
+"""The text side of a model as the engine sees it; the guest runtime gives the real one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from guests.abi import SequenceEnd
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """Text that one token released (may be empty) and whether the sequence ends with it.
+
+    On STOP_TOKEN and STOP_STRING the stop itself is not part of ``text``.
+    """
+
+    text: str
+    end: SequenceEnd
+
+
+class TextSequence(Protocol):
+    """Incremental detokeniser and stop rules of one choice. Engine thread only."""
+
+    def push(self, token_id: int) -> PushResult:
+        """Feed a sampled token."""
+
+    def flush(self) -> str:
+        """Text still held back (incomplete characters become U+FFFD), for a choice that ends by length."""
+
+    def close(self) -> None:
+        """Free the guest's state. Idempotent."""
+
+
+class TextModel(Protocol):
+    """Tokeniser and detokeniser of one model. Engine thread only.
+
+    Every method may raise ``guests.errors.GuestTrap`` or ``GuestContractError``.
+    """
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of ``text``."""
+
+    def detokenize(self, token_ids: list[int], *, show_special: bool = False) -> str:
+        """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Raw bytes of one token (for log-probabilities)."""
+
+    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> TextSequence:
+        """State for one choice."""

@@ -1,0 +1,43 @@
+"""What goes into and comes out of the engine thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from scheduler.contract.errors import ErrorInfo
+from scheduler.contract.messages import SamplingParams, TokenEvent, Usage
+from scheduler.contract.states import Priority
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request handed to the engine.
+
+    ``emitted`` holds, for each choice, the token ids that an earlier run already logged: they are replayed into KV
+    cache and detokeniser without being emitted again, and sampling goes on at the next position.
+    """
+
+    request_id: str
+    prompt: str | tuple[int, ...]
+    sampling: SamplingParams
+    num_choices: int = 1
+    priority: Priority = Priority.INTERACTIVE
+    parse_special: bool = True
+    emitted: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(slots=True)
+class RequestStep:
+    """What one engine step did for one request.
+
+    ``finished`` is set once, on the last one; then ``usage`` or ``error`` is final. ``marks`` (mono ns) holds
+    TOKENISED, PREFILLED and SAMPLED of the first token on the step that produced it.
+    """
+
+    request_id: str
+    events: list[TokenEvent] = field(default_factory=list)
+    sampled_mono_ns: int = 0
+    marks: dict[str, int] = field(default_factory=dict)
+    finished: bool = False
+    usage: Usage = field(default_factory=Usage)
+    error: ErrorInfo | None = None
