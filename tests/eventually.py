@@ -1,0 +1,39 @@
+"""Waiting in tests: poll a condition until a deadline, never sleep and hope."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+POLL_INTERVAL_S = 0.005
+
+
+async def eventually(predicate: Callable[[], Any | Awaitable[Any]], *, within_s: float = 10.0, what: str = "") -> Any:
+    """The first truthy value of ``predicate`` (plain or async), polled until ``within_s`` have passed.
+
+    Raises:
+        AssertionError: it never became true; the message holds ``what`` and the last value.
+    """
+    deadline_mono_s = time.monotonic() + within_s
+    while True:
+        value = predicate()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        if time.monotonic() > deadline_mono_s:
+            raise AssertionError(f"not within {within_s:g} s: {what or predicate} (last value {value!r})")
+        await asyncio.sleep(POLL_INTERVAL_S)
+
+
+def eventually_sync(predicate: Callable[[], Any], *, within_s: float = 10.0, what: str = "") -> Any:
+    """Like :func:`eventually`, for tests without a loop."""
+    deadline_mono_s = time.monotonic() + within_s
+    while not (value := predicate()):
+        if time.monotonic() > deadline_mono_s:
+            raise AssertionError(f"not within {within_s:g} s: {what or predicate} (last value {value!r})")
+        time.sleep(POLL_INTERVAL_S)
+    return value
