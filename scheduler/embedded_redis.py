@@ -140,7 +140,7 @@ def server_url(data_dir: Path) -> str:
 def ensure_server(
     data_dir: Path, *, maxmemory: str = DEFAULT_MAXMEMORY, timeout_s: float = START_TIMEOUT_S
 ) -> EmbeddedServer:
-    """A server over ``data_dir`` that answers: the running one, or a new one. Idempotent; blocks (40 to 60 ms to start).
+    """A server over ``data_dir`` that answers: the running one, or a new one. Idempotent; blocks (50 ms to start).
 
     Call it off the event loop (``asyncio.to_thread``). The caller that got ``started=True`` should stop it at the end.
 
