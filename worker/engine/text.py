@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
-from guests.abi import SequenceEnd
-
-
-@dataclass(frozen=True, slots=True)
-class PushResult:
-    """Text that one token released (may be empty) and whether the sequence ends with it.
-
-    On STOP_TOKEN and STOP_STRING the stop itself is not part of ``text``.
-    """
-
-    text: str
-    end: SequenceEnd
+# Defined beside the guest runtime, which is a leaf and cannot import from here.
+from guests.push_result import PushResult as PushResult
 
 
 class TextSequence(Protocol):
