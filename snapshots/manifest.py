@@ -1,0 +1,308 @@
+"""The signed manifest: what a snapshot consists of, and the container file that holds it (see FORMAT.md)."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+from blake3 import blake3
+
+from snapshots import chunks
+from snapshots.errors import Incompatible, KeyRingError, ManifestMalformed, SignatureInvalid
+from snapshots.keyring import MAC_BYTES, MAX_KEY_ID_BYTES, KeyRing
+
+MAGIC: Final = b"\x89GPSNAP\n"
+FORMAT_VERSION: Final = 1
+HEADER: Final = struct.Struct("<8sHHI")  # magic, version, key id bytes, body bytes
+MAX_BODY_BYTES: Final = 64 * 1024 * 1024
+MAX_MANIFEST_BYTES: Final = HEADER.size + MAX_BODY_BYTES + MAX_KEY_ID_BYTES + MAC_BYTES
+MAX_BLOB_BYTES: Final = 1 << 42
+MAX_TENSORS: Final = 65_536
+TENSOR_ALIGNMENT: Final = 64  # bytes; the writer gives 4096, a reader needs 64
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+WEIGHTS: Final = "weights"
+GUEST_CWASM: Final = "guest_cwasm"
+GUEST_WASM: Final = "guest_wasm"
+BLOB_ROLES: Final = (WEIGHTS, GUEST_CWASM, GUEST_WASM)
+
+#: Item size in bytes of the tensor types that a snapshot may hold (names as in safetensors).
+DTYPE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4}
+#: Identity entries that hold a space-separated list of which *here* must have all; every other entry must be equal.
+IDENTITY_SUBSET_KEYS: Final = frozenset({"cpu_features"})
+
+
+class BlobRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A content-addressed blob. ``chunk_digests`` holds 32 bytes a chunk, packed."""
+
+    digest: str  # 64 hex digits, see chunks.digest_blob
+    size_bytes: int
+    chunk_bytes: int
+    chunk_digests: bytes
+
+    @property
+    def num_chunks(self) -> int:
+        return chunks.count_chunks(self.size_bytes, self.chunk_bytes)
+
+    def chunk_digest(self, index: int) -> bytes:
+        """Digest of chunk ``index``."""
+        return self.chunk_digests[index * chunks.DIGEST_BYTES : (index + 1) * chunks.DIGEST_BYTES]
+
+
+class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor's place in the weights blob. ``offset`` counts bytes from the start of the blob (file)."""
+
+    name: str
+    dtype: str  # a key of DTYPE_BYTES
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+class SnapshotCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What others need to know of the model without touching its weights."""
+
+    architecture: str
+    weight_format: str  # "bf16", "int8", ...
+    context_length: int  # tokens
+    vocab_size: int  # tokens
+    max_token_bytes: int  # the longest token's text
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    worker_bytes: int  # private memory to reserve for one worker, KV included
+    eos_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+
+class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The guest's recorded tensor programs, as it wrote them."""
+
+    prefill: bytes
+    decode: bytes
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A snapshot. Immutable; :attr:`snapshot_id` names this exact content.
+
+    ``identity`` says what the compiled guest needs (see :func:`verify_identity`). ``tensor_handles[h]`` is the name
+    of the tensor behind handle *h* of the programs; ``tensors`` are in file order.
+    """
+
+    name: str
+    created_at_s: float
+    identity: dict[str, str]
+    card: SnapshotCard
+    blobs: dict[str, BlobRef]
+    tensors: tuple[TensorEntry, ...]
+    tensor_handles: tuple[str, ...]
+    programs: Programs
+
+    @property
+    def snapshot_id(self) -> str:
+        """16 hex digits over the canonical body. Costs one encoding: keep it where it is used often."""
+        return compute_snapshot_id(encode_body(self))
+
+    @property
+    def weights(self) -> BlobRef:
+        return self.blobs[WEIGHTS]
+
+    @property
+    def guest_cwasm(self) -> BlobRef:
+        return self.blobs[GUEST_CWASM]
+
+    @property
+    def guest_wasm(self) -> BlobRef:
+        return self.blobs[GUEST_WASM]
+
+
+_encoder: Final = msgspec.json.Encoder(order="deterministic")
+_decoder: Final = msgspec.json.Decoder(Manifest)
+
+
+def encode_body(manifest: Manifest) -> bytes:
+    """Canonical bytes of a manifest: JSON, fields in schema order, mapping keys sorted, no white space."""
+    return _encoder.encode(manifest)
+
+
+def compute_snapshot_id(body: bytes) -> str:
+    """Short id of a canonical body: the first 16 hex digits of its BLAKE3 digest."""
+    return blake3(body).hexdigest()[:16]
+
+
+def seal_manifest(manifest: Manifest, keyring: KeyRing) -> bytes:
+    """The signed container file of ``manifest``.
+
+    Raises:
+        ManifestMalformed: the manifest contradicts itself or exceeds a cap.
+        KeyRingError: no active key.
+    """
+    validate_manifest(manifest)
+    body = encode_body(manifest)
+    if len(body) > MAX_BODY_BYTES:
+        raise ManifestMalformed(f"body of {len(body)} bytes, at most {MAX_BODY_BYTES}; use larger chunks")
+    key_id = keyring.signing_key_id
+    if key_id is None:
+        raise KeyRingError("no active key to sign with: make one with `glowplug keys new`")
+    encoded_id = key_id.encode("ascii")
+    signed = HEADER.pack(MAGIC, FORMAT_VERSION, len(encoded_id), len(body)) + body + encoded_id
+    return signed + keyring.sign_with(key_id, signed)
+
+
+def open_manifest(data: bytes, keyring: KeyRing, *, name: str) -> Manifest:
+    """Verify and parse a container file that was found under ``name``.
+
+    Order: caps and framing, then the MAC, then the version, then the body. Nothing unauthenticated is parsed.
+
+    Raises:
+        ManifestMalformed: framing, caps, or an authentic body that contradicts itself.
+        SignatureInvalid: bad MAC, unknown key id, or signed for another name.
+        Incompatible: an authentic manifest of a format version we do not read.
+    """
+    version, body = verify_container(data, keyring)
+    if version != FORMAT_VERSION:
+        raise Incompatible(name, [f"manifest format version {version}, this software reads version {FORMAT_VERSION}"])
+    try:
+        manifest = _decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ManifestMalformed(f"manifest body does not follow the schema: {error}") from error
+    if encode_body(manifest) != body:
+        raise ManifestMalformed("manifest body is not in canonical form")
+    validate_manifest(manifest)
+    if manifest.name != name:
+        raise SignatureInvalid(
+            f"this manifest is signed for name {manifest.name!r} but was found as {name!r}: "
+            "files were renamed or exchanged; build the snapshot under the name it shall have"
+        )
+    return manifest
+
+
+def verify_container(data: bytes, keyring: KeyRing) -> tuple[int, bytes]:
+    """Framing and MAC of a container file: its format version and body bytes, both authentic.
+
+    Raises:
+        ManifestMalformed: too large, too short, wrong magic, lengths that do not add up.
+        SignatureInvalid: bad MAC or unknown key id.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestMalformed(f"manifest of {len(data)} bytes, at most {MAX_MANIFEST_BYTES}")
+    if len(data) < HEADER.size + MAC_BYTES:
+        raise ManifestMalformed(f"manifest of {len(data)} bytes is cut off: at least {HEADER.size + MAC_BYTES}")
+    magic, version, key_id_bytes, body_bytes = HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise ManifestMalformed(f"not a snapshot manifest: starts with {magic!r}, expected {MAGIC!r}")
+    if not 0 < key_id_bytes <= MAX_KEY_ID_BYTES or not 0 < body_bytes <= MAX_BODY_BYTES:
+        raise ManifestMalformed(
+            f"key id of {key_id_bytes} bytes (1 to {MAX_KEY_ID_BYTES}), body of {body_bytes} (1 to {MAX_BODY_BYTES})"
+        )
+    expected = HEADER.size + body_bytes + key_id_bytes + MAC_BYTES
+    if len(data) != expected:
+        raise ManifestMalformed(f"manifest of {len(data)} bytes, its header says {expected}: truncated or extended")
+    signed, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
+    key_id = signed[-key_id_bytes:].decode("ascii", errors="backslashreplace")
+    keyring.verify(key_id, signed, mac)
+    return version, signed[HEADER.size : HEADER.size + body_bytes]
+
+
+def verify_identity(manifest: Manifest, here: Mapping[str, str]) -> None:
+    """Refuse a snapshot whose compiled guest was made for another environment than ``here``.
+
+    Entries in IDENTITY_SUBSET_KEYS are lists of which *here* must have all; every other entry must be equal.
+
+    Raises:
+        Incompatible: says each difference and how to rebuild.
+    """
+    differences = []
+    for key in sorted(manifest.identity.keys() | here.keys()):
+        built, found = manifest.identity.get(key), here.get(key)
+        if key in IDENTITY_SUBSET_KEYS and built is not None and found is not None:
+            missing = sorted(set(built.split()) - set(found.split()))
+            if missing:
+                differences.append(f"{key}: needs {' '.join(missing)}, which this machine lacks")
+        elif built != found:
+            differences.append(f"{key}: built with {built or 'none'}, here is {found or 'none'}")
+    if differences:
+        raise Incompatible(manifest.name, differences)
+
+
+def validate_manifest(manifest: Manifest) -> None:
+    """Check every invariant that a reader may rely on.
+
+    Raises:
+        ManifestMalformed: names the entry at fault.
+    """
+    if not NAME.fullmatch(manifest.name):
+        raise ManifestMalformed(f"name {manifest.name[:140]!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,127}}")
+    if not math.isfinite(manifest.created_at_s):
+        raise ManifestMalformed("created_at_s is not a finite number")
+    if set(manifest.blobs) != set(BLOB_ROLES):
+        raise ManifestMalformed(f"blobs are {sorted(manifest.blobs)}, expected {sorted(BLOB_ROLES)}")
+    for role, ref in manifest.blobs.items():
+        _validate_blob(role, ref)
+    _validate_tensors(manifest.tensors, manifest.weights.size_bytes)
+    _validate_handles(manifest)
+    card = manifest.card
+    for field in ("context_length", "vocab_size", "num_layers", "num_kv_heads", "head_dim"):
+        if getattr(card, field) <= 0:
+            raise ManifestMalformed(f"card.{field} is {getattr(card, field)}, expected a positive number")
+    if card.worker_bytes < 0 or card.max_token_bytes < 0:
+        raise ManifestMalformed("card.worker_bytes and card.max_token_bytes must not be negative")
+
+
+def _validate_blob(role: str, ref: BlobRef) -> None:
+    if not 0 < ref.size_bytes <= MAX_BLOB_BYTES:
+        raise ManifestMalformed(f"blob {role}: {ref.size_bytes} bytes, expected 1 to {MAX_BLOB_BYTES}")
+    power_of_two = ref.chunk_bytes > 0 and ref.chunk_bytes & (ref.chunk_bytes - 1) == 0
+    if not power_of_two or not chunks.MIN_CHUNK_BYTES <= ref.chunk_bytes <= chunks.MAX_CHUNK_BYTES:
+        raise ManifestMalformed(
+            f"blob {role}: chunks of {ref.chunk_bytes} bytes, expected a power of two from "
+            f"{chunks.MIN_CHUNK_BYTES} to {chunks.MAX_CHUNK_BYTES}"
+        )
+    if len(ref.chunk_digests) != ref.num_chunks * chunks.DIGEST_BYTES:
+        raise ManifestMalformed(
+            f"blob {role}: {len(ref.chunk_digests)} bytes of chunk digests for {ref.num_chunks} chunks"
+        )
+    if ref.digest != chunks.digest_blob(ref.size_bytes, ref.chunk_bytes, ref.chunk_digests):
+        raise ManifestMalformed(f"blob {role}: its digest does not follow from its chunk digests")
+
+
+def _validate_tensors(tensors: tuple[TensorEntry, ...], weights_bytes: int) -> None:
+    if len(tensors) > MAX_TENSORS:
+        raise ManifestMalformed(f"{len(tensors)} tensors, at most {MAX_TENSORS}")
+    names: set[str] = set()
+    free_from = 0
+    for tensor in tensors:
+        label = f"tensor {tensor.name[:80]!r}"
+        if not 0 < len(tensor.name) <= 256 or tensor.name in names:
+            raise ManifestMalformed(f"{label}: names must be unique and have 1 to 256 characters")
+        names.add(tensor.name)
+        item_bytes = DTYPE_BYTES.get(tensor.dtype)
+        if item_bytes is None:
+            raise ManifestMalformed(f"{label}: dtype {tensor.dtype[:20]!r}, expected one of {sorted(DTYPE_BYTES)}")
+        if not 0 < len(tensor.shape) <= 8 or any(not 0 < size <= MAX_BLOB_BYTES for size in tensor.shape):
+            raise ManifestMalformed(f"{label}: shape {tensor.shape[:8]}, expected 1 to 8 positive sizes")
+        if math.prod(tensor.shape) * item_bytes != tensor.size_bytes:
+            raise ManifestMalformed(f"{label}: {tensor.size_bytes} bytes do not fit shape {tensor.shape}")
+        if tensor.offset % TENSOR_ALIGNMENT or tensor.offset < free_from:
+            raise ManifestMalformed(
+                f"{label}: offset {tensor.offset} must be a multiple of {TENSOR_ALIGNMENT} "
+                f"and not before {free_from}, where the tensor before it ends"
+            )
+        free_from = tensor.offset + tensor.size_bytes
+        if free_from > weights_bytes:
+            raise ManifestMalformed(f"{label}: ends at byte {free_from} of a {weights_bytes}-byte weights blob")
+
+
+def _validate_handles(manifest: Manifest) -> None:
+    names = {tensor.name for tensor in manifest.tensors}
+    if len(set(manifest.tensor_handles)) != len(manifest.tensor_handles):
+        raise ManifestMalformed("tensor_handles name a tensor twice")
+    unknown = [name for name in manifest.tensor_handles if name not in names]
+    if unknown:
+        raise ManifestMalformed(f"tensor_handles name tensors that do not exist: {unknown[:3]}")
