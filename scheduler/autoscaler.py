@@ -1,0 +1,249 @@
+"""What to spawn, drain or refuse, decided purely from a view of the fleet. No I/O, no clock, no log.
+
+A model's life, as the scheduler sees it:
+
+========== ========================= ==========================================================
+state      on                        action
+========== ========================= ==========================================================
+asleep     demand                    spawn one worker (single-flight: further demand adds none)
+waking     worker ready              serve
+waking     worker failed             retry after a back-off; after MAX_FAILURES refuse the queue
+serving    queue over all batches    spawn another, up to ``max_workers``
+serving    no request for idle time  drain every worker
+draining   demand                    spawn a new worker; the draining one takes nothing more
+========== ========================= ==========================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from scheduler.config import ModelPolicy
+from scheduler.contract.errors import ErrorCode, ErrorInfo
+from scheduler.contract.states import SlotState
+
+MAX_FAILURES: Final = 3  # wakes in a row that failed before the queue is refused
+FAILURE_BACKOFF_S: Final = (0.2, 1.0, 5.0)  # wait before the next wake, by failures in a row
+FAILURE_MEMORY_S: Final = 30.0  # after this long without an attempt, a model may be tried afresh
+SPAWN_TIMEOUT_S: Final = 60.0  # a worker that is not ready by then is given up
+WORKER_BASE_BYTES: Final = 128 * 1024 * 1024  # private memory of a worker besides its KV cache
+LIVE_STATES: Final = frozenset({SlotState.COLD, SlotState.RESTORING, SlotState.READY})
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A worker as last heard of. COLD: ordered, not heard of yet."""
+
+    worker_id: str
+    node_id: str
+    model: str
+    state: SlotState
+    ordered_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model with its demand. ``in_flight`` counts queued and running requests."""
+
+    name: str
+    policy: ModelPolicy
+    weights_bytes: int
+    in_flight: int
+    last_active_s: float
+    workers: tuple[WorkerView, ...] = ()
+    refused: ErrorInfo | None = None
+    failures: int = 0
+    last_failure_s: float = 0.0
+    last_error: ErrorInfo | None = None
+
+    @property
+    def live_workers(self) -> tuple[WorkerView, ...]:
+        return tuple(worker for worker in self.workers if worker.state in LIVE_STATES)
+
+    @property
+    def worker_bytes(self) -> int:
+        """Memory to set aside for one worker, its shared weights not counted."""
+        return self.policy.kv_budget_bytes + WORKER_BASE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node that is alive, with the memory it may use for workers and sealed weights."""
+
+    node_id: str
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """Everything that a decision may look at."""
+
+    models: tuple[ModelView, ...]
+    nodes: tuple[NodeView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start a worker of ``model`` on ``node_id``."""
+
+    model: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Let ``worker_id`` finish and exit."""
+
+    worker: WorkerView
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseQueue:
+    """End every queued request of ``model`` with ``error``."""
+
+    model: str
+    error: ErrorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Treat a worker that was never heard of in time as failed."""
+
+    worker: WorkerView
+
+
+Action = Spawn | Drain | RefuseQueue | GiveUp
+
+
+@dataclass(slots=True)
+class _Reservations:
+    """Memory taken on each node: workers, plus each model's weights once."""
+
+    free_bytes: dict[str, int]
+    holders: dict[str, set[str]] = field(default_factory=dict)
+
+    def need_bytes(self, model: ModelView, node_id: str) -> int:
+        shared = 0 if model.name in self.holders.get(node_id, set()) else model.weights_bytes
+        return model.worker_bytes + shared
+
+    def take(self, model: ModelView, node_id: str) -> None:
+        if node_id in self.free_bytes:
+            self.free_bytes[node_id] -= self.need_bytes(model, node_id)
+            self.holders.setdefault(node_id, set()).add(model.name)
+
+
+def decide(fleet: FleetView, now_s: float) -> list[Action]:
+    """Actions for this instant, in the order to carry them out."""
+    reservations = _reserve(fleet)
+    actions: list[Action] = []
+    for model in fleet.models:
+        actions += _decide_given_up(model, now_s)
+        if model.in_flight > 0:
+            actions += _decide_wake(model, fleet, reservations, now_s)
+        else:
+            actions += _decide_sleep(model, now_s)
+    return actions
+
+
+def decide_idle_deadline_s(fleet: FleetView) -> float | None:
+    """When the next idle timer runs out, on the clock of ``last_active_s``; None: no timer is running."""
+    deadlines = [
+        model.last_active_s + model.policy.idle_timeout_s
+        for model in fleet.models
+        if model.in_flight == 0 and any(worker.state is SlotState.READY for worker in model.workers)
+    ]
+    return min(deadlines, default=None)
+
+
+def _reserve(fleet: FleetView) -> _Reservations:
+    reservations = _Reservations({node.node_id: node.budget_bytes for node in fleet.nodes})
+    for model in fleet.models:
+        for worker in model.workers:
+            reservations.take(model, worker.node_id)
+    return reservations
+
+
+def _decide_given_up(model: ModelView, now_s: float) -> list[Action]:
+    return [
+        GiveUp(worker)
+        for worker in model.workers
+        if worker.state in (SlotState.COLD, SlotState.RESTORING) and now_s - worker.ordered_at_s > SPAWN_TIMEOUT_S
+    ]
+
+
+def _decide_wake(model: ModelView, fleet: FleetView, reservations: _Reservations, now_s: float) -> list[Action]:
+    if model.refused is not None:
+        return [RefuseQueue(model.name, model.refused)]
+    live = model.live_workers
+    if live and not _wants_another(model, live):
+        return []
+    if not live and (waiting := _decide_failing(model, now_s)) is not None:
+        return waiting
+    node_id = _choose_node(model, reservations)
+    if node_id is not None:
+        reservations.take(model, node_id)
+        return [Spawn(model.name, node_id)]
+    if live:
+        return []  # a second worker is a wish, not a need
+    return _decide_without_room(model, fleet, reservations)
+
+
+def _wants_another(model: ModelView, live: tuple[WorkerView, ...]) -> bool:
+    all_ready = all(worker.state is SlotState.READY for worker in live)
+    return all_ready and len(live) < model.policy.max_workers and model.in_flight > len(live) * model.policy.max_running
+
+
+def _decide_failing(model: ModelView, now_s: float) -> list[Action] | None:
+    """None: go on and spawn. Otherwise wait (empty) or refuse."""
+    since_s = now_s - model.last_failure_s
+    if model.failures == 0 or since_s > FAILURE_MEMORY_S:
+        return None
+    if model.failures >= MAX_FAILURES:
+        cause = f" Last cause: {model.last_error.message}" if model.last_error else ""
+        message = f"Model {model.name!r} failed to wake {model.failures} times in a row.{cause}"
+        return [RefuseQueue(model.name, ErrorInfo(ErrorCode.WAKE_FAILED, message, retry_after_s=int(FAILURE_MEMORY_S)))]
+    return None if since_s >= FAILURE_BACKOFF_S[model.failures - 1] else []
+
+
+def _choose_node(model: ModelView, reservations: _Reservations) -> str | None:
+    """The node that already holds the weights if it has room, else the one with most memory left; None: no room."""
+    fitting = [
+        (model.name in reservations.holders.get(node_id, set()), free_bytes, node_id)
+        for node_id, free_bytes in reservations.free_bytes.items()
+        if reservations.need_bytes(model, node_id) <= free_bytes
+    ]
+    return max(fitting)[2] if fitting else None
+
+
+def _decide_without_room(model: ModelView, fleet: FleetView, reservations: _Reservations) -> list[Action]:
+    """Refuse what can never fit; otherwise make room by draining the idle worker that was used longest ago."""
+    if not fleet.nodes:
+        return []  # an agent may be on its way; the gateway's own limit ends the wait
+    need_bytes = model.worker_bytes + model.weights_bytes
+    largest_bytes = max(node.budget_bytes for node in fleet.nodes)
+    if need_bytes > largest_bytes:
+        message = (
+            f"Model {model.name!r} needs {need_bytes} bytes of memory for one worker; the largest node may use "
+            f"{largest_bytes}. Lower kv_budget_bytes, raise memory_budget_bytes, or use a bigger machine."
+        )
+        return [RefuseQueue(model.name, ErrorInfo(ErrorCode.OUT_OF_MEMORY, message))]
+    if any(worker.state is SlotState.DRAINING for other in fleet.models for worker in other.workers):
+        return []  # room is on its way
+    idle = [
+        (other.last_active_s, worker)
+        for other in fleet.models
+        if other.in_flight == 0
+        for worker in other.workers
+        if worker.state is SlotState.READY
+    ]
+    if not idle:
+        return []  # everything is busy: the request waits in its queue
+    return [Drain(min(idle, key=lambda pair: pair[0])[1], "room for another model")]
+
+
+def _decide_sleep(model: ModelView, now_s: float) -> list[Action]:
+    if now_s - model.last_active_s < model.policy.idle_timeout_s:
+        return []
+    return [Drain(worker, "idle") for worker in model.workers if worker.state is SlotState.READY]

@@ -1,0 +1,198 @@
+"""Verbs that talk to a running server over HTTP: ``ps``, ``run``, ``trace``.
+
+Exit codes: 0 done, 1 the server refused or failed, 2 wrong usage, 3 no server found.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import click
+
+from scheduler.command import state_dir_option
+
+NO_SERVER_EXIT: Final = 3
+REQUEST_TIMEOUT_S: Final = 600.0
+BAR_COLUMNS: Final = 44
+
+
+class NoServer(click.ClickException):
+    """Nothing answers where the server should be."""
+
+    exit_code = NO_SERVER_EXIT
+
+
+@click.command()
+@state_dir_option
+@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
+    """Show models with their tier, workers, requests in flight, memory and idle countdown."""
+    status = _get_json(_server_url(state_dir, url), "/admin/status")
+    if as_json:
+        click.echo(json.dumps(status, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("MODEL", "TIER", "STATE", "WORKERS", "IN FLIGHT", "SEALED", "WORKER MEMORY", "SLEEPS IN"):
+        table.add_column(column, justify="left" if column in ("MODEL", "TIER", "STATE") else "right")
+    for model in status["models"]:
+        idle_for_s = model["idle_for_s"]
+        left_s = None if idle_for_s is None else max(0.0, model["idle_timeout_s"] - idle_for_s)
+        table.add_row(
+            model["name"],
+            model["tier"],
+            model["state"] or "asleep",
+            str(model["workers"]),
+            str(model["in_flight"]),
+            _format_bytes(model["sealed_bytes"]),
+            _format_bytes(model["worker_bytes"]),
+            "-" if left_s is None else f"{left_s:.0f} s",
+        )
+    Console().print(table)
+    for model in status["models"]:
+        if model.get("error"):
+            click.echo(f"{model['name']}: {model['error']}", err=True)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt")
+@state_dir_option
+@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@click.option("--system", help="System prompt.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0: greedy.")
+@click.option("--seed", type=int)
+@click.option("--json", "as_json", is_flag=True, help="Print the raw stream events.")
+def run(
+    model: str,
+    prompt: str,
+    state_dir: Path,
+    url: str | None,
+    system: str | None,
+    max_tokens: int,
+    temperature: float | None,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Send PROMPT to MODEL and stream the answer."""
+    messages = [{"role": "system", "content": system}] if system else []
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [*messages, {"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "stream": True,
+    }
+    body.update({k: v for k, v in {"temperature": temperature, "seed": seed}.items() if v is not None})
+    for line in _post_stream(_server_url(state_dir, url), "/v1/chat/completions", body):
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        if as_json:
+            click.echo(line[len("data: ") :])
+            continue
+        event = json.loads(line[len("data: ") :])
+        if "error" in event:
+            raise click.ClickException(event["error"]["message"])
+        for choice in event["choices"]:
+            click.echo(choice["delta"].get("content") or "", nl=False)
+            sys.stdout.flush()
+    if not as_json:
+        click.echo()
+
+
+@click.command()
+@click.argument("request_id", required=False)
+@state_dir_option
+@click.option("--last", is_flag=True, help="The newest request.")
+@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output, phases in ms.")
+def trace(request_id: str | None, state_dir: Path, last: bool, url: str | None, as_json: bool) -> None:
+    """Draw the waterfall of REQUEST_ID: where the time to the first byte went."""
+    if (request_id is None) == (not last):
+        raise click.UsageError("give a REQUEST_ID or --last")
+    found = _get_json(_server_url(state_dir, url), f"/admin/traces/{'last' if last else request_id}")
+    click.echo(json.dumps(found, indent=2) if as_json else draw_waterfall(found))
+
+
+def draw_waterfall(found: dict[str, Any]) -> str:
+    """The phases of a trace as bars on one time axis, for a terminal of 80 columns.
+
+    ``found`` is a trace as the gateway gives it: ``marks`` in mono ns, ``phases`` with start and end marks.
+    """
+    marks = found["marks"]
+    origin_ns = marks["accepted"]
+    phases = [p for p in found["phases"] if p["start"] in marks and p["end"] in marks]
+    end_ns = max([marks[p["end"]] for p in phases], default=origin_ns)
+    scale = BAR_COLUMNS / max(1, end_ns - origin_ns)
+    tier = f"cold start from {found['cold_tier']}" if found["cold_tier"] else "hot"
+    lines = [f"{found['request_id']}  {found['model']}  {tier}  first byte after {found['ttft_ms']:.1f} ms"]
+    for phase in phases:
+        start_ns = max(0, marks[phase["start"]] - origin_ns)
+        duration_ns = max(0, marks[phase["end"]] - origin_ns - start_ns)
+        left = min(BAR_COLUMNS - 1, int(start_ns * scale))
+        width = max(1, min(BAR_COLUMNS - left, round(duration_ns * scale)))
+        lines.append(
+            f"  {phase['name']:<12}{' ' * left}{'█' * width:<{BAR_COLUMNS - left}} {duration_ns / 1e6:8.2f} ms"
+        )
+    return "\n".join(lines)
+
+
+def _format_bytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count else "-"
+
+
+def _server_url(state_dir: Path, url: str | None) -> str:
+    if url:
+        return url
+    path = state_dir / "run" / "serve.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NoServer(f"no server runs on {state_dir} ({path} is missing): start one with `glowplug serve`") from error
+    return f"http://{found['host']}:{found['port']}"
+
+
+def _request(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
+    """The response, status checked.
+
+    Raises:
+        NoServer: nothing answers.
+        ClickException: the server answered with an error; its message.
+    """
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=REQUEST_TIMEOUT_S)
+    try:
+        payload = None if body is None else json.dumps(body)
+        connection.request(method, path, payload, {"Content-Type": "application/json"} if body else {})
+        response = connection.getresponse()
+    except OSError as error:
+        raise NoServer(f"{url} does not answer: {error}") from error
+    if response.status >= 400:
+        text = response.read().decode("utf-8", "replace")
+        try:
+            message = json.loads(text)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = text[:500]
+        raise click.ClickException(f"{response.status}: {message}")
+    return response
+
+
+def _get_json(url: str, path: str) -> Any:
+    return json.loads(_request(url, "GET", path).read())
+
+
+def _post_stream(url: str, path: str, body: dict[str, Any]) -> Iterator[str]:
+    with _request(url, "POST", path, body) as response:
+        for raw in response:
+            line = raw.decode("utf-8").rstrip("\r\n")
+            if line:
+                yield line

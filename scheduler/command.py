@@ -1,0 +1,75 @@
+"""The ``glowplug`` command: a thin table from verb to the module that does it, imported only when called.
+
+Modules are named by string, so this table may point into every package without an import between layers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from scheduler.contract import environment
+
+#: verb -> (module, attribute, one line of help)
+VERBS: Final[dict[str, tuple[str, str, str]]] = {
+    "build": ("worker.build.command", "build", "Turn a model into a signed snapshot."),
+    "verify": ("worker.build.store_commands", "verify", "Re-hash a snapshot and say what is wrong, and where."),
+    "keys": ("worker.build.store_commands", "keys", "Manage the keys that sign snapshots."),
+    "serve": ("scheduler.serve_command", "serve", "Start everything on this machine and serve."),
+    "gateway": ("scheduler.serve_command", "gateway", "Start the HTTP gateway alone."),
+    "scheduler": ("scheduler.serve_command", "scheduler", "Start the scheduler alone."),
+    "agent": ("scheduler.serve_command", "agent", "Start the node agent (and its workers) alone."),
+    "ps": ("scheduler.client_commands", "ps", "Show models, tiers, workers and idle timers."),
+    "run": ("scheduler.client_commands", "run", "Stream an answer to the terminal."),
+    "trace": ("scheduler.client_commands", "trace", "Draw where the time of a request went."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module, attribute, _ = VERBS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table of verbs, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, _, text) in VERBS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="glowplug")
+def main() -> None:
+    """Scale-to-zero LLM inference that wakes in the time of one prefill."""
+
+
+def state_dir_option(function: Any) -> Any:
+    """``--state-dir``, exported to the environment so that every process of this command agrees."""
+
+    def export(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path:
+        chosen = value or environment.read_process_settings().state_dir
+        os.environ[environment.STATE_DIR] = str(chosen.absolute())
+        return chosen.absolute()
+
+    return click.option(
+        "--state-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        callback=export,
+        help="Folder of snapshots, keys and queue (default: the user's data folder).",
+    )(function)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

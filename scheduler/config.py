@@ -1,0 +1,97 @@
+"""The scheduler's settings: one YAML file, environment overrides, and errors that name the field and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import yaml
+
+from scheduler.contract.environment import SettingsError, read_positive_float
+
+GIB: Final = 1024**3
+DEFAULT_IDLE_TIMEOUT_S: Final = 300.0
+MAX_CONFIG_BYTES: Final = 1024 * 1024
+
+
+class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one model is woken and put to sleep.
+
+    ``max_running`` sequences share a worker's batch. ``kv_budget_bytes`` bounds a worker's KV cache.
+    """
+
+    idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
+    max_workers: int = 1
+    max_running: int = 64
+    max_queued: int = 512
+    kv_budget_bytes: int = 2 * GIB
+    drain_grace_s: float = 30.0
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of the scheduler. ``memory_budget_bytes`` 0: 80 % of each node's memory."""
+
+    defaults: ModelPolicy = ModelPolicy()
+    models: dict[str, dict[str, Any]] = {}
+    memory_budget_bytes: int = 0
+
+    def policy_of(self, model: str) -> ModelPolicy:
+        """The defaults with the model's own settings over them. Validated at load."""
+        own = self.models.get(model)
+        if not own:
+            return self.defaults
+        return msgspec.convert({**msgspec.to_builtins(self.defaults), **own}, ModelPolicy)
+
+
+def load_config(path: Path | None, env: Mapping[str, str] = os.environ) -> SchedulerConfig:
+    """Settings from ``path`` (YAML; None: defaults), then GLOWPLUG_IDLE_TIMEOUT_S and GLOWPLUG_MAX_WORKERS over its
+    ``defaults``.
+
+    Raises:
+        SettingsError: unreadable file, unknown or malformed field; the message names it.
+    """
+    raw: Any = {}
+    if path is not None:
+        try:
+            if path.stat().st_size > MAX_CONFIG_BYTES:
+                raise SettingsError(
+                    f"{path}: {path.stat().st_size} bytes; a configuration is at most {MAX_CONFIG_BYTES}"
+                )
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{path}: not valid YAML: {error}") from error
+    try:
+        config = msgspec.convert(raw, SchedulerConfig)
+        for model in config.models:
+            _check_policy(config.policy_of(model), f"models.{model}")
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{path}: {error}{_suggest(str(error))}") from error
+    _check_policy(config.defaults, "defaults")
+    overrides: dict[str, Any] = {
+        "idle_timeout_s": read_positive_float("GLOWPLUG_IDLE_TIMEOUT_S", config.defaults.idle_timeout_s, env),
+        "max_workers": int(read_positive_float("GLOWPLUG_MAX_WORKERS", config.defaults.max_workers, env)),
+    }
+    return msgspec.structs.replace(config, defaults=msgspec.structs.replace(config.defaults, **overrides))
+
+
+def _check_policy(policy: ModelPolicy, where: str) -> None:
+    for field in ModelPolicy.__struct_fields__:
+        value = getattr(policy, field)
+        if not value > 0:
+            raise SettingsError(f"{where}.{field}: {value}: expected a positive number")
+
+
+def _suggest(message: str) -> str:
+    """`` (did you mean ...?)`` for an unknown field, else nothing."""
+    known = (*ModelPolicy.__struct_fields__, *SchedulerConfig.__struct_fields__)
+    parts = message.split("`")
+    if "unknown field" not in message or len(parts) < 2:
+        return ""
+    close = difflib.get_close_matches(parts[1], known, n=1)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"

@@ -1,0 +1,189 @@
+"""The scheduler's own picture of the fleet: written only by the scheduler's loop, read as frozen views.
+
+Times are seconds of the scheduler's monotonic clock, passed in by the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from scheduler.autoscaler import FleetView, ModelView, NodeView, WorkerView
+from scheduler.config import SchedulerConfig
+from scheduler.contract.errors import ErrorInfo
+from scheduler.contract.messages import ModelCard, ModelStatus, NodeReport, WorkerChanged, WorkerReport
+from scheduler.contract.states import SlotState, Tier
+
+NODE_BUDGET_FRACTION: Final = 0.8
+
+
+@dataclass(slots=True)
+class _Model:
+    card: ModelCard
+    in_flight: int = 0
+    last_active_s: float = 0.0
+    failures: int = 0
+    last_failure_s: float = 0.0
+    last_error: ErrorInfo | None = None
+    workers: dict[str, WorkerView] = field(default_factory=dict)
+
+
+class Fleet:
+    """Models, their workers and the nodes, as last heard of."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._models: dict[str, _Model] = {}
+        self._nodes: dict[str, NodeReport] = {}
+
+    # --- events ---------------------------------------------------------------------------------------------
+
+    def on_cards(self, cards: list[ModelCard], now_s: float) -> None:
+        """The set of models as the nodes publish it. Models with live workers are kept until those are gone."""
+        present = {card.name for card in cards}
+        for card in cards:
+            known = self._models.get(card.name)
+            if known is None:
+                self._models[card.name] = _Model(card, last_active_s=now_s)
+            elif known.card != card:
+                known.card, known.failures = card, 0
+        for name in [name for name, model in self._models.items() if name not in present and not model.workers]:
+            del self._models[name]
+
+    def on_nodes(self, reports: list[NodeReport]) -> None:
+        """Nodes that are alive now; workers of others are gone with them."""
+        self._nodes = {report.node_id: report for report in reports}
+
+    def forget_workers_of_lost_nodes(self) -> list[str]:
+        """Drop workers whose node is no longer alive; their ids."""
+        lost: list[str] = []
+        for model in self._models.values():
+            for worker_id in [w.worker_id for w in model.workers.values() if w.node_id not in self._nodes]:
+                del model.workers[worker_id]
+                lost.append(worker_id)
+        return lost
+
+    def on_demand(self, name: str, now_s: float) -> bool:
+        """A request was enqueued; False if the model is not known."""
+        model = self._models.get(name)
+        if model is None:
+            return False
+        model.in_flight += 1
+        model.last_active_s = now_s
+        return True
+
+    def on_in_flight(self, name: str, in_flight: int, now_s: float) -> None:
+        """The queue's present length, running requests included."""
+        model = self._models.get(name)
+        if model is not None:
+            if in_flight > 0 or model.in_flight > 0:
+                model.last_active_s = now_s
+            model.in_flight = in_flight
+
+    def on_ordered(self, worker_id: str, model: str, node_id: str, now_s: float) -> None:
+        """A spawn order is about to be sent."""
+        self._models[model].workers[worker_id] = WorkerView(worker_id, node_id, model, SlotState.COLD, now_s)
+
+    def on_draining(self, worker_id: str, model: str) -> None:
+        """A drain order is about to be sent."""
+        self._set_state(model, worker_id, SlotState.DRAINING)
+
+    def on_worker_changed(self, change: WorkerChanged, now_s: float) -> None:
+        """A worker told of itself, or its agent told of its end."""
+        model = self._models.get(change.model)
+        if model is None:
+            return
+        was_ready = (known := model.workers.get(change.worker_id)) is not None and known.state is SlotState.READY
+        if change.exited or change.state is SlotState.FAILED:
+            removed = model.workers.pop(change.worker_id, None)
+            if change.error is not None and (removed is not None or change.state is SlotState.FAILED):
+                self._on_failure(model, change.error, now_s, counted=removed is not None)
+            return
+        if known is None:
+            model.workers[change.worker_id] = WorkerView(
+                change.worker_id, change.node_id, change.model, change.state, now_s
+            )
+        elif known.state is not SlotState.DRAINING:
+            self._set_state(change.model, change.worker_id, change.state)
+        if change.state is SlotState.READY and not was_ready:
+            model.failures = 0
+            model.last_active_s = now_s
+
+    def on_given_up(self, worker: WorkerView, error: ErrorInfo, now_s: float) -> None:
+        """A worker was not ready in time."""
+        model = self._models.get(worker.model)
+        if model is not None and model.workers.pop(worker.worker_id, None) is not None:
+            self._on_failure(model, error, now_s, counted=True)
+
+    def _on_failure(self, model: _Model, error: ErrorInfo, now_s: float, *, counted: bool) -> None:
+        model.last_error = error
+        model.last_failure_s = now_s
+        if counted:
+            model.failures += 1
+
+    def _set_state(self, name: str, worker_id: str, state: SlotState) -> None:
+        model = self._models.get(name)
+        if model is not None and (known := model.workers.get(worker_id)) is not None:
+            model.workers[worker_id] = WorkerView(worker_id, known.node_id, name, state, known.ordered_at_s)
+
+    # --- views ----------------------------------------------------------------------------------------------
+
+    def model_names(self) -> list[str]:
+        return list(self._models)
+
+    def awake_or_waiting(self) -> list[str]:
+        """Models with a worker or a request: those whose queues are worth looking at."""
+        return [name for name, model in self._models.items() if model.workers or model.in_flight]
+
+    def view(self) -> FleetView:
+        """A frozen picture for the decisions."""
+        models = tuple(
+            ModelView(
+                name=name,
+                policy=self._config.policy_of(name),
+                weights_bytes=model.card.weights_bytes,
+                in_flight=model.in_flight,
+                last_active_s=model.last_active_s,
+                workers=tuple(model.workers.values()),
+                refused=model.card.refused,
+                failures=model.failures,
+                last_failure_s=model.last_failure_s,
+                last_error=model.last_error,
+            )
+            for name, model in self._models.items()
+        )
+        nodes = tuple(NodeView(node_id, self._node_budget_bytes(report)) for node_id, report in self._nodes.items())
+        return FleetView(models, nodes)
+
+    def _node_budget_bytes(self, report: NodeReport) -> int:
+        return self._config.memory_budget_bytes or int(report.memory_total_bytes * NODE_BUDGET_FRACTION)
+
+    def statuses(self, reports: list[WorkerReport], now_s: float) -> tuple[ModelStatus, ...]:
+        """Rows of ``ps``, by name."""
+        return tuple(self._status(name, reports, now_s) for name in sorted(self._models))
+
+    def _status(self, name: str, reports: list[WorkerReport], now_s: float) -> ModelStatus:
+        model = self._models[name]
+        own = [report for report in reports if report.model == name]
+        running = sum(report.num_running for report in own)
+        sealed_bytes = sum(report.sealed_bytes.get(name, 0) for report in self._nodes.values())
+        states = sorted({worker.state.value for worker in model.workers.values()})
+        refused = model.card.refused
+        if any(worker.state in (SlotState.READY, SlotState.DRAINING) for worker in model.workers.values()):
+            tier = Tier.HOT
+        else:
+            tier = Tier.HOST_RAM if sealed_bytes else Tier.DISK
+        is_idle = model.in_flight == 0 and bool(model.workers)
+        return ModelStatus(
+            name=name,
+            tier=tier,
+            workers=len(model.workers),
+            in_flight=model.in_flight,
+            queued=max(0, model.in_flight - running),
+            idle_for_s=round(now_s - model.last_active_s, 3) if is_idle else None,
+            idle_timeout_s=self._config.policy_of(name).idle_timeout_s,
+            sealed_bytes=sealed_bytes,
+            worker_bytes=sum(report.private_bytes for report in own),
+            state="refused" if refused else ",".join(states),
+            error=refused.message if refused else None,
+        )

@@ -1,0 +1,280 @@
+"""The scheduler process: one loop that reads the inbox, lets :mod:`scheduler.autoscaler` decide, and acts.
+
+Only the leader acts; a standby waits for the lease. Everything the loop knows is rebuilt from Redis when it starts
+to lead, so a restart loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import time
+from typing import Any, Final
+
+import structlog
+import uvloop
+from redis.asyncio import Redis
+
+from scheduler.autoscaler import Action, Drain, GiveUp, RefuseQueue, Spawn, decide, decide_idle_deadline_s
+from scheduler.config import SchedulerConfig, load_config
+from scheduler.contract import codec, keys
+from scheduler.contract.connection import CONNECTION_ERRORS, connect
+from scheduler.contract.environment import ProcessSettings, read_process_settings
+from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
+from scheduler.contract.messages import (
+    AgentCommand,
+    Demand,
+    DrainWorker,
+    InboxMessage,
+    ModelCard,
+    ModelsChanged,
+    NodeReport,
+    SpawnWorker,
+    StageEvent,
+    StatusReport,
+    WorkerChanged,
+    WorkerReport,
+)
+from scheduler.contract.telemetry import Mark, configure_logging
+from scheduler.dispatch import Dispatcher
+from scheduler.fleet import Fleet
+from scheduler.leader import RENEW_EVERY_S, Leadership
+
+TICK_S: Final = 0.5  # while a worker lives or a request waits: queue lengths, idle timers
+IDLE_TICK_S: Final = 2.0  # otherwise: heartbeat of the status report
+STANDBY_POLL_S: Final = 0.5
+STATUS_EVERY_S: Final = 1.0
+NODES_EVERY_S: Final = 1.0
+MIN_BLOCK_S: Final = 0.005
+INBOX_BATCH: Final = 500
+REFUSALS: Final = frozenset(
+    {ErrorCode.SNAPSHOT_SIGNATURE_INVALID, ErrorCode.SNAPSHOT_CORRUPT, ErrorCode.SNAPSHOT_INCOMPATIBLE}
+)
+
+
+class Scheduler:
+    """The loop and its effects. One instance a process; runs on the event loop."""
+
+    def __init__(self, redis: Redis, config: SchedulerConfig, scheduler_id: str) -> None:
+        self._redis: Any = redis  # redis-py types each reply as sync-or-async; Any keeps the awaits readable
+        self._config = config
+        self._leadership = Leadership(redis, scheduler_id)
+        self._dispatcher = Dispatcher(redis)
+        self._fleet = Fleet(config)
+        self._scheduler_id = scheduler_id
+        self._log = structlog.get_logger(scheduler=scheduler_id)
+        self._last_inbox_id = b"0-0"
+        self._renewed_s = self._status_s = self._nodes_s = 0.0
+        self._nodes: list[NodeReport] = []
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Ask the loop to end after its present turn."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Lead when possible, stand by otherwise, until :meth:`stop`. Survives a Redis that goes away."""
+        while not self._stopping.is_set():
+            try:
+                if await self._leadership.try_acquire():
+                    await self._lead()
+                else:
+                    await self._pause(STANDBY_POLL_S)
+            except CONNECTION_ERRORS as error:
+                self._log.warning("redis_unreachable", error=str(error))
+                self._leadership.fencing_token = 0
+                await self._pause(STANDBY_POLL_S)
+        with contextlib.suppress(*CONNECTION_ERRORS):
+            await self._leadership.release()
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+
+    # --- leading ----------------------------------------------------------------------------------------------
+
+    async def _lead(self) -> None:
+        self._renewed_s = time.monotonic()
+        await self._rebuild()
+        await self._act()
+        while not self._stopping.is_set():
+            if time.monotonic() - self._renewed_s > RENEW_EVERY_S:
+                if not await self._leadership.renew():
+                    return
+                self._renewed_s = time.monotonic()
+            await self._turn()
+
+    async def _rebuild(self) -> None:
+        """Learn models, nodes, workers and queues from Redis, and read the inbox from its present end on."""
+        newest = await self._redis.xrevrange(keys.INBOX, count=1)
+        self._last_inbox_id = newest[0][0] if newest else b"0-0"
+        self._fleet = Fleet(self._config)
+        await self._read_cards()
+        await self._read_nodes()
+        for report in await self._read_worker_reports():
+            self._fleet.on_worker_changed(
+                WorkerChanged(report.node_id, report.worker_id, report.model, report.state), time.monotonic()
+            )
+        await self._read_queues(self._fleet.model_names())
+
+    async def _turn(self) -> None:
+        """Wait for news (at most until the next timer), take it in, decide, act, publish."""
+        batch = await self._redis.xread({keys.INBOX: self._last_inbox_id}, count=INBOX_BATCH, block=self._block_ms())
+        seen_mono_ns = time.monotonic_ns()
+        for _, entries in batch or ():
+            for entry_id, fields in entries:
+                self._last_inbox_id = entry_id
+                await self._on_message(fields.get(keys.FIELD.encode(), b""))
+        if batch:
+            await self._act(seen_mono_ns)  # a demand is answered before any bookkeeping
+        await self._read_queues(self._fleet.awake_or_waiting())
+        if time.monotonic() - self._nodes_s > NODES_EVERY_S:
+            await self._read_nodes()
+        await self._act(seen_mono_ns)
+        if batch or time.monotonic() - self._status_s > STATUS_EVERY_S:
+            await self._publish_status()
+
+    def _block_ms(self) -> int:
+        """How long to wait for news: to the next idle deadline, but no longer than a tick."""
+        now_s = time.monotonic()
+        wait_s = TICK_S if self._fleet.awake_or_waiting() else IDLE_TICK_S
+        deadline_s = decide_idle_deadline_s(self._fleet.view())
+        if deadline_s is not None:
+            wait_s = min(wait_s, deadline_s - now_s)
+        wait_s = min(wait_s, self._renewed_s + RENEW_EVERY_S - now_s)
+        return int(max(MIN_BLOCK_S, wait_s) * 1000)
+
+    async def _on_message(self, data: bytes) -> None:
+        try:
+            message: InboxMessage = codec.decode(data, InboxMessage)
+        except ContractError as error:
+            self._log.error("inbox_message_refused", error=str(error))
+            return
+        now_s = time.monotonic()
+        match message:
+            case Demand(model=model):
+                if not self._fleet.on_demand(model, now_s):
+                    await self._read_cards()
+                    self._fleet.on_demand(model, now_s)
+            case WorkerChanged(error=cause):
+                self._fleet.on_worker_changed(message, now_s)
+                if cause is not None and cause.code in REFUSALS:
+                    await self._read_cards()  # its agent has published why; the queue is refused with that
+            case ModelsChanged():
+                await self._read_cards()
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    async def _read_cards(self) -> None:
+        raw = await self._redis.hgetall(keys.MODELS)
+        self._fleet.on_cards([codec.decode(data, ModelCard) for data in raw.values()], time.monotonic())
+
+    async def _read_nodes(self) -> None:
+        self._nodes_s = time.monotonic()
+        node_ids = await self._redis.smembers(keys.NODES)
+        found = await self._redis.mget([keys.node(node_id.decode()) for node_id in node_ids]) if node_ids else []
+        self._nodes = [codec.decode(data, NodeReport) for data in found if data]
+        self._fleet.on_nodes(self._nodes)
+        lost = self._fleet.forget_workers_of_lost_nodes()
+        if lost:
+            self._log.error("workers_lost_with_their_node", worker_ids=lost)
+
+    async def _read_worker_reports(self) -> list[WorkerReport]:
+        worker_ids = await self._redis.smembers(keys.WORKERS)
+        found = await self._redis.mget([keys.worker(i.decode()) for i in worker_ids]) if worker_ids else []
+        return [codec.decode(data, WorkerReport) for data in found if data]
+
+    async def _read_queues(self, models: list[str]) -> None:
+        if models:
+            depths = await self._dispatcher.queue_depths(models)
+            for model, depth in depths.items():
+                self._fleet.on_in_flight(model, depth, time.monotonic())
+
+    # --- acting -----------------------------------------------------------------------------------------------
+
+    async def _act(self, seen_mono_ns: int | None = None) -> None:
+        seen = time.monotonic_ns() if seen_mono_ns is None else seen_mono_ns
+        for action in decide(self._fleet.view(), time.monotonic()):
+            await self._carry_out(action, seen)
+
+    async def _carry_out(self, action: Action, seen_mono_ns: int) -> None:
+        match action:
+            case Spawn(model=model, node_id=node_id):
+                await self._spawn(model, node_id, seen_mono_ns)
+            case Drain(worker=worker, reason=reason):
+                grace_s = self._config.policy_of(worker.model).drain_grace_s
+                self._fleet.on_draining(worker.worker_id, worker.model)
+                order = DrainWorker(worker.worker_id, self._leadership.fencing_token, grace_s)
+                await self._order(worker.node_id, order)
+                self._log.info("drain_ordered", model=worker.model, worker_id=worker.worker_id, reason=reason)
+            case RefuseQueue(model=model, error=error):
+                count = await self._dispatcher.fail_queued(model, error)
+                self._fleet.on_in_flight(model, 0, time.monotonic())
+                self._log.error(
+                    "queue_refused", model=model, requests=count, code=error.code.value, error=error.message
+                )
+            case GiveUp(worker=worker):
+                error = ErrorInfo(ErrorCode.WAKE_FAILED, f"worker {worker.worker_id} was not ready in time")
+                self._fleet.on_given_up(worker, error, time.monotonic())
+                await self._order(
+                    worker.node_id, DrainWorker(worker.worker_id, self._leadership.fencing_token, grace_s=0.0)
+                )
+                self._log.error("worker_given_up", model=worker.model, worker_id=worker.worker_id)
+
+    async def _spawn(self, model: str, node_id: str, seen_mono_ns: int) -> None:
+        worker_id = f"{model}-{secrets.token_hex(4)}"
+        policy = self._config.policy_of(model)
+        self._fleet.on_ordered(worker_id, model, node_id, time.monotonic())
+        order = SpawnWorker(
+            worker_id=worker_id,
+            model=model,
+            fencing_token=self._leadership.fencing_token,
+            max_running=policy.max_running,
+            kv_budget_bytes=policy.kv_budget_bytes,
+            marks={Mark.DEMAND_SEEN: seen_mono_ns, Mark.SPAWN_ORDERED: time.monotonic_ns()},
+        )
+        await self._order(node_id, order)
+        await self._redis.publish(keys.EVENTS, codec.encode(StageEvent(model, "spawning")))
+        self._log.info("spawn_ordered", model=model, worker_id=worker_id, node_id=node_id)
+
+    async def _order(self, node_id: str, order: AgentCommand) -> None:
+        fields: dict[Any, Any] = {keys.FIELD: codec.encode(order)}
+        await self._redis.xadd(keys.node_commands(node_id), fields, maxlen=1000, approximate=True)
+
+    async def _publish_status(self) -> None:
+        self._status_s = time.monotonic()
+        reports = await self._read_worker_reports()
+        status = StatusReport(
+            published_at_s=time.time(),
+            leader=self._scheduler_id,
+            models=self._fleet.statuses(reports, self._status_s),
+            nodes=tuple(self._nodes),
+            workers=tuple(reports),
+        )
+        await self._redis.set(keys.STATUS, codec.encode(status), ex=keys.NODE_TTL_S)
+
+
+async def run_scheduler(settings: ProcessSettings) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Raises:
+        SettingsError: the configuration file is not valid.
+    """
+    redis = connect(settings.redis_url)
+    scheduler = Scheduler(redis, load_config(settings.config_path), f"{settings.node_id}:{secrets.token_hex(3)}")
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, scheduler.stop)
+    try:
+        await scheduler.run()
+    finally:
+        await redis.aclose()
+
+
+def main() -> None:
+    """Entry point of ``python -m scheduler scheduler``."""
+    settings = read_process_settings()
+    configure_logging(component="scheduler", level=settings.log_level)
+    uvloop.run(run_scheduler(settings))
