@@ -1,0 +1,33 @@
+"""``python -m worker agent`` and, started by the agent, ``python -m worker zygote FD``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Final
+
+USAGE: Final = """usage: python -m worker agent
+       python -m worker zygote FD    (started by the agent; FD is its end of a socket pair)
+Settings come from the environment: REDIS_URL, GLOWPLUG_STATE_DIR, GLOWPLUG_SNAPSHOT_KEYS, ..."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the mode that ``arguments`` name; exit code."""
+    match arguments:
+        case ["agent"]:
+            from worker.agent import main as run_agent
+
+            return run_agent()
+        case ["zygote", fd] if fd.isdecimal():
+            # Read by OpenBLAS when NumPy is imported: with a second thread the zygote could not be forked.
+            os.environ["OPENBLAS_NUM_THREADS"] = "1"
+            from worker.zygote import main as run_zygote
+
+            return run_zygote(int(fd))
+        case _:
+            print(USAGE, file=sys.stderr)
+            return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

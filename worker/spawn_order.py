@@ -1,0 +1,106 @@
+"""What an agent, its zygote and a new worker tell each other over the zygote's socket.
+
+====================== ========= ===================================================================
+message                direction meaning
+====================== ========= ===================================================================
+:class:`ZygoteReady`   to agent  everything is imported and frozen; forks may be ordered
+:class:`ForkWorker`    to zygote fork one worker; carries two file descriptors, weights then guest
+:class:`WorkerForked`  to agent  the worker runs
+:class:`ForkRefused`   to agent  no process was made, and why
+:class:`SignalWorker`  to zygote send a signal to a worker that the zygote has not reaped
+:class:`WorkerExited`  to agent  the worker ended and was reaped
+====================== ========= ===================================================================
+
+Signals go through the zygote because it alone reaps: a process id that it still knows cannot have been reused.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from scheduler.contract.states import Tier
+
+NUM_SPAWN_FDS = 2  # weights, guest
+
+
+class SpawnOrder(msgspec.Struct, frozen=True):
+    """All that a forked worker needs to know.
+
+    ``manifest`` holds the encoded manifest that the agent verified; the worker does not check it again (and has no
+    key to do so). ``marks`` are the instants of the wake so far; ``cold_tier`` is the coldest one the wake touched.
+    """
+
+    worker_id: str
+    node_id: str
+    model: str
+    snapshot_id: str
+    redis_url: str
+    manifest: bytes
+    backend: str
+    num_threads: int
+    max_running: int  # sequences at once
+    kv_budget_bytes: int
+    drain_grace_s: float
+    cold_tier: Tier
+    marks: dict[str, int] = {}
+
+
+class SpawnedFds(msgspec.Struct, frozen=True):
+    """Sealed, verified memory files, owned by the worker."""
+
+    weights_fd: int
+    guest_fd: int
+
+
+class ZygoteReady(msgspec.Struct, frozen=True, tag="ready"):
+    """First message of a zygote."""
+
+    pid: int
+    num_modules: int
+    resident_bytes: int
+
+
+class ForkWorker(msgspec.Struct, frozen=True, tag="fork"):
+    """Fork a worker for ``order``; its file descriptors travel with the message."""
+
+    order: SpawnOrder
+
+
+class SignalWorker(msgspec.Struct, frozen=True, tag="signal"):
+    """Send ``signal_number`` to a worker; nothing happens if it has ended."""
+
+    worker_id: str
+    signal_number: int
+
+
+class WorkerForked(msgspec.Struct, frozen=True, tag="forked"):
+    """Answer to :class:`ForkWorker`."""
+
+    worker_id: str
+    pid: int
+
+
+class ForkRefused(msgspec.Struct, frozen=True, tag="refused"):
+    """Answer to :class:`ForkWorker` when no process could be made."""
+
+    worker_id: str
+    reason: str
+
+
+class WorkerExited(msgspec.Struct, frozen=True, tag="exited"):
+    """A worker was reaped. ``wait_status`` is that of ``waitpid``."""
+
+    worker_id: str
+    pid: int
+    wait_status: int
+
+    @property
+    def exit_code(self) -> int:
+        """Exit status, or minus the number of the signal that ended it."""
+        return os.waitstatus_to_exitcode(self.wait_status)
+
+
+ToZygote = ForkWorker | SignalWorker
+FromZygote = ZygoteReady | WorkerForked | ForkRefused | WorkerExited

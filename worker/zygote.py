@@ -1,0 +1,211 @@
+"""The zygote: a process with everything imported and one thread, which forks workers in about a millisecond.
+
+It stays single-threaded for ever, because a fork copies only the calling thread and leaves the locks of all others
+as they were. Hence a plain blocking loop, no asyncio, and no library that starts threads before the fork. Garbage
+collection is frozen before the first fork, so that a child's collections do not write to (and so copy) shared pages.
+
+Life and death: when the agent's end of the channel closes, the zygote exits; when the zygote exits, for whatever
+reason, the kernel kills its workers (PR_SET_PDEATHSIG). No worker can outlive its agent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Final
+
+import structlog
+
+from scheduler.contract.environment import read_process_settings
+from scheduler.contract.telemetry import configure_logging
+from worker.spawn_order import (
+    NUM_SPAWN_FDS,
+    ForkRefused,
+    ForkWorker,
+    FromZygote,
+    SignalWorker,
+    SpawnedFds,
+    SpawnOrder,
+    ToZygote,
+    WorkerExited,
+    WorkerForked,
+    ZygoteReady,
+)
+from worker.zygote_channel import PacketReader, encode_packet, send_packet
+
+#: Runs in the child with the order, its file descriptors and the instant of the fork; the result is its exit code.
+RunWorker = Callable[[SpawnOrder, SpawnedFds, int], int]
+
+EXIT_CRASHED: Final = 70  # EX_SOFTWARE
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+class ThreadsRunning(Exception):
+    """The zygote has more than one thread; forking it would copy locks that nobody will ever release."""
+
+
+class Zygote:
+    """The blocking loop. One thread, the process's only one."""
+
+    def __init__(self, channel: socket.socket, run_worker: RunWorker) -> None:
+        self._channel = channel
+        self._run_worker = run_worker
+        self._reader: PacketReader[ToZygote] = PacketReader(ToZygote)
+        self._workers: dict[int, str] = {}  # pid -> worker id, until reaped
+        self._pid = os.getpid()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def serve(self) -> None:
+        """Fork and reap until the agent closes the channel.
+
+        Raises:
+            ThreadsRunning: this process is not fit to be forked.
+        """
+        check_single_threaded()
+        signal.signal(signal.SIGCHLD, _wake_only)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the agent's to handle
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        self._send(ZygoteReady(self._pid, len(sys.modules), _resident_bytes()))
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        poller.register(self._wake_read, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poller.poll()}
+            if self._wake_read in ready:
+                _drain(self._wake_read)
+                self._reap()
+            if self._channel.fileno() in ready and not self._take_messages():
+                return
+
+    def _take_messages(self) -> bool:
+        """Handle what arrived; False when the agent is gone."""
+        if not self._reader.receive(self._channel):
+            return False
+        for message, fds in self._reader.messages():
+            match message:
+                case ForkWorker(order):
+                    self._fork(order, fds)
+                case SignalWorker(worker_id, number):
+                    self._signal(worker_id, number)
+        return True
+
+    def _fork(self, order: SpawnOrder, fds: tuple[int, ...]) -> None:
+        try:
+            if len(fds) != NUM_SPAWN_FDS:
+                self._send(ForkRefused(order.worker_id, f"{len(fds)} file descriptors came, expected {NUM_SPAWN_FDS}"))
+                return
+            try:
+                pid = os.fork()
+            except OSError as error:
+                self._send(ForkRefused(order.worker_id, f"fork failed: {error.strerror}"))
+                return
+            if pid == 0:
+                forked_mono_ns = time.monotonic_ns()
+                self._become_worker(order, SpawnedFds(*fds), forked_mono_ns)
+            self._workers[pid] = order.worker_id
+            self._send(WorkerForked(order.worker_id, pid))
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _become_worker(self, order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> None:
+        """The child's whole life; never returns, so that no frame of the zygote is unwound in it."""
+        code = EXIT_CRASHED
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._channel.close()
+            self._reader.close()
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != self._pid:  # the zygote died before the line above could bind us to it
+                os._exit(EXIT_CRASHED)
+            _prctl(_PR_SET_NAME, f"gp:{order.model}".encode()[:15], 0, 0, 0)
+            code = self._run_worker(order, fds, forked_mono_ns)
+        except BaseException:  # whatever it is, it must not run on into the zygote's loop
+            structlog.get_logger().exception("worker crashed", worker_id=order.worker_id, model=order.model)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _signal(self, worker_id: str, number: int) -> None:
+        for pid, known in self._workers.items():
+            if known == worker_id:
+                os.kill(pid, number)  # cannot hit a stranger: not reaped yet, so its id is not free
+
+    def _reap(self) -> None:
+        while self._workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            worker_id = self._workers.pop(pid, "")
+            self._send(WorkerExited(worker_id, pid, status))
+
+    def _send(self, message: FromZygote) -> None:
+        packet = encode_packet(message)
+        while packet:
+            packet = packet[send_packet(self._channel, packet) :]
+
+
+def check_single_threaded() -> None:
+    """Raise :class:`ThreadsRunning` if this process has a second thread."""
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/comm") as comm:
+            names.append(comm.read().strip())
+    if len(names) != 1:
+        raise ThreadsRunning(
+            f"the zygote has {len(names)} threads ({', '.join(sorted(names))}), exactly 1 can be forked safely; "
+            "look for a library that starts threads when imported (OPENBLAS_NUM_THREADS=1 keeps NumPy's away)"
+        )
+
+
+def main(channel_fd: int) -> int:
+    """Serve as zygote on an inherited socket; the process's exit code."""
+    settings = read_process_settings()
+    configure_logging(component="worker", level=settings.log_level)
+    channel = socket.socket(fileno=channel_fd)
+    channel.set_inheritable(False)
+    _prctl(_PR_SET_NAME, b"gp:zygote", 0, 0, 0)
+
+    # Imported here and not above: the zygote's own code must stay loadable without the worker's libraries.
+    from worker.slot import prepare_to_fork, run_worker
+
+    prepare_to_fork()
+    gc.collect()
+    gc.freeze()
+    try:
+        Zygote(channel, run_worker).serve()
+    except BrokenPipeError:
+        pass  # the agent went away between two messages
+    return 0
+
+
+def _wake_only(signal_number: int, frame: FrameType | None) -> None:
+    """Exists so that Python writes to the wake-up descriptor."""
+
+
+def _drain(fd: int) -> None:
+    try:
+        while os.read(fd, 512):
+            pass
+    except BlockingIOError:
+        return
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
