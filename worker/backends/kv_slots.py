@@ -1,0 +1,141 @@
+"""Memory for keys and values: one anonymous mapping a sequence, paged in by use, kept warm for the next one."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Final
+
+import numpy as np
+
+from worker.backends.protocol import BackendError, FloatArray
+
+#: Slots come in powers of two of this many tokens, so that a freed one fits the next request.
+MIN_SLOT_TOKENS: Final = 256
+#: Freed slots kept mapped, with their pages, for reuse. Larger ones go back to the system at once.
+MAX_SPARE_BYTES: Final = 64 * 1024 * 1024
+
+
+class KvSlot:
+    """Keys and values of one sequence, float32.
+
+    ``keys`` and ``values`` are ``[layers, kv heads, capacity tokens, head_dim]`` views of the slot's mapping, laid
+    out so that a layer's keys of one head are a plain matrix for BLAS.
+    """
+
+    __slots__ = ("_memory", "capacity_tokens", "keys", "num_tokens", "values")
+
+    def __init__(self, capacity_tokens: int, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        shape = (2, num_layers, num_kv_heads, capacity_tokens, head_dim)
+        num_floats = 2 * num_layers * num_kv_heads * capacity_tokens * head_dim
+        self._memory = mmap.mmap(-1, num_floats * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        both = np.frombuffer(self._memory, dtype=np.float32).reshape(shape)
+        self.keys: FloatArray = both[0]
+        self.values: FloatArray = both[1]
+        self.capacity_tokens = capacity_tokens
+        self.num_tokens = 0
+
+    def validate_append(self, start: int, num_tokens: int) -> None:
+        """Check that ``num_tokens`` tokens may be written from position ``start`` on.
+
+        Raises:
+            BackendError: a gap before ``start``, nothing to write, or beyond the slot's capacity.
+        """
+        if num_tokens < 1 or start > self.num_tokens:
+            raise BackendError(f"{num_tokens} tokens at position {start} of a slot that holds {self.num_tokens}")
+        if start + num_tokens > self.capacity_tokens:
+            raise BackendError(
+                f"{num_tokens} tokens at position {start}: the slot was opened for {self.capacity_tokens}"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the mapping; resident only as far as tokens were written."""
+        return len(self._memory)
+
+
+class KvSlots:
+    """All slots of a bound model. Used by the engine thread only.
+
+    Pages are taken by first use, 4 KiB each: with huge pages the first token of a short prompt would zero the
+    whole slot, because every layer and head has its own stretch of it.
+    """
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, context_length: int) -> None:
+        self._shape = (num_layers, num_kv_heads, head_dim)
+        self._context_length = context_length
+        self._open: dict[int, KvSlot] = {}
+        self._spare: list[KvSlot] = []
+        self._next_slot = 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        num_layers, num_kv_heads, head_dim = self._shape
+        return 2 * num_layers * num_kv_heads * head_dim * 4
+
+    def open(self, max_tokens: int) -> int:
+        """Number of a slot for up to ``max_tokens`` tokens; a spare one where one is large enough.
+
+        Raises:
+            BackendError: more tokens than the model's context.
+        """
+        if not 0 < max_tokens <= self._context_length:
+            raise BackendError(f"slot of {max_tokens} tokens: the context is {self._context_length} tokens")
+        slot = self._take_spare(max_tokens) or KvSlot(self._choose_capacity(max_tokens), *self._shape)
+        slot.num_tokens = 0
+        number = self._next_slot
+        self._next_slot += 1
+        self._open[number] = slot
+        return number
+
+    def close(self, number: int) -> None:
+        """Give a slot back; its memory stays mapped as a spare while spares are small. Idempotent."""
+        slot = self._open.pop(number, None)
+        if slot is None:
+            return
+        if self.spare_bytes + slot.num_bytes <= MAX_SPARE_BYTES:
+            self._spare.append(slot)
+
+    def get(self, number: int) -> KvSlot:
+        """The open slot ``number``.
+
+        Raises:
+            BackendError: no such slot is open.
+        """
+        try:
+            return self._open[number]
+        except KeyError:
+            raise BackendError(f"KV slot {number} is not open") from None
+
+    def close_all(self) -> None:
+        """Drop every slot and spare. A mapping ends with the last array that looks into it."""
+        self._open.clear()
+        self._spare.clear()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes mapped by open slots, resident or not."""
+        return sum(slot.num_bytes for slot in self._open.values())
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes mapped by spare slots."""
+        return sum(slot.num_bytes for slot in self._spare)
+
+    def _choose_capacity(self, max_tokens: int) -> int:
+        capacity = MIN_SLOT_TOKENS
+        while capacity < max_tokens:
+            capacity *= 2
+        return min(capacity, max(self._context_length, 1))
+
+    def _take_spare(self, max_tokens: int) -> KvSlot | None:
+        fitting = [slot for slot in self._spare if slot.capacity_tokens >= max_tokens]
+        if not fitting:
+            return None
+        smallest = min(fitting, key=lambda slot: slot.capacity_tokens)
+        self._spare.remove(smallest)
+        return smallest

@@ -1,0 +1,296 @@
+"""The reference backend: float32 NumPy, one plain function an operation. Every other backend is tested against it.
+
+Written to be read, not to be fast: weights that are stored as bf16 or int8 are converted to float32 when bound (the
+only backend that copies weights), and nothing is fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from guests.abi import NO_TENSOR, Opcode, ProgramKind
+from guests.program import Operation, Program
+from worker.backends.kv_slots import KvSlot, KvSlots
+from worker.backends.program_shapes import infer_shapes
+from worker.backends.protocol import (
+    BackendError,
+    BoundModel,
+    FloatArray,
+    ModelPlan,
+    SequenceInput,
+    WeightTensor,
+)
+
+
+@dataclass(slots=True)
+class _SequenceShare:
+    """Rows ``rows`` of the step belong to the sequence in ``slot``, at positions ``start`` on."""
+
+    slot: KvSlot
+    rows: slice
+    start: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """What the operations of one step read and write."""
+
+    token_ids: npt.NDArray[np.int64]  # [T]
+    positions: npt.NDArray[np.float32]  # [T]
+    last_rows: npt.NDArray[np.int64]  # [S]
+    shares: list[_SequenceShare]
+    values: list[FloatArray]
+
+
+_Call = Callable[[_Step], None]
+
+
+class NumpyBackend:
+    """Reference backend on NumPy float32."""
+
+    name = "numpy"
+
+    def warm(self) -> None:
+        """One small product, so that BLAS has its buffers."""
+        np.ones((8, 8), np.float32) @ np.ones((8, 8), np.float32)
+
+    def bind(self, plan: ModelPlan) -> BoundModel:
+        """Convert the weights to float32 and prebind both programs.
+
+        Raises:
+            BackendError: a shape or dtype that does not fit; the message names the operation or tensor.
+        """
+        return NumpyModel(plan)
+
+
+class NumpyModel:
+    """A model on the reference backend. Engine thread only."""
+
+    def __init__(self, plan: ModelPlan) -> None:
+        weights = [_convert_weight(tensor) for tensor in plan.tensors]
+        self._num_values = {ProgramKind.PREFILL: plan.prefill.num_values, ProgramKind.DECODE: plan.decode.num_values}
+        self._calls = {
+            ProgramKind.PREFILL: _bind_program(plan.prefill, plan, weights),
+            ProgramKind.DECODE: _bind_program(plan.decode, plan, weights),
+        }
+        self._slots = KvSlots(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
+        self._num_steps = 0
+        self._num_tokens = 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self._slots.bytes_per_token
+
+    def open_slot(self, max_tokens: int) -> int:
+        return self._slots.open(max_tokens)
+
+    def close_slot(self, slot: int) -> None:
+        self._slots.close(slot)
+
+    def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
+        """See :class:`~worker.backends.protocol.BoundModel`; the result is a fresh array ``[S, V]``."""
+        kind = ProgramKind.DECODE if all(len(i.token_ids) == 1 for i in inputs) else ProgramKind.PREFILL
+        step = self._gather(inputs, self._num_values[kind])
+        for call in self._calls[kind]:
+            call(step)
+        for share in step.shares:
+            share.slot.num_tokens = share.start + share.rows.stop - share.rows.start
+        self._num_steps += 1
+        self._num_tokens += len(step.token_ids)
+        return step.values[-1]
+
+    def statistics(self) -> Mapping[str, int]:
+        return {
+            "num_steps": self._num_steps,
+            "num_tokens": self._num_tokens,
+            "num_open_slots": self._slots.num_open,
+            "kv_open_bytes": self._slots.open_bytes,
+            "kv_spare_bytes": self._slots.spare_bytes,
+        }
+
+    def close(self) -> None:
+        self._slots.close_all()
+
+    def _gather(self, inputs: tuple[SequenceInput, ...], num_values: int) -> _Step:
+        shares: list[_SequenceShare] = []
+        token_ids: list[int] = []
+        positions: list[int] = []
+        last_rows: list[int] = []
+        for item in inputs:
+            slot = self._slots.get(item.slot)
+            slot.validate_append(item.start, len(item.token_ids))
+            first_row = len(token_ids)
+            token_ids += item.token_ids
+            positions += range(item.start, item.start + len(item.token_ids))
+            shares.append(_SequenceShare(slot, slice(first_row, len(token_ids)), item.start))
+            if item.wants_logits:
+                last_rows.append(len(token_ids) - 1)
+        empty: FloatArray = np.empty((0, 0), np.float32)
+        return _Step(
+            np.array(token_ids, np.int64),
+            np.array(positions, np.float32),
+            np.array(last_rows, np.int64),
+            shares,
+            [empty] * (num_values + 1),  # the extra one is the result
+        )
+
+
+def _convert_weight(tensor: WeightTensor) -> FloatArray:
+    data = tensor.data
+    if data.dtype == np.float32:
+        return data
+    if data.dtype == ml_dtypes.bfloat16:
+        return data.astype(np.float32)
+    if data.dtype == np.int8:
+        if tensor.scale is None:
+            raise BackendError(f"{tensor.name}: int8 weights need a scale for each output channel")
+        return data.astype(np.float32) * tensor.scale[:, None]
+    raise BackendError(f"{tensor.name}: dtype {data.dtype} (this backend runs float32, bfloat16 and int8)")
+
+
+def _bind_program(program: Program, plan: ModelPlan, weights: list[FloatArray]) -> list[_Call]:
+    infer_shapes(program, plan)
+    calls: list[_Call] = []
+    selected_rows = False
+    for operation in program.operations:
+        selected_rows |= operation.opcode is Opcode.LAST_ROWS
+        tensors = [weights[handle] for handle in operation.tensors if handle != NO_TENSOR]
+        calls.append(partial(_FUNCTIONS[operation.opcode], operation, tensors))
+    if not selected_rows:
+        calls.append(_select_result_rows)
+    return calls
+
+
+def _select_result_rows(step: _Step) -> None:
+    step.values[-1] = step.values[-1][step.last_rows]
+
+
+def _embed(operation: Operation, tensors: list[FloatArray], step: _Step) -> None:
+    step.values[operation.out] = tensors[0][step.token_ids]  # [T, D]
+
+
+def _normalise(rows: FloatArray, weight: FloatArray, epsilon: float) -> FloatArray:
+    mean_square = np.mean(rows * rows, axis=-1, keepdims=True, dtype=np.float32)
+    normalised: FloatArray = np.divide(rows, np.sqrt(mean_square + np.float32(epsilon)), dtype=np.float32)
+    return normalised * weight
+
+
+def _rms_norm(operation: Operation, tensors: list[FloatArray], step: _Step) -> None:
+    source = step.values[operation.inputs[0]]
+    step.values[operation.out] = _normalise(source, tensors[0], operation.floats[0])
+
+
+def _linear(operation: Operation, tensors: list[FloatArray], step: _Step) -> None:
+    product = step.values[operation.inputs[0]] @ tensors[0].T  # [T, N]
+    step.values[operation.out] = product + tensors[1] if len(tensors) > 1 else product
+
+
+def _split_heads(rows: FloatArray, column: int, num_heads: int, head_dim: int) -> FloatArray:
+    """View of columns ``[column, column + num_heads * head_dim)`` as ``[T, heads, head_dim]``."""
+    return rows[:, column : column + num_heads * head_dim].reshape(len(rows), num_heads, head_dim)
+
+
+def _head_rms_norm(operation: Operation, tensors: list[FloatArray], step: _Step) -> None:
+    column, num_heads, head_dim = operation.ints[:3]
+    rows = step.values[operation.out]
+    heads = _split_heads(rows, column, num_heads, head_dim)
+    normalised = _normalise(heads, tensors[0], operation.floats[0])
+    rows[:, column : column + num_heads * head_dim] = normalised.reshape(len(rows), -1)
+
+
+def _rope(operation: Operation, tensors: list[FloatArray], step: _Step) -> None:
+    """Rotary embedding, half-split pairs. Source: Su et al. 2021, arXiv:2104.09864, equation 34."""
+    column, num_heads, head_dim = operation.ints[:3]
+    angles = step.positions[:, None] * tensors[0]  # [T, head_dim / 2]
+    scale = np.float32(operation.floats[0])
+    cosine = (np.cos(angles) * scale)[:, None, :]
+    sine = (np.sin(angles) * scale)[:, None, :]
+    rows = step.values[operation.out]
+    heads = _split_heads(rows, column, num_heads, head_dim)
+    first, second = heads[..., : head_dim // 2], heads[..., head_dim // 2 :]
+    rotated = np.concatenate((first * cosine - second * sine, second * cosine + first * sine), axis=-1)
+    rows[:, column : column + num_heads * head_dim] = rotated.reshape(len(rows), -1)
+
+
+def _kv_append(operation: Operation, _tensors: list[FloatArray], step: _Step) -> None:
+    layer, key_column, value_column, num_heads, head_dim = operation.ints[:5]
+    rows = step.values[operation.inputs[0]]
+    keys = _split_heads(rows, key_column, num_heads, head_dim)
+    values = _split_heads(rows, value_column, num_heads, head_dim)
+    for share in step.shares:
+        end = share.start + share.rows.stop - share.rows.start
+        share.slot.keys[layer, :, share.start : end] = keys[share.rows].transpose(1, 0, 2)
+        share.slot.values[layer, :, share.start : end] = values[share.rows].transpose(1, 0, 2)
+
+
+def _attention(operation: Operation, _tensors: list[FloatArray], step: _Step) -> None:
+    layer, num_heads, num_kv_heads, head_dim, window_tokens = operation.ints[:5]
+    queries = _split_heads(step.values[operation.inputs[0]], 0, num_heads, head_dim)
+    result = np.empty_like(queries)  # [T, heads, head_dim]
+    for share in step.shares:
+        num_keys = share.start + share.rows.stop - share.rows.start
+        visible = _causal_mask(share.start, num_keys, window_tokens)
+        for head in range(num_heads):
+            kv_head = head * num_kv_heads // num_heads
+            keys = share.slot.keys[layer, kv_head, :num_keys]
+            scores = queries[share.rows, head] @ keys.T * np.float32(operation.floats[0])
+            weights = _softmax(np.where(visible, scores, np.float32(-np.inf)))
+            result[share.rows, head] = weights @ share.slot.values[layer, kv_head, :num_keys]
+    step.values[operation.out] = result.reshape(len(result), num_heads * head_dim)
+
+
+def _causal_mask(start: int, num_keys: int, window_tokens: int) -> npt.NDArray[np.bool_]:
+    """Which keys ``[num_keys]`` each query at positions ``start`` on may see."""
+    query_positions = np.arange(start, num_keys)[:, None]
+    key_positions = np.arange(num_keys)[None, :]
+    visible: npt.NDArray[np.bool_] = key_positions <= query_positions
+    if window_tokens > 0:
+        visible &= key_positions > query_positions - window_tokens
+    return visible
+
+
+def _softmax(scores: FloatArray) -> FloatArray:
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result: FloatArray = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _silu_mul(operation: Operation, _tensors: list[FloatArray], step: _Step) -> None:
+    source = step.values[operation.inputs[0]]
+    gate, up = source[:, : operation.ints[0]], source[:, operation.ints[0] :]
+    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then rightly 0
+        sigmoid: FloatArray = np.reciprocal(1 + np.exp(-gate), dtype=np.float32)
+    step.values[operation.out] = gate * sigmoid * up
+
+
+def _add(operation: Operation, _tensors: list[FloatArray], step: _Step) -> None:
+    step.values[operation.out] = step.values[operation.inputs[0]] + step.values[operation.inputs[1]]
+
+
+def _last_rows(operation: Operation, _tensors: list[FloatArray], step: _Step) -> None:
+    step.values[operation.out] = step.values[operation.inputs[0]][step.last_rows]
+
+
+def _output(operation: Operation, _tensors: list[FloatArray], step: _Step) -> None:
+    step.values[-1] = step.values[operation.inputs[0]]
+
+
+_FUNCTIONS: Mapping[Opcode, Callable[[Operation, list[FloatArray], _Step], None]] = {
+    Opcode.EMBED: _embed,
+    Opcode.RMS_NORM: _rms_norm,
+    Opcode.LINEAR: _linear,
+    Opcode.HEAD_RMS_NORM: _head_rms_norm,
+    Opcode.ROPE: _rope,
+    Opcode.KV_APPEND: _kv_append,
+    Opcode.ATTENTION: _attention,
+    Opcode.SILU_MUL: _silu_mul,
+    Opcode.ADD: _add,
+    Opcode.LAST_ROWS: _last_rows,
+    Opcode.OUTPUT: _output,
+}
