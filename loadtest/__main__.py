@@ -1,0 +1,24 @@
+"""``python -m loadtest demo|bench``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Dispatch on the first argument; exit status 2 for wrong usage."""
+    mode, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if mode == "demo":
+        from loadtest.demo import run_demo
+
+        return run_demo(arguments)
+    if mode == "bench":
+        from loadtest.bench import run_bench
+
+        return run_bench(arguments)
+    print("usage: python -m loadtest demo|bench [--help]", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
