@@ -1,0 +1,395 @@
+"""Verified bytes in sealed memory, and read-only views of them. The only place that maps files.
+
+``seal_blob`` copies a blob's file into an anonymous memory file and digests every chunk *there*, then seals it:
+from that moment nobody, not even its owner, can write, shrink or grow it. A node agent keeps the descriptor, workers
+inherit it and map it shared, so that one verification and one copy serve every worker on the host.
+
+Huge pages: the memory file is filled through a mapping aligned to 2 MiB. Where the kernel gives shared memory huge
+pages on advice it does so; where its setting is ``never``, MADV_COLLAPSE still makes them, extent by extent, before
+the bytes are copied in. Failing both, the 4 KiB pages are as right and only slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from snapshots import chunks
+from snapshots.dtypes import NUMPY_DTYPES
+from snapshots.errors import BlobCorrupt, MappingError
+from snapshots.manifest import BlobRef, TensorEntry
+from snapshots.verification import open_blob_file
+
+HUGE_PAGE_BYTES: Final = 2 * 1024 * 1024
+PAGE_BYTES: Final = mmap.PAGESIZE
+SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+#: Work of one thread at a time while sealing: long enough that MADV_COLLAPSE's fixed cost (it drains the page lists
+#: of all cores) does not matter, short enough that the cores finish together.
+PIECE_BYTES: Final = 16 * 1024 * 1024
+MADV_POPULATE_READ: Final = 22  # Linux 5.14; missing from the mmap module of Python 3.11
+MADV_COLLAPSE: Final = 25  # Linux 6.1
+MFD_NOEXEC_SEAL: Final = 0x0008  # Linux 6.3
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)  # CDLL: calls release the GIL
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FIXED: Final = 0x10
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+
+class SealedBlob:
+    """A memory file that holds a verified blob and can never change. Owns ``fd`` (read-only) until :meth:`close`.
+
+    Workers get the descriptor by inheritance or SCM_RIGHTS. The memory lives as long as any descriptor or mapping.
+    """
+
+    def __init__(self, fd: int, size_bytes: int, digest: str) -> None:
+        self.fd = fd
+        self.size_bytes = size_bytes
+        self.digest = digest
+
+    def __repr__(self) -> str:
+        return f"SealedBlob(fd={self.fd}, size_bytes={self.size_bytes}, digest={self.digest[:12]!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def seal_blob(
+    path: Path,
+    ref: BlobRef,
+    *,
+    label: str | None = None,
+    num_threads: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SealedBlob:
+    """Copy the file at ``path`` into sealed memory and verify every chunk of it there.
+
+    Requires: ``ref`` from a verified manifest. On success: the caller owns a descriptor of memory whose content is
+    ``ref``'s. On failure: nothing is left, no byte was usable by anyone. Blocks; run it on a thread. Takes
+    ``size_bytes`` of memory. ``on_progress(done_bytes, total_bytes)`` is called from the calling thread.
+
+    Raises:
+        BlobCorrupt: the file is missing, not regular, of another size, or a chunk (the first one) differs.
+        MappingError: no memory for it, or the kernel refuses memory files or seals.
+    """
+    label = label or ref.digest[:16]
+    source_fd = open_blob_file(path, ref, label)
+    try:
+        memory_fd = _create_memory_file(ref)
+        try:
+            with _aligned_mapping(memory_fd, ref.size_bytes, mmap.PROT_READ | mmap.PROT_WRITE) as target:
+                _fill_and_verify(source_fd, target, ref, label, num_threads or chunks.available_cores(), on_progress)
+            fcntl.fcntl(memory_fd, fcntl.F_ADD_SEALS, SEALS)
+            # Reopened read-only: kernels before 6.7 refuse shared mappings of a write-sealed file otherwise.
+            read_fd = os.open(f"/proc/self/fd/{memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise MappingError(
+                f"cannot hold {ref.size_bytes} bytes of blob {label} in sealed memory: {error.strerror}"
+            ) from error
+        finally:
+            os.close(memory_fd)
+    finally:
+        os.close(source_fd)
+    return SealedBlob(read_fd, ref.size_bytes, ref.digest)
+
+
+def _create_memory_file(ref: BlobRef) -> int:
+    name = f"glowplug-{ref.digest[:16]}"
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create(name, flags | MFD_NOEXEC_SEAL)  # may be mapped executable, but never exec()ed
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise MappingError(f"cannot create a memory file: {error.strerror}") from error
+        fd = os.memfd_create(name, flags)
+    try:
+        os.ftruncate(fd, ref.size_bytes)
+    except OSError as error:
+        os.close(fd)
+        raise MappingError(f"cannot size a memory file to {ref.size_bytes} bytes: {error.strerror}") from error
+    return fd
+
+
+def _fill_and_verify(
+    source_fd: int,
+    target: memoryview,
+    ref: BlobRef,
+    label: str,
+    num_threads: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    piece_bytes = max(PIECE_BYTES, ref.chunk_bytes)
+    stop = threading.Event()
+    done_bytes = 0
+    corrupt: list[BlobCorrupt] = []
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="seal") as pool:
+        pieces = [
+            pool.submit(_fill_piece, source_fd, target, start, end, ref, label, stop)
+            for start, end in chunks.iterate_chunks(ref.size_bytes, piece_bytes)
+        ]
+        for piece in as_completed(pieces):
+            try:
+                done_bytes += piece.result()
+            except BlobCorrupt as error:
+                stop.set()
+                corrupt.append(error)
+            except BaseException:
+                stop.set()
+                raise
+            if on_progress is not None:
+                on_progress(done_bytes, ref.size_bytes)
+    if corrupt:
+        raise min(corrupt, key=lambda error: error.offset or 0)
+
+
+def _fill_piece(
+    source_fd: int, target: memoryview, start: int, end: int, ref: BlobRef, label: str, stop: threading.Event
+) -> int:
+    """Copy one piece chunk by chunk and digest each while it is in the core's cache; bytes done."""
+    if stop.is_set():
+        return 0
+    _back_with_huge_pages(source_fd, target, start, end)
+    for position in range(start, end, ref.chunk_bytes):
+        with target[position : min(position + ref.chunk_bytes, end)] as chunk:
+            index = position // ref.chunk_bytes
+            _read_fully(source_fd, chunk, position, label, index)
+            if chunks.digest_chunk(chunk) != ref.chunk_digest(index):
+                raise BlobCorrupt(label, "its bytes are not the signed ones", chunk=index, offset=position)
+    return end - start
+
+
+def _read_fully(fd: int, into: memoryview, position: int, label: str, index: int) -> None:
+    # preadv rather than a copy in user space: when memory runs out it fails with EFAULT, where a store to the
+    # mapping would be a SIGBUS.
+    done = 0
+    while done < len(into):
+        count = os.preadv(fd, [into[done:]], position + done)
+        if count == 0:
+            raise BlobCorrupt(label, "the file became shorter while it was read", chunk=index, offset=position + done)
+        done += count
+
+
+def _back_with_huge_pages(source_fd: int, target: memoryview, start: int, end: int) -> None:
+    """Make the whole 2 MiB extents of this piece huge pages, if the kernel will. Best effort."""
+    end -= end % HUGE_PAGE_BYTES
+    if start % HUGE_PAGE_BYTES or end <= start:
+        return
+    for extent in range(start, end, HUGE_PAGE_BYTES):
+        # An extent without any page cannot be collapsed, so its first byte comes now (again with its chunk).
+        os.preadv(source_fd, [target[extent : extent + 1]], extent)
+    _libc.madvise(_address(target) + start, end - start, MADV_COLLAPSE)
+
+
+@contextmanager
+def _aligned_mapping(fd: int, size_bytes: int, protection: int) -> Iterator[memoryview]:
+    mapping, lead = _map_aligned(fd, size_bytes, protection)
+    try:
+        with memoryview(mapping) as whole, whole[lead : lead + size_bytes] as view:
+            yield view
+    finally:
+        mapping.close()
+
+
+def _map_aligned(fd: int, size_bytes: int, protection: int) -> tuple[mmap.mmap, int]:
+    """Map ``fd`` shared at an address aligned to huge pages: (owner of the mapping, bytes before the file's first).
+
+    An anonymous mapping is made large enough and the file mapped over its aligned part: so Python's mmap object
+    owns it all, counts exported buffers and unmaps once.
+    """
+    owner = mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, protection)
+    base = np.frombuffer(owner, np.uint8).ctypes.data
+    lead = -base % HUGE_PAGE_BYTES
+    result = _libc.mmap(base + lead, size_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0)
+    if result == _MAP_FAILED:
+        code = ctypes.get_errno()
+        owner.close()
+        raise OSError(code, os.strerror(code))
+    _libc.madvise(base + lead, size_bytes, mmap.MADV_HUGEPAGE)
+    return owner, lead
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
+
+
+@dataclass(frozen=True, slots=True)
+class MappingStatistics:
+    """Memory of one mapping as this process sees it, in bytes."""
+
+    size_bytes: int
+    resident_bytes: int
+    proportional_bytes: int  # resident, each page divided by the processes that map it
+    private_bytes: int
+    huge_bytes: int  # mapped by 2 MiB entries
+
+
+def map_sealed(fd: int, size_bytes: int) -> MappedBytes:
+    """Map sealed memory read-only and shared. ``fd`` stays the caller's and may be closed afterwards.
+
+    Raises:
+        MappingError: not sealed against writing, shrinking and growing, or not of ``size_bytes``.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        status = os.fstat(fd)
+    except OSError as error:
+        raise MappingError(f"descriptor {fd} is not a sealed memory file: {error.strerror}") from error
+    if seals & SEALS != SEALS:
+        raise MappingError(f"descriptor {fd} has seals {seals:#x}, needs {SEALS:#x}: its bytes could still change")
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size_bytes or size_bytes <= 0:
+        raise MappingError(f"descriptor {fd} holds {status.st_size} bytes, expected {size_bytes}")
+    try:
+        owner, lead = _map_aligned(fd, size_bytes, mmap.PROT_READ)
+    except OSError as error:
+        raise MappingError(f"cannot map {size_bytes} bytes of sealed memory: {error.strerror}") from error
+    return MappedBytes(owner, lead, size_bytes)
+
+
+class MappedBytes:
+    """Sealed bytes in this process's address space. Views are read-only, zero-copy, and keep the mapping alive:
+    :meth:`close` is refused while one lives.
+    """
+
+    def __init__(self, owner: mmap.mmap, lead: int, size_bytes: int) -> None:
+        self._owner = owner
+        self._lead = lead
+        self._address = int(np.frombuffer(owner, np.uint8).ctypes.data) + lead
+        self.size_bytes = size_bytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte, aligned to 2 MiB. Valid until :meth:`close`."""
+        self._require_open()
+        return self._address
+
+    def array(self, dtype: npt.DTypeLike, shape: tuple[int, ...], offset: int = 0) -> npt.NDArray[Any]:
+        """A read-only view of ``shape`` at byte ``offset``.
+
+        Raises:
+            MappingError: outside of the mapping, or not aligned to the item size.
+        """
+        self._require_open()
+        item = np.dtype(dtype)
+        count = int(np.prod(shape, dtype=object)) if shape else 1
+        if any(size < 0 for size in shape):
+            raise MappingError(f"shape {shape} has a negative size")
+        self._require_inside(offset, count * item.itemsize)
+        if offset % item.itemsize:
+            raise MappingError(f"offset {offset} is not a multiple of {item.itemsize}, the size of {item}")
+        return np.frombuffer(self._owner, item, count, self._lead + offset).reshape(shape)
+
+    def tensor(self, entry: TensorEntry) -> npt.NDArray[Any]:
+        """The view of a manifest's tensor. BF16 becomes ``ml_dtypes.bfloat16``.
+
+        Raises:
+            MappingError: outside of the mapping, or an unknown dtype.
+        """
+        dtype = NUMPY_DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise MappingError(f"tensor {entry.name!r}: unknown dtype {entry.dtype!r}")
+        return self.array(dtype, entry.shape, entry.offset)
+
+    def view(self, offset: int = 0, length: int | None = None) -> memoryview:
+        """A read-only memoryview of ``length`` bytes (default: to the end) from ``offset``."""
+        self._require_open()
+        length = self.size_bytes - offset if length is None else length
+        self._require_inside(offset, length)
+        return memoryview(self._owner)[self._lead + offset : self._lead + offset + length]
+
+    def populate(self, offset: int = 0, length: int | None = None) -> None:
+        """Enter the pages of a range in this process's page table, so that no later access faults.
+
+        Releases the GIL; run it on a thread, in order of use. Cheap for huge pages. Before Linux 5.14 it does nothing.
+        """
+        self._require_open()
+        length = self.size_bytes - offset if length is None else length
+        self._require_inside(offset, length)
+        start = (self._address + offset) // PAGE_BYTES * PAGE_BYTES
+        if length == 0:
+            return
+        if _libc.madvise(start, self._address + offset + length - start, MADV_POPULATE_READ):
+            code = ctypes.get_errno()
+            if code != errno.EINVAL:
+                raise MappingError(f"cannot populate {length} bytes: {os.strerror(code)}")
+
+    def statistics(self) -> MappingStatistics:
+        """What the kernel reports for this mapping; costs a walk over /proc/self/smaps (milliseconds)."""
+        self._require_open()
+        kib = _read_smaps(self._address, self._address + self.size_bytes)
+        return MappingStatistics(
+            size_bytes=self.size_bytes,
+            resident_bytes=kib.get("Rss", 0) * 1024,
+            proportional_bytes=kib.get("Pss", 0) * 1024,
+            private_bytes=(kib.get("Private_Clean", 0) + kib.get("Private_Dirty", 0)) * 1024,
+            huge_bytes=(kib.get("ShmemPmdMapped", 0) + kib.get("FilePmdMapped", 0)) * 1024,
+        )
+
+    def close(self) -> None:
+        """Unmap. Idempotent.
+
+        Raises:
+            MappingError: a view made by this mapping is still referenced; nothing was unmapped.
+        """
+        try:
+            self._owner.close()
+        except BufferError:
+            raise MappingError("a view of this mapping is still in use; drop all arrays before closing it") from None
+
+    def _require_open(self) -> None:
+        if self._owner.closed:
+            raise MappingError("this mapping is closed")
+
+    def _require_inside(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+            raise MappingError(f"bytes {offset} to {offset + length} are outside of a mapping of {self.size_bytes}")
+
+
+def _read_smaps(start: int, end: int) -> dict[str, int]:
+    """Sums in KiB over the mappings that lie between two addresses."""
+    sums: dict[str, int] = {}
+    inside = False
+    with open("/proc/self/smaps", encoding="ascii", errors="replace") as lines:
+        for line in lines:
+            key, _, rest = line.partition(" ")
+            if not key.endswith(":"):
+                low, _, high = key.partition("-")
+                inside = int(low, 16) < end and int(high, 16) > start
+            elif inside and rest.rstrip().endswith("kB"):
+                sums[key[:-1]] = sums.get(key[:-1], 0) + int(rest.split()[0])
+    return sums
