@@ -1,4 +1,4 @@
-"""``python -m loadtest demo|bench``."""
+"""``python -m loadtest demo|bench|waterfall``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ def main() -> int:
         from loadtest.bench import run_bench
 
         return run_bench(arguments)
-    print("usage: python -m loadtest demo|bench [--help]", file=sys.stderr)
+    if mode == "waterfall":
+        from loadtest.waterfall import run_waterfall
+
+        return run_waterfall(arguments)
+    print("usage: python -m loadtest demo|bench|waterfall [--help]", file=sys.stderr)
     return 2
 
 
