@@ -41,6 +41,26 @@ def bell(model: str) -> str:
     return f"{PREFIX}q:{model}:bell"
 
 
+def job(request_id: str) -> str:
+    """Body of a queued or running job. This prefix and the next three are arq's, so that arq reads what we write."""
+    return f"arq:job:{request_id}"
+
+
+def in_progress(request_id: str) -> str:
+    """Lease of a running job: the id of the worker that holds it, with TTL."""
+    return f"arq:in-progress:{request_id}"
+
+
+def retry(request_id: str) -> str:
+    """How many runs of a job have started; arq's ``job_try``, our attempt number."""
+    return f"arq:retry:{request_id}"
+
+
+def result(request_id: str) -> str:
+    """Digest of a finished job's body, kept for RESULT_TTL_S so that a repeated enqueue is recognised."""
+    return f"arq:result:{request_id}"
+
+
 def token_log(request_id: str) -> str:
     """List; element i is frame i."""
     return f"{PREFIX}log:{request_id}"

@@ -1,0 +1,152 @@
+"""The queue's Lua scripts: what gateway, scheduler, agent and worker must agree on about a job's life.
+
+One queue per model, in arq's data layout: a sorted set of job ids that holds queued *and* running jobs, the body in
+:func:`keys.job`, and "running" as the key :func:`keys.in_progress`. Unlike stock arq, that key holds the owner's id
+and is a short lease that its owner renews; every later change by a run is refused once another one owns it.
+
+========= ================================================== =========================
+script    requires                                           on success
+========= ================================================== =========================
+ENQUEUE   id unknown, queue shorter than its limit           queued, demand announced
+CLAIM     in the queue, no lease                             leased to the caller
+RENEW     leased to the caller, or no lease and in the queue lease runs on
+FINISH    leased to the caller, or no lease                  gone, or back in the queue
+RELEASE   leased to the named worker                         claimable at once
+CANCEL    none                                               flagged; gone if not running
+========= ================================================== =========================
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from scheduler.contract import codec, keys
+from scheduler.contract.errors import ContractError
+from scheduler.contract.messages import GenerateRequest
+
+ACCEPTED: Final = 1
+DUPLICATE: Final = 0
+FULL: Final = -1
+
+_RING: Final = "redis.call('XADD', {bell}, 'MAXLEN', '1', '*', 'r', '1')"
+
+#: KEYS: job, result, queue, bell, inbox.
+#: ARGV: most jobs allowed in the queue, TTL ms, body, score, request id, demand, most inbox entries.
+#: Returns (ACCEPTED | DUPLICATE | FULL, queue length before). The same body again is the same call, retried after a
+#: lost reply: accepted, whether it still waits or has already finished.
+ENQUEUE: Final = f"""
+local depth = redis.call('ZCARD', KEYS[3])
+local known = redis.call('GET', KEYS[1])
+if known == ARGV[3] then return {{{ACCEPTED}, depth}} end
+local finished = redis.call('GET', KEYS[2])
+if finished == redis.sha1hex(ARGV[3]) then return {{{ACCEPTED}, depth}} end
+if known or finished then return {{{DUPLICATE}, depth}} end
+if depth >= tonumber(ARGV[1]) then return {{{FULL}, depth}} end
+redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2])
+redis.call('ZADD', KEYS[3], ARGV[4], ARGV[5])
+{_RING.format(bell="KEYS[4]")}
+redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[7], '*', '{keys.FIELD}', ARGV[6])
+return {{{ACCEPTED}, depth}}
+"""
+
+#: KEYS[1] queue. ARGV: due before (ms), room, lease ms, owner, most ids looked at.
+#: Returns flat (request id, score). The limit must exceed all jobs that can run on the queue: running ones stay in it.
+CLAIM: Final = f"""
+local claimed, room = {{}}, tonumber(ARGV[2])
+local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[1], 'WITHSCORES', 'LIMIT', 0, ARGV[5])
+for i = 1, #due, 2 do
+  if room <= 0 then break end
+  if redis.call('SET', '{keys.in_progress("")}' .. due[i], ARGV[4], 'NX', 'PX', ARGV[3]) then
+    claimed[#claimed + 1] = due[i]
+    claimed[#claimed + 1] = due[i + 1]
+    room = room - 1
+  end
+end
+return claimed
+"""
+
+#: KEYS[1] queue. ARGV: lease ms, owner, job TTL ms, then request ids.
+#: Returns the ids that somebody else runs now. A lease that ran out (Redis was away) is taken again if still free.
+RENEW: Final = f"""
+local lost = {{}}
+for i = 4, #ARGV do
+  local lease = '{keys.in_progress("")}' .. ARGV[i]
+  local owner = redis.call('GET', lease)
+  if owner == ARGV[2] then
+    redis.call('PEXPIRE', lease, ARGV[1])
+  elseif owner or not redis.call('ZSCORE', KEYS[1], ARGV[i]) then
+    lost[#lost + 1] = ARGV[i]
+  else
+    redis.call('SET', lease, ARGV[2], 'PX', ARGV[1])
+  end
+  redis.call('PEXPIRE', '{keys.job("")}' .. ARGV[i], ARGV[3])
+end
+return lost
+"""
+
+#: KEYS: in-progress, result, retry, job, queue, bell. ARGV: owner, request id, '1' finished | '0' again, result TTL s.
+#: Returns 1, or 0 when another run owns the job: then nothing is changed. Deletes first: a server that is out of
+#: memory refuses a script's first write if it could grow, but not what follows a write.
+FINISH: Final = f"""
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+if ARGV[3] == '1' then
+  local body = redis.call('GET', KEYS[4])
+  redis.call('ZREM', KEYS[5], ARGV[2])
+  redis.call('DEL', KEYS[3], KEYS[4])
+  if body then redis.call('SET', KEYS[2], redis.sha1hex(body), 'EX', ARGV[4]) end
+else
+  {_RING.format(bell="KEYS[6]")}
+end
+return 1
+"""
+
+#: KEYS: queue, bell. ARGV[1] owner. Returns how many jobs it held.
+RELEASE: Final = f"""
+local released = 0
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  local lease = '{keys.in_progress("")}' .. id
+  if redis.call('GET', lease) == ARGV[1] then
+    redis.call('DEL', lease)
+    released = released + 1
+  end
+end
+if released > 0 then {_RING.format(bell="KEYS[2]")} end
+return released
+"""
+
+#: KEYS: cancelled, in-progress, queue, job, retry. ARGV: request id, flag TTL s, control channel.
+#: Returns 1 when it had not started and is gone, 0 when a run (if any) was told.
+CANCEL: Final = """
+redis.call('SET', KEYS[1], '1', 'EX', ARGV[2])
+if redis.call('EXISTS', KEYS[2]) == 0 and redis.call('ZREM', KEYS[3], ARGV[1]) == 1 then
+  redis.call('DEL', KEYS[4], KEYS[5])
+  return 1
+end
+redis.call('PUBLISH', ARGV[3], ARGV[1])
+return 0
+"""
+
+
+def encode_job(request: GenerateRequest, enqueued_at_ms: int) -> bytes:
+    """A job body in arq's layout: the request is one opaque MessagePack argument."""
+    return codec.encode(
+        {"t": None, "f": keys.JOB_FUNCTION, "a": [codec.encode(request)], "k": {}, "et": enqueued_at_ms}
+    )
+
+
+def decode_job(body: bytes) -> GenerateRequest:
+    """The request in a job body.
+
+    Raises:
+        ContractError: not a body that :func:`encode_job` wrote.
+    """
+    try:
+        job: Any = msgspec.msgpack.decode(body)
+        payload = job["a"][0]
+    except (msgspec.MsgspecError, TypeError, LookupError) as error:
+        raise ContractError(f"not a job body: {error}") from error
+    return codec.decode(payload, GenerateRequest)

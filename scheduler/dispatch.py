@@ -1,0 +1,176 @@
+"""The control side of the queue: put requests in, take them out, end the ones nobody will run."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Final
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
+
+from scheduler.contract import codec, job_queue, keys, token_log
+from scheduler.contract.connection import CONNECTION_ERRORS
+from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo, GlowplugError
+from scheduler.contract.messages import Demand, GenerateRequest, TerminalFrame
+from scheduler.contract.states import Priority
+
+_log = structlog.get_logger()
+
+#: Claims go by score, oldest first. A class's offset is longer than any request lives, so classes never mix, and long
+#: enough that a host whose clock runs ahead does not enqueue into the future.
+SCORE_AGE_MS: Final = {
+    Priority.INTERACTIVE: 2 * keys.REQUEST_TTL_S * 1000,
+    Priority.BATCH: keys.REQUEST_TTL_S * 1000,
+}
+DEFAULT_MAX_QUEUED: Final = 1000
+QUEUE_FULL_RETRY_AFTER_S: Final = 2
+OVERLOADED_RETRY_AFTER_S: Final = 5
+FAIL_BATCH: Final = 100
+CONTROL_LEASE_MS: Final = 15_000
+
+
+class Dispatcher:
+    """Queue operations of gateways and of the scheduler. Stateless; any number may work at once."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._enqueue = redis.register_script(job_queue.ENQUEUE)
+        self._cancel = redis.register_script(job_queue.CANCEL)
+        self._claim = redis.register_script(job_queue.CLAIM)
+        self._finish = redis.register_script(job_queue.FINISH)
+
+    async def enqueue(self, request: GenerateRequest, max_queued: int = DEFAULT_MAX_QUEUED) -> int:
+        """Queue a request, wake a claiming worker and tell the scheduler, in one round trip.
+
+        Requires: the caller's gateway channel is subscribed. On success: returns how many requests of the model were
+        queued or running before it. On failure: nothing was queued. Retrying the call after a lost reply is safe.
+
+        Raises:
+            GlowplugError: QUEUE_FULL at ``max_queued`` requests queued or running; INVALID_REQUEST for an id that is
+                queued, running or just finished; OVERLOADED when Redis is out of memory or unreachable.
+        """
+        now_ms = int(time.time() * 1000)
+        demand = Demand(request.model, request.request_id, time.monotonic_ns())
+        try:
+            outcome, depth = await self._enqueue(
+                keys=[
+                    keys.job(request.request_id),
+                    keys.result(request.request_id),
+                    keys.queue(request.model),
+                    keys.bell(request.model),
+                    keys.INBOX,
+                ],
+                args=[
+                    max_queued,
+                    keys.REQUEST_TTL_S * 1000,
+                    job_queue.encode_job(request, now_ms),
+                    now_ms - SCORE_AGE_MS[request.priority],
+                    request.request_id,
+                    codec.encode(demand),
+                    keys.INBOX_MAX_ENTRIES,
+                ],
+            )
+        except (*CONNECTION_ERRORS, OutOfMemoryError) as error:
+            raise GlowplugError(
+                ErrorCode.OVERLOADED,
+                f"the request could not be queued ({type(error).__name__}): try again",
+                retry_after_s=OVERLOADED_RETRY_AFTER_S,
+            ) from error
+        if outcome == job_queue.FULL:
+            raise GlowplugError(
+                ErrorCode.QUEUE_FULL,
+                f"model {request.model!r} has {depth} requests queued or running, the limit is {max_queued}: "
+                f"try again in {QUEUE_FULL_RETRY_AFTER_S} s",
+                retry_after_s=QUEUE_FULL_RETRY_AFTER_S,
+            )
+        if outcome == job_queue.DUPLICATE:
+            raise GlowplugError(
+                ErrorCode.INVALID_REQUEST, f"request id {request.request_id!r} is already in use: send another one"
+            )
+        return int(depth)
+
+    async def cancel(self, request_id: str, model: str) -> bool:
+        """The client went away: drop the request if it has not started, else tell the run. Idempotent.
+
+        Returns whether it had not started. Either way a run that begins later ends at once.
+
+        Raises:
+            RedisError: the server could not be reached.
+        """
+        dropped = await self._cancel(
+            keys=[
+                keys.cancelled(request_id),
+                keys.in_progress(request_id),
+                keys.queue(model),
+                keys.job(request_id),
+                keys.retry(request_id),
+            ],
+            args=[request_id, keys.REQUEST_TTL_S, keys.control_channel(model)],
+        )
+        return bool(dropped)
+
+    async def queue_depth(self, model: str) -> int:
+        """Requests of ``model`` that are queued or running."""
+        return int(await self._redis.zcard(keys.queue(model)))
+
+    async def queue_depths(self, models: Iterable[str]) -> dict[str, int]:
+        """Requests queued or running for each of ``models``, in one round trip."""
+        names = list(models)
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.zcard(keys.queue(name))
+            depths = await pipeline.execute()
+        return dict(zip(names, depths, strict=True))
+
+    async def fail_queued(self, model: str, error: ErrorInfo) -> int:
+        """End every request of ``model`` that is queued and not running with ``error``; returns how many.
+
+        Each gets exactly one terminal frame. Workers cannot claim them meanwhile; if this process dies half way, the
+        rest becomes claimable when the lease ends.
+
+        Raises:
+            RedisError: the server could not be reached.
+        """
+        owner = f"control:{secrets.token_hex(4)}"
+        num_failed = 0
+        while claimed := await self._claim(
+            keys=[keys.queue(model)], args=["+inf", FAIL_BATCH, CONTROL_LEASE_MS, owner, 1_000_000]
+        ):
+            request_ids = [request_id.decode() for request_id in claimed[::2]]
+            bodies = await self._redis.mget([keys.job(request_id) for request_id in request_ids])
+            for request_id, body in zip(request_ids, bodies, strict=True):
+                num_failed += await self._fail_claimed(request_id, model, body, error, owner)
+        return num_failed
+
+    async def fail_request(self, request: GenerateRequest, error: ErrorInfo) -> bool:
+        """End one request with ``error``, running or not; no run can write to it any more. False: it had ended.
+
+        Raises:
+            RedisError: the server could not be reached.
+        """
+        return await token_log.end_log(self._redis, request.request_id, request.gateway_id, TerminalFrame(error=error))
+
+    async def _fail_claimed(
+        self, request_id: str, model: str, body: bytes | None, error: ErrorInfo, owner: str
+    ) -> bool:
+        ended = False
+        try:
+            if body is not None:
+                ended = await self.fail_request(job_queue.decode_job(body), error)
+        except ContractError as malformed:
+            _log.error("job_body_refused", request_id=request_id, error=str(malformed))
+        await self._finish(
+            keys=[
+                keys.in_progress(request_id),
+                keys.result(request_id),
+                keys.retry(request_id),
+                keys.job(request_id),
+                keys.queue(model),
+                keys.bell(model),
+            ],
+            args=[owner, request_id, "1", keys.RESULT_TTL_S],
+        )
+        return ended
