@@ -11,8 +11,11 @@ from typing import Any
 WIDTH, ROW, TOP, LABEL, RIGHT = 760, 24, 64, 96, 84
 STYLE = """
 :root{--ink:#1d2433;--soft:#69728a;--bar:#e8590c;--late:#1c7ed6;--rule:#dfe3ec;--page:#fff}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9f2;--soft:#98a1b8;--bar:#ff8f4c;--late:#5db0ff;--rule:#333b4d;--page:#11151f}}
-text{font:13px system-ui,sans-serif;fill:var(--ink)}.soft{fill:var(--soft)}.title{font-weight:600;font-size:15px}
+@media (prefers-color-scheme:dark){
+:root{--ink:#e6e9f2;--soft:#98a1b8;--bar:#ff8f4c;--late:#5db0ff;--rule:#333b4d;
+--page:#11151f}}
+text{font:13px system-ui,sans-serif;fill:var(--ink)}
+.soft{fill:var(--soft)}.title{font-weight:600;font-size:15px}
 .bar{fill:var(--bar)}.late{fill:var(--late)}.rule{stroke:var(--rule)}.page{fill:var(--page)}
 """
 AFTER_READY = ("claim", "tokenise", "prefill", "first_token", "publish", "first_byte")
