@@ -1,0 +1,56 @@
+"""Types of the guest ABI's imports and exports; :mod:`guests.module` checks by them, :mod:`guests.runtime` calls by
+them. ``ABI.md`` says what each function means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from guests.binding import KIND_I32, KIND_I64
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Value kinds of a function: :data:`~guests.binding.KIND_I32` or :data:`~guests.binding.KIND_I64`."""
+
+    params: tuple[int, ...] = ()
+    result: int | None = None
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """``result`` as a tuple of none or one."""
+        return () if self.result is None else (self.result,)
+
+    def __str__(self) -> str:
+        names = {KIND_I32: "i32", KIND_I64: "i64"}
+        params = ", ".join(names[kind] for kind in self.params)
+        return f"({params})" + (f" -> {names[self.result]}" if self.result is not None else "")
+
+
+IMPORTS: Final = {
+    "log": Signature((KIND_I32, KIND_I32, KIND_I32)),
+    "asset_size": Signature((KIND_I32, KIND_I32), KIND_I64),
+    "asset_read": Signature((KIND_I32, KIND_I32, KIND_I64, KIND_I32, KIND_I32), KIND_I32),
+    "tensor": Signature((KIND_I32, KIND_I32), KIND_I32),
+    "program": Signature((KIND_I32, KIND_I32), KIND_I32),
+}
+
+LIFECYCLE_EXPORTS: Final = {
+    "gp_abi": Signature((), KIND_I32),
+    "gp_init": Signature((), KIND_I32),
+    "gp_resume": Signature((KIND_I64,), KIND_I32),
+}
+
+# A guest has all of these or none.
+TOKENIZER_EXPORTS: Final = {
+    "gp_buffer": Signature((KIND_I32,), KIND_I32),
+    "gp_tokenize": Signature((KIND_I32, KIND_I32, KIND_I32), KIND_I64),
+    "gp_detokenize": Signature((KIND_I32, KIND_I32, KIND_I32), KIND_I64),
+    "gp_token_bytes": Signature((KIND_I32,), KIND_I64),
+    "gp_sequence_open": Signature((KIND_I32, KIND_I32, KIND_I32), KIND_I32),
+    "gp_sequence_push": Signature((KIND_I32, KIND_I32), KIND_I64),
+    "gp_sequence_flush": Signature((KIND_I32,), KIND_I64),
+    "gp_sequence_close": Signature((KIND_I32,)),
+}
+
+EXPORTS: Final = LIFECYCLE_EXPORTS | TOKENIZER_EXPORTS
