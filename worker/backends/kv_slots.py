@@ -107,6 +107,22 @@ class KvSlots:
         except KeyError:
             raise BackendError(f"KV slot {number} is not open") from None
 
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first ``num_tokens`` tokens of one open slot to another.
+
+        Raises:
+            BackendError: ``source`` holds fewer tokens, or ``target`` is too small.
+        """
+        from_slot, to_slot = self.get(source), self.get(target)
+        if num_tokens > from_slot.num_tokens or num_tokens > to_slot.capacity_tokens:
+            raise BackendError(
+                f"prefix of {num_tokens} tokens: the source holds {from_slot.num_tokens}, "
+                f"the target has room for {to_slot.capacity_tokens}"
+            )
+        to_slot.keys[:, :, :num_tokens] = from_slot.keys[:, :, :num_tokens]
+        to_slot.values[:, :, :num_tokens] = from_slot.values[:, :, :num_tokens]
+        to_slot.num_tokens = num_tokens
+
     def close_all(self) -> None:
         """Drop every slot and spare. A mapping ends with the last array that looks into it."""
         self._open.clear()

@@ -93,6 +93,9 @@ class NumpyModel:
     def close_slot(self, slot: int) -> None:
         self._slots.close(slot)
 
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        self._slots.copy_prefix(source, target, num_tokens)
+
     def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
         """See :class:`~worker.backends.protocol.BoundModel`; the result is a fresh array ``[S, V]``."""
         kind = ProgramKind.DECODE if all(len(i.token_ids) == 1 for i in inputs) else ProgramKind.PREFILL

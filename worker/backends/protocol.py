@@ -72,6 +72,9 @@ class BoundModel(Protocol):
     def close_slot(self, slot: int) -> None:
         """Give a slot's memory back. Idempotent."""
 
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first ``num_tokens`` tokens' keys and values of slot ``source`` into the empty slot ``target``."""
+
     def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
         """Run one step: appends each sequence's keys and values to its slot and returns logits ``[S, V]``
         float32, one row per input with ``wants_logits``, in order. The array is valid until the next call.

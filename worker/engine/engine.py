@@ -1,0 +1,383 @@
+"""The step loop: requests join and leave between steps, each step runs one batch and samples from it.
+
+One thread owns everything here (``Engine.run``); others use :meth:`Engine.submit`, :meth:`Engine.cancel`,
+:meth:`Engine.stop` and :meth:`Engine.statistics`. A request moves like this:
+
+============= ============== ==============================================================
+from          to             when
+============= ============== ==============================================================
+(mailbox)     waiting        tokenised and checked; otherwise it ends with an error
+waiting       running        slots, KV budget and ``max_running`` have room, in service order
+running       waiting        preempted: its KV memory goes to a request served before it
+waiting       (ended)        cancelled
+running       (ended)        every choice finished, cancelled, or an error
+============= ============== ==============================================================
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from scheduler.contract.errors import ErrorCode, ErrorInfo
+from scheduler.contract.messages import TokenEvent
+from scheduler.contract.states import FinishReason
+from scheduler.contract.telemetry import Mark
+from worker.backends.protocol import BoundModel, FloatArray, SequenceInput
+from worker.engine.batch import SequenceView, Share, decide_step
+from worker.engine.failures import describe_error
+from worker.engine.intake import prepare_request
+from worker.engine.kv_budget import KvBudget, round_to_blocks
+from worker.engine.mailbox import Mail, Mailbox
+from worker.engine.sequence import NO_TOKEN, Choice, RunningRequest, describe_logprob
+from worker.engine.types import EngineRequest, RequestStep
+from worker.loaded_model import LoadedModel
+
+_log = structlog.get_logger()
+
+
+class EngineIntegrityError(Exception):
+    """The engine's books do not agree; the message says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """A consistent picture after a step. Safe to read from any thread."""
+
+    num_running: int = 0  # requests in the batch
+    num_waiting: int = 0  # requests accepted, without KV memory
+    kv_used_bytes: int = 0
+    tokens_generated: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+
+
+class Engine:
+    """Continuous batching over one bound model.
+
+    ``max_running`` bounds the sequences (choices) of a batch, ``kv_budget_bytes`` their KV memory. ``on_steps`` is
+    called on the engine thread after every step with what it did, and must not block; what it raises ends
+    :meth:`run`.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        bound: BoundModel,
+        *,
+        max_running: int,
+        kv_budget_bytes: int,
+        on_steps: Callable[[list[RequestStep]], None],
+    ) -> None:
+        self._model = model
+        self._bound = bound
+        self._max_running = max_running
+        self._on_steps = on_steps
+        self._budget = KvBudget(kv_budget_bytes, bound.kv_bytes_per_token)
+        self._mailbox = Mailbox()
+        self._waiting: list[RunningRequest] = []  # in service order
+        self._running: list[RunningRequest] = []  # in service order
+        self._steps: dict[str, RequestStep] = {}  # what this round did, by request
+        self._token_bytes: dict[int, bytes] = {}
+        self._num_arrivals = 0
+        self._tokens_generated = 0
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._statistics = EngineStatistics()
+
+    # --- any thread ---
+
+    def submit(self, request: EngineRequest) -> None:
+        """Hand in a request; returns at once. Its outcome comes through ``on_steps``, an error included.
+
+        A request id that is still known is superseded: the older run ends without a word.
+        """
+        self._mailbox.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step, with error CANCELLED. Unknown ids are ignored."""
+        self._mailbox.cancel(request_id)
+
+    def stop(self) -> None:
+        """Make :meth:`run` return after the step in progress. Unfinished requests end without a final step, so
+        that their next run replays what was emitted."""
+        self._mailbox.stop()
+
+    def statistics(self) -> EngineStatistics:
+        """The state after the latest step; requests still in the mailbox count as waiting."""
+        latest = self._statistics
+        return replace(latest, num_waiting=latest.num_waiting + self._mailbox.num_requests)
+
+    # --- the engine thread ---
+
+    def run(self) -> None:
+        """Thread main: step while there is work, sleep while there is none, return after :meth:`stop`."""
+        try:
+            while True:
+                has_work = bool(self._running or self._waiting)
+                mail = self._mailbox.collect_nowait() if has_work else self._mailbox.wait_collect()
+                if mail.stop:
+                    return
+                self.run_round(mail)
+        finally:
+            for request in [*self._running, *self._waiting]:
+                self._release(request)
+            self._running.clear()
+            self._waiting.clear()
+
+    def run_round(self, mail: Mail) -> None:
+        """One turn of the loop: take mail, admit, step, report. Public for tests that drive the engine by hand."""
+        for engine_request in mail.requests:
+            self._accept(engine_request)
+        for request_id in mail.cancelled:
+            self._cancel(request_id)
+        self._admit()
+        self._grow_reservations()
+        self._step()
+        self._publish_statistics()
+        if self._steps:
+            steps, self._steps = list(self._steps.values()), {}
+            self._on_steps(steps)
+        if not self._running and not self._waiting:
+            self.check_integrity()
+
+    def check_integrity(self) -> None:
+        """Check the books: every slot has a reservation that covers it and belongs to a running choice.
+
+        Raises:
+            EngineIntegrityError: they do not agree.
+        """
+        slots = {}
+        for request in self._running:
+            for choice in request.unfinished:
+                if choice.slot is None:
+                    raise EngineIntegrityError(f"{request.request_id}/{choice.index} runs without a slot")
+                slots[choice.slot] = choice.num_computed
+        if self._budget.holders() != slots.keys():
+            raise EngineIntegrityError(f"reserved {sorted(self._budget.holders())}, in use {sorted(slots)}")
+        for slot, num_computed in slots.items():
+            if num_computed > self._budget.tokens_of(slot):
+                raise EngineIntegrityError(f"slot {slot} holds {num_computed} tokens, more than reserved")
+        for request in self._waiting:
+            if any(choice.slot is not None for choice in request.choices):
+                raise EngineIntegrityError(f"{request.request_id} waits but holds a slot")
+
+    # --- coming and going ---
+
+    def _accept(self, engine_request: EngineRequest) -> None:
+        self._forget(engine_request.request_id)
+        self._num_arrivals += 1
+        try:
+            request = prepare_request(engine_request, self._num_arrivals, self._model, self._budget)
+        except Exception as error:  # one request's failure must not reach the others
+            self._report_error(engine_request.request_id, describe_error(error))
+            return
+        if request.unfinished and request.max_tokens > 0:
+            insort(self._waiting, request, key=lambda waiting: waiting.service_order)
+            return
+        if request.max_tokens <= 0:
+            step = self._step_of(request)
+            step.events += [TokenEvent(choice.index, NO_TOKEN, "", FinishReason.LENGTH) for choice in request.choices]
+        self._end(request)  # an earlier run emitted everything but its end
+
+    def _cancel(self, request_id: str) -> None:
+        if self._forget(request_id):
+            self._report_error(request_id, ErrorInfo(ErrorCode.CANCELLED, "the request was cancelled"))
+
+    def _forget(self, request_id: str) -> bool:
+        """Drop a request wherever it is, without reporting; whether it was known."""
+        for requests in (self._running, self._waiting):
+            for request in requests:
+                if request.request_id == request_id:
+                    requests.remove(request)
+                    self._release(request)
+                    return True
+        return False
+
+    def _release(self, request: RunningRequest) -> None:
+        for choice in request.choices:
+            self._close_slot(choice)
+        request.close()
+
+    def _close_slot(self, choice: Choice) -> None:
+        if choice.slot is not None:
+            self._bound.close_slot(choice.slot)
+            self._budget.release(choice.slot)
+        choice.slot = None
+        choice.num_computed = 0
+        choice.awaits_prefix = False
+
+    # --- admission ---
+
+    def _admit(self) -> None:
+        """Move requests from waiting to running, strictly in service order."""
+        while self._waiting:
+            request = self._waiting[0]
+            while not self._has_room(request):
+                victim = self._running[-1]
+                if victim.service_order[0] <= request.service_order[0]:
+                    return  # only a batch request gives way, and only to an interactive one
+                self._preempt(victim)
+            self._waiting.pop(0)
+            try:
+                self._open_slots(request)
+            except Exception as error:  # a backend that cannot give memory fails this request only
+                self._fail(request, describe_error(error))
+                continue
+            insort(self._running, request, key=lambda running: running.service_order)
+
+    def _has_room(self, request: RunningRequest) -> bool:
+        if not self._running:
+            return True  # it fits alone: intake saw to that
+        choices = request.unfinished
+        num_sequences = sum(len(running.unfinished) for running in self._running) + len(choices)
+        needed = sum(round_to_blocks(len(choice.token_ids)) for choice in choices)
+        return num_sequences <= self._max_running and needed <= self._budget.free_tokens
+
+    def _open_slots(self, request: RunningRequest) -> None:
+        """Give every unfinished choice a slot; the first one computes the prompt for all."""
+        choices = request.unfinished
+        for choice in choices:
+            slot = self._bound.open_slot(request.slot_tokens)
+            choice.slot = slot
+            choice.awaits_prefix = choice is not choices[0] and len(request.prompt) > 1
+            if not self._budget.try_reserve(slot, len(choice.token_ids)):
+                raise EngineIntegrityError(f"no KV budget for admitted request {request.request_id}")
+
+    def _grow_reservations(self) -> None:
+        """Reserve KV memory for what the next step computes; the last in service order gives way."""
+        for request in list(self._running):
+            for choice in request.unfinished:
+                while choice.slot is not None and not self._budget.try_reserve(choice.slot, len(choice.token_ids)):
+                    self._preempt(self._running[-1])
+
+    def _preempt(self, request: RunningRequest) -> None:
+        """Take a request's KV memory; it waits, and computes its tokens again when its turn comes."""
+        self._running.remove(request)
+        for choice in request.choices:
+            self._close_slot(choice)
+        insort(self._waiting, request, key=lambda waiting: waiting.service_order)
+        self._num_preemptions += 1
+        _log.info("request_preempted", request_id=request.request_id)
+
+    # --- one step ---
+
+    def _step(self) -> None:
+        candidates = [
+            (request, choice) for request in self._running for choice in request.unfinished if not choice.awaits_prefix
+        ]
+        if not candidates:
+            return
+        views = [SequenceView(i, choice.num_pending) for i, (_, choice) in enumerate(candidates)]
+        shares = decide_step(views)
+        batch = [(*candidates[share.index], share) for share in shares]
+        try:
+            logits = self._bound.step(tuple(_describe_input(choice, share) for _, choice, share in batch))
+        except Exception as error:  # the device failed: the batch ends, the engine stays
+            _log.error("step_failed", exc_info=error, num_sequences=len(batch))
+            info = ErrorInfo(ErrorCode.WORKER_FAILED, f"the worker failed in a step: {error}")
+            for request in {id(request): request for request, _, _ in batch}.values():
+                self._fail(request, info)
+            return
+        self._num_steps += 1
+        prefilled_mono_ns = time.monotonic_ns()
+        rows = iter(logits)
+        for request, choice, share in batch:
+            row = next(rows) if share.wants_logits else None
+            if choice.slot is None:
+                continue  # another choice of its request failed in this step
+            choice.num_computed += share.num_tokens
+            try:
+                self._hand_on_prefix(request, choice)
+                if row is not None:
+                    self._sample(request, choice, row, prefilled_mono_ns)
+            except Exception as error:  # one request's failure must not reach the others
+                self._fail(request, describe_error(error))
+
+    def _hand_on_prefix(self, request: RunningRequest, leader: Choice) -> None:
+        """Give choices that wait for it the prompt's keys and values.
+
+        All but the last token: each choice computes that one itself, for logits of its own.
+        """
+        num_tokens = len(request.prompt) - 1
+        if leader.num_computed < num_tokens or leader.slot is None:
+            return
+        for choice in request.unfinished:
+            if choice.awaits_prefix and choice.slot is not None:
+                self._bound.copy_prefix(leader.slot, choice.slot, num_tokens)
+                choice.num_computed = num_tokens
+                choice.awaits_prefix = False
+
+    def _sample(self, request: RunningRequest, choice: Choice, logits: FloatArray, prefilled_mono_ns: int) -> None:
+        num_top = request.request.sampling.num_top_logprobs
+        token_id = choice.sampler.choose(logits)
+        logprob = None
+        if num_top is not None:
+            logprob = describe_logprob(logits, token_id, num_top, self._token_bytes_of)
+        event = choice.push(token_id, logprob)
+        step = self._step_of(request)
+        step.events.append(event)
+        step.sampled_mono_ns = time.monotonic_ns()
+        self._tokens_generated += 1
+        if request.marks:
+            step.marks = {
+                **request.marks,
+                Mark.PREFILLED: prefilled_mono_ns,
+                Mark.SAMPLED: step.sampled_mono_ns,
+            }
+            request.marks = {}
+        if choice.is_finished:
+            self._close_slot(choice)
+            if not request.unfinished:
+                self._running.remove(request)
+                self._end(request)
+
+    def _token_bytes_of(self, token_id: int) -> bytes:
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            found = self._token_bytes[token_id] = self._model.text.token_bytes(token_id)
+        return found
+
+    # --- reporting ---
+
+    def _step_of(self, request: RunningRequest) -> RequestStep:
+        return self._steps.setdefault(request.request_id, RequestStep(request.request_id))
+
+    def _end(self, request: RunningRequest) -> None:
+        step = self._step_of(request)
+        step.finished = True
+        step.usage = request.usage
+        self._release(request)
+
+    def _fail(self, request: RunningRequest, error: ErrorInfo) -> None:
+        if request in self._running:
+            self._running.remove(request)
+        self._release(request)
+        self._report_error(request.request_id, error)
+
+    def _report_error(self, request_id: str, error: ErrorInfo) -> None:
+        step = self._steps.setdefault(request_id, RequestStep(request_id))
+        step.finished = True
+        step.error = error
+
+    def _publish_statistics(self) -> None:
+        self._statistics = EngineStatistics(
+            len(self._running),
+            len(self._waiting),
+            self._budget.used_bytes,
+            self._tokens_generated,
+            self._num_steps,
+            self._num_preemptions,
+        )
+
+
+def _describe_input(choice: Choice, share: Share) -> SequenceInput:
+    if choice.slot is None:
+        raise EngineIntegrityError(f"choice {choice.index} is in the batch without a slot")
+    start = choice.num_computed
+    token_ids = tuple(choice.token_ids[start : start + share.num_tokens])
+    return SequenceInput(choice.slot, start, token_ids, share.wants_logits)

@@ -1,0 +1,95 @@
+"""Turns a submitted request into one that can run: tokenise, check against the model, replay what was emitted."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from scheduler.contract.errors import ErrorCode, GlowplugError
+from scheduler.contract.telemetry import Mark
+from worker.engine.kv_budget import KvBudget, round_to_blocks
+from worker.engine.sampling import Sampler
+from worker.engine.sequence import Choice, RunningRequest
+from worker.engine.text import TextModel
+from worker.engine.types import EngineRequest
+from worker.loaded_model import LoadedModel
+
+
+def prepare_request(request: EngineRequest, arrival: int, model: LoadedModel, budget: KvBudget) -> RunningRequest:
+    """Tokenise ``request`` and build its choices, with earlier tokens replayed.
+
+    Raises:
+        GlowplugError: the prompt, or a token id in the request, does not fit the model.
+        GuestError: the guest failed on this prompt.
+    """
+    prompt = _tokenize_prompt(request, model.text)
+    tokenised_mono_ns = time.monotonic_ns()
+    _validate_token_ids(request, prompt, model.plan.vocab_size)
+    max_tokens = _cut_to_context(request, prompt, model.plan.context_length)
+    _validate_fits(request, prompt, max_tokens, budget)
+    choices: list[Choice] = []
+    running = RunningRequest(request, arrival, prompt, max_tokens, choices)
+    running.marks[Mark.TOKENISED] = tokenised_mono_ns
+    try:
+        for index in range(request.num_choices):
+            choices.append(_open_choice(running, index, model))
+            choices[-1].replay(request.emitted[index] if index < len(request.emitted) else ())
+    except Exception:  # whatever went wrong: choices opened so far hold guest state
+        running.close()
+        raise
+    return running
+
+
+def _tokenize_prompt(request: EngineRequest, text: TextModel) -> tuple[int, ...]:
+    if not isinstance(request.prompt, str):
+        return tuple(request.prompt)
+    token_ids = text.tokenize(request.prompt, add_special=True, parse_special=request.parse_special)
+    if request.parse_special and len(token_ids) > 1 and token_ids[0] == token_ids[1]:
+        # A chat template that writes the begin-of-sequence token itself must not get a second one.
+        return tuple(text.tokenize(request.prompt, add_special=False, parse_special=True))
+    return tuple(token_ids)
+
+
+def _validate_token_ids(request: EngineRequest, prompt: tuple[int, ...], vocab_size: int) -> None:
+    if not prompt:
+        raise GlowplugError(ErrorCode.INVALID_REQUEST, "the prompt has no tokens", param="prompt")
+    for token_ids, param in ((prompt, "prompt"), (request.sampling.logit_bias, "logit_bias")):
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                message = f"token id {token_id}: the model's vocabulary has ids 0 to {vocab_size - 1}"
+                raise GlowplugError(ErrorCode.INVALID_REQUEST, message, param=param)
+
+
+def _cut_to_context(request: EngineRequest, prompt: tuple[int, ...], context_length: int) -> int:
+    room = context_length - len(prompt)
+    if room < 1:
+        message = (
+            f"the prompt has {len(prompt)} tokens; this model's context is {context_length} tokens, "
+            "of which at least one must be left for the completion. Shorten the prompt."
+        )
+        raise GlowplugError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param="prompt")
+    return min(request.sampling.max_tokens, room)
+
+
+def _validate_fits(request: EngineRequest, prompt: tuple[int, ...], max_tokens: int, budget: KvBudget) -> None:
+    needed = request.num_choices * round_to_blocks(len(prompt) + max_tokens - 1)
+    if needed > budget.capacity_tokens:
+        message = (
+            f"{request.num_choices} choice(s) of {len(prompt)} prompt and up to {max_tokens} completion tokens "
+            f"need KV memory for {needed} tokens; this worker has it for {budget.capacity_tokens}. "
+            "Ask for fewer max_tokens or choices, or raise the worker's KV budget."
+        )
+        raise GlowplugError(ErrorCode.OUT_OF_MEMORY, message)
+
+
+def _open_choice(running: RunningRequest, index: int, model: LoadedModel) -> Choice:
+    params = running.request.sampling
+    sampler = Sampler(
+        params,
+        index,
+        prompt_token_ids=running.prompt,
+        eos_token_ids=model.eos_token_ids,
+        vocab_size=model.plan.vocab_size,
+    )
+    open_text = partial(model.text.open_sequence, params.stop, ignore_stop_tokens=params.ignore_eos)
+    return Choice(index, running.prompt, running.max_tokens, sampler, open_text)

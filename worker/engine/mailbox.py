@@ -1,0 +1,62 @@
+"""The door into the engine thread: what other threads ask of it, in order."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from worker.engine.types import EngineRequest
+
+
+@dataclass(slots=True)
+class Mail:
+    """Everything that arrived since the last look."""
+
+    requests: list[EngineRequest] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    stop: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.requests or self.cancelled or self.stop)
+
+
+class Mailbox:
+    """Thread-safe and never blocking for senders; one thread collects."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._mail = Mail()
+
+    def submit(self, request: EngineRequest) -> None:
+        with self._condition:
+            self._mail.requests.append(request)
+            self._condition.notify()
+
+    def cancel(self, request_id: str) -> None:
+        with self._condition:
+            self._mail.cancelled.append(request_id)
+            self._condition.notify()
+
+    def stop(self) -> None:
+        with self._condition:
+            self._mail.stop = True
+            self._condition.notify()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests not yet collected. Advisory."""
+        return len(self._mail.requests)
+
+    def collect_nowait(self) -> Mail:
+        """Take what is there."""
+        with self._condition:
+            mail, self._mail = self._mail, Mail()
+            return mail
+
+    def wait_collect(self) -> Mail:
+        """Sleep until there is something, then take it."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._mail.is_empty)
+            mail, self._mail = self._mail, Mail()
+            return mail
