@@ -1,0 +1,215 @@
+"""The text side of a model, answered by its guest: tokeniser, detokeniser, stop rules.
+
+Implements ``worker.engine.text.TextModel`` by structure (this package imports nothing of the worker's).
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from typing import Final
+
+from guests.abi import SequenceEnd, SequenceFlag, TokenizeFlag
+from guests.errors import GuestContractError
+from guests.push_result import PushResult
+from guests.runtime import DEFAULT_LIMITS, GuestInstance, GuestModule, InstanceLimits
+
+PUSH_RESULT: Final = struct.Struct("<III")  # text pointer, text bytes, finish
+FAILED: Final = -1
+LOW_32: Final = 0xFFFF_FFFF
+
+
+class GuestText:
+    """One tokenising instance of a model's guest. Engine thread only; closed by its owner (the module is not).
+
+    A trap or a broken contract closes the instance and raises; the next call works on a fresh one in the snapshotted
+    state. Sequences that were open on the old one raise :class:`GuestTrap` from then on.
+    """
+
+    def __init__(self, module: GuestModule, seed: int, limits: InstanceLimits = DEFAULT_LIMITS) -> None:
+        """Instantiates and resumes the guest, which never runs ``gp_init`` again.
+
+        Raises:
+            GuestTrap: ``gp_resume`` trapped.
+            GuestContractError: it returned an error, or the guest does not fit into ``limits``.
+        """
+        self._module = module
+        self._seed = _as_i64(seed)
+        self._limits = limits
+        self._closed = False
+        self._instance = self._resume()
+
+    def _resume(self) -> GuestInstance:
+        instance = self._module.instantiate(self._limits)
+        try:
+            code = instance.call("gp_resume", self._seed)
+            if code != 0:
+                raise GuestContractError(f"gp_resume failed with code {code}")
+        except BaseException:
+            instance.close()
+            raise
+        return instance
+
+    def _open_instance(self) -> GuestInstance:
+        if self._closed:
+            raise GuestContractError("the guest's text side is closed")
+        if self._instance.is_closed:
+            self._instance = self._resume()
+        return self._instance
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of ``text`` (lone surrogates become U+FFFD).
+
+        Raises:
+            GuestTrap: the guest trapped or took too long.
+            GuestContractError: it has no tokeniser, no memory for the text, or broke the ABI.
+        """
+        flags = (TokenizeFlag.ADD_SPECIAL if add_special else 0) | (TokenizeFlag.PARSE_SPECIAL if parse_special else 0)
+        instance = self._open_instance()
+        data = _encode(text)
+        packed = instance.call("gp_tokenize", _put(instance, data), len(data), flags)
+        ids = array("I")
+        ids.frombytes(_take(instance, "gp_tokenize", packed, item_bytes=4))
+        return ids.tolist()
+
+    def detokenize(self, token_ids: list[int], *, show_special: bool = False) -> str:
+        """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD.
+
+        Raises:
+            GuestTrap: see :meth:`tokenize`.
+            GuestContractError: see :meth:`tokenize`; or an id is not one of the model's.
+        """
+        instance = self._open_instance()
+        try:
+            data = array("I", token_ids).tobytes()
+        except OverflowError as error:
+            raise GuestContractError("a token id is not an unsigned 32-bit number") from error
+        flags = SequenceFlag.SHOW_SPECIAL if show_special else 0
+        packed = instance.call("gp_detokenize", _put(instance, data), len(token_ids), flags)
+        return _take(instance, "gp_detokenize", packed).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Raw bytes of one token.
+
+        Raises:
+            GuestTrap: see :meth:`tokenize`.
+            GuestContractError: see :meth:`detokenize`.
+        """
+        instance = self._open_instance()
+        return _take(instance, "gp_token_bytes", instance.call("gp_token_bytes", token_id))
+
+    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> GuestSequence:
+        """State for one choice.
+
+        Raises:
+            GuestTrap: see :meth:`tokenize`.
+            GuestContractError: see :meth:`tokenize`; or the guest has too many open sequences.
+        """
+        instance = self._open_instance()
+        block = [struct.pack("<I", len(stop))]
+        for text in stop:
+            data = _encode(text)
+            block += [struct.pack("<I", len(data)), data]
+        encoded = b"".join(block)
+        flags = SequenceFlag.IGNORE_STOP_TOKENS if ignore_stop_tokens else 0
+        handle = instance.call("gp_sequence_open", _put(instance, encoded), len(encoded), flags)
+        if handle < 0:
+            raise GuestContractError(f"gp_sequence_open failed with code {handle}")
+        return GuestSequence(instance, handle)
+
+    def close(self) -> None:
+        """Close the instance; the text and its sequences raise from then on. Idempotent."""
+        self._closed = True
+        self._instance.close()
+
+
+class GuestSequence:
+    """Incremental detokeniser and stop rules of one choice. Engine thread only; closed by its owner."""
+
+    __slots__ = ("_handle", "_instance")
+
+    def __init__(self, instance: GuestInstance, handle: int) -> None:
+        self._instance = instance
+        self._handle: int | None = handle
+
+    def push(self, token_id: int) -> PushResult:
+        """Feed a sampled token.
+
+        Raises:
+            GuestTrap: the guest trapped, now or earlier, and the sequence's state is lost.
+            GuestContractError: the guest broke the ABI, or the sequence is closed.
+        """
+        instance = self._instance
+        packed = instance.call("gp_sequence_push", self._open_handle(), token_id)
+        pointer, length, finish = PUSH_RESULT.unpack(_take(instance, "gp_sequence_push", packed))
+        text = _read(instance, pointer, length).decode(errors="replace") if length else ""
+        try:
+            return PushResult(text, SequenceEnd(finish))
+        except ValueError as error:
+            instance.close()
+            raise GuestContractError(f"gp_sequence_push: unknown finish {finish}") from error
+
+    def flush(self) -> str:
+        """Text still held back; incomplete characters become U+FFFD.
+
+        Raises:
+            GuestTrap: see :meth:`push`.
+            GuestContractError: see :meth:`push`.
+        """
+        packed = self._instance.call("gp_sequence_flush", self._open_handle())
+        return _take(self._instance, "gp_sequence_flush", packed).decode(errors="replace")
+
+    def close(self) -> None:
+        """Free the guest's state. Idempotent.
+
+        Raises:
+            GuestTrap: the guest trapped while freeing; its instance is closed.
+        """
+        handle, self._handle = self._handle, None
+        if handle is not None and not self._instance.is_closed:
+            self._instance.call("gp_sequence_close", handle)
+
+    def _open_handle(self) -> int:
+        if self._handle is None:
+            raise GuestContractError("the sequence is closed")
+        return self._handle
+
+
+def _encode(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # lone surrogates, as JSON may hold them
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+def _as_i64(seed: int) -> int:
+    value = seed & 0xFFFF_FFFF_FFFF_FFFF
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _put(instance: GuestInstance, data: bytes) -> int:
+    """Copy ``data`` into the guest's input buffer; where it is."""
+    pointer = instance.call("gp_buffer", max(1, len(data))) & LOW_32
+    if pointer == 0:
+        raise GuestContractError(f"the guest has no memory for {len(data)} bytes of input")
+    try:
+        instance.write(pointer, data)
+    except GuestContractError:
+        instance.close()  # a guest that gives bad pointers is not to be trusted with the next call
+        raise
+    return pointer
+
+
+def _take(instance: GuestInstance, name: str, packed: int, *, item_bytes: int = 1) -> bytes:
+    """Copy of what a packed result points to: (pointer << 32 | number of items)."""
+    if packed == FAILED:
+        raise GuestContractError(f"{name} failed")
+    return _read(instance, packed >> 32 & LOW_32, (packed & LOW_32) * item_bytes)
+
+
+def _read(instance: GuestInstance, pointer: int, size: int) -> bytes:
+    try:
+        return instance.read(pointer, size)
+    except GuestContractError:
+        instance.close()  # as in _put
+        raise
