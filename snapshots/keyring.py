@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from snapshots.errors import KeyRingError, SignatureInvalid
+from snapshots.regular_files import open_regular_file
 
 KeyStatus = Literal["active", "verify"]
 
@@ -195,15 +196,12 @@ def _mac(key: SigningKey, data: bytes) -> bytes:
 
 def _read_private(path: Path) -> str:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd, status = open_regular_file(path)
     except FileNotFoundError:
         raise KeyRingError(f"no key file {path}: make one with `glowplug keys new`") from None
     except OSError as error:
         raise KeyRingError(f"cannot open key file {path} (symlinks are not followed): {error.strerror}") from error
     with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise KeyRingError(f"key file {path} is not a regular file")
         if status.st_mode & 0o077:
             mode = stat.S_IMODE(status.st_mode)
             raise KeyRingError(f"key file {path} has mode {mode:04o}: others must not read it; chmod 600 {path}")

@@ -24,6 +24,7 @@ from snapshots.blob_writer import TMP_PREFIX, BlobWriter, create_locked_file, wr
 from snapshots.errors import SnapshotError, SnapshotNotFound, StoreError
 from snapshots.keyring import KeyRing
 from snapshots.manifest import MAX_MANIFEST_BYTES, NAME, BlobRef, Manifest, open_manifest, seal_manifest
+from snapshots.regular_files import open_regular_file
 from snapshots.verification import Problem
 
 MANIFEST_SUFFIX: Final = ".gpsnap"
@@ -151,7 +152,7 @@ class SnapshotStore:
         """
         path = self._manifest_path(name)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd, _ = open_regular_file(path)
         except FileNotFoundError:
             raise SnapshotNotFound(
                 f"no snapshot {name!r} in {self.root}; build it: glowplug build SOURCE --name {name}"
@@ -159,8 +160,6 @@ class SnapshotStore:
         except OSError as error:
             raise StoreError(f"cannot open {path} (symlinks are not followed): {error.strerror}") from error
         with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise StoreError(f"{path} is not a regular file")
             data = file.read(MAX_MANIFEST_BYTES + 1)  # one more than allowed: open_manifest refuses it by its size
         return open_manifest(data, keyring, name=name)
 
@@ -280,7 +279,7 @@ class SnapshotStore:
             try:
                 if path.lstat().st_mtime > oldest_kept_at_s:
                     continue
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+                fd, _ = open_regular_file(path)
             except OSError:
                 continue  # renamed or removed by its writer meanwhile, or not ours to open
             try:

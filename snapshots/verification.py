@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import NamedTuple
 from snapshots import chunks
 from snapshots.errors import BlobCorrupt
 from snapshots.manifest import BlobRef
+from snapshots.regular_files import open_regular_file
 
 
 class Problem(NamedTuple):
@@ -28,13 +28,9 @@ def open_blob_file(path: Path, ref: BlobRef, label: str) -> int:
         BlobCorrupt: missing, a symlink, not a regular file, or another size.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd, status = open_regular_file(path)
     except OSError as error:
         raise BlobCorrupt(label, f"cannot open {path}: {error.strerror}") from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise BlobCorrupt(label, f"{path} is not a regular file")
     if status.st_size != ref.size_bytes:
         os.close(fd)
         raise BlobCorrupt(label, f"has {status.st_size} bytes, the manifest says {ref.size_bytes}")
