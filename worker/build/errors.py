@@ -17,7 +17,3 @@ class MalformedModelError(BuildError):
 
 class FetchError(BuildError):
     """A model package could not be fetched, or is not the one that was pinned."""
-
-
-class MissingKeyError(BuildError):
-    """There is no snapshot key to sign with."""

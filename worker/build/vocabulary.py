@@ -1,4 +1,4 @@
-"""What GGUF and tokenizer.json vocabularies share: the byte-level alphabet, merges by id, end-of-turn tokens, padding."""
+"""What all vocabularies share: the byte-level alphabet, merges by id, end-of-turn tokens, padding."""
 
 from __future__ import annotations
 

@@ -1,0 +1,225 @@
+"""From a model source to a signed snapshot in the store.
+
+Order, so that nothing half made is ever visible: the guest is initialised and compiled first (whatever it refuses,
+it refuses before a byte is written), then the weights are streamed into the store tensor by tensor, then the guest's
+two blobs, and the signed manifest last. Blobs of a build that died have no manifest; the store's garbage collection
+removes them, and its next opening sweeps the temporary files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from guests.abi import ProgramKind
+from guests.compile import compile_guest, guest_identity
+from guests.errors import GuestError
+from guests.initialise import InitialisedGuest, initialise_guest
+from guests.llama_assets import (
+    CONFIG_ASSET,
+    TOKENIZER_ASSET,
+    LlamaConfig,
+    TokenizerKind,
+    TokenizerSpec,
+    pack_config,
+    pack_tokenizer,
+)
+from guests.shipped import llama_wasm
+from snapshots.dtypes import NUMPY_DTYPES
+from snapshots.keyring import KeyRing
+from snapshots.manifest import GUEST_CWASM, GUEST_WASM, NAME, WEIGHTS, BlobRef, Manifest, Programs, SnapshotCard
+from snapshots.store import SnapshotStore
+from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, write_weights
+from worker.build.errors import BuildError, MalformedModelError
+from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
+from worker.build.source import ModelSource, SourceTensor
+from worker.tensor_names import SCALE_SUFFIX
+
+#: The part of a worker's private memory that does not depend on the model: interpreter, guest, scratch.
+WORKER_BASE_BYTES: Final = 96 * 1024 * 1024
+#: KV cache that the card's estimate includes: this many sequences of this many tokens (fewer where the context ends).
+ESTIMATED_SEQUENCES: Final = 8
+ESTIMATED_SEQUENCE_TOKENS: Final = 2048
+KV_ITEM_BYTES: Final = 4  # float32 keys and values
+SPACE_MARK: Final = "\u2581".encode()
+DTYPES: Final = {WeightFormat.BF16: "BF16", WeightFormat.F32: "F32", WeightFormat.INT8: "I8"}
+
+#: Called with bytes done and bytes in all while weights are written.
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What a build made."""
+
+    name: str
+    snapshot_id: str
+    architecture: str
+    weight_format: WeightFormat
+    num_parameters: int
+    weights_bytes: int
+    guest_bytes: int  # compiled and WebAssembly
+    wall_s: float
+
+
+def build_snapshot(
+    source: ModelSource,
+    name: str,
+    store: SnapshotStore,
+    keyring: KeyRing,
+    *,
+    weight_format: WeightFormat = WeightFormat.BF16,
+    on_progress: OnProgress | None = None,
+) -> BuildReport:
+    """Build ``source`` as snapshot ``name``; an older one of that name is replaced when all is done. Blocks.
+
+    Memory: one tensor in its stored format, and blocks of 32 MiB of float32.
+
+    Raises:
+        BuildError: the source's files fail, its weights are no numbers, or the guest refuses the model.
+        SnapshotError: the store or the key ring refuses.
+    """
+    started_s = time.monotonic()
+    validate_name(name)
+    guest = _initialise(source)
+    compiled = compile_guest(guest.baked_wasm)
+    layout = plan_weights([spec for tensor in source.tensors for spec in _specs(tensor, weight_format)])
+    blobs = {
+        WEIGHTS: _write_weights(source, store, layout, weight_format, on_progress),
+        GUEST_CWASM: store.add_blob_bytes(compiled),
+        GUEST_WASM: store.add_blob_bytes(guest.baked_wasm),
+    }
+    manifest = Manifest(
+        name=name,
+        created_at_s=time.time(),
+        identity=guest_identity(),
+        card=_make_card(source, weight_format),
+        blobs=blobs,
+        tensors=layout.entries,
+        tensor_handles=guest.tensor_handles,
+        programs=Programs(guest.programs[ProgramKind.PREFILL], guest.programs[ProgramKind.DECODE]),
+    )
+    store.write_manifest(manifest, keyring)
+    return BuildReport(
+        name=name,
+        snapshot_id=manifest.snapshot_id,
+        architecture=source.architecture,
+        weight_format=weight_format,
+        num_parameters=sum(int(np.prod(tensor.shape)) for tensor in source.tensors),
+        weights_bytes=blobs[WEIGHTS].size_bytes,
+        guest_bytes=blobs[GUEST_CWASM].size_bytes + blobs[GUEST_WASM].size_bytes,
+        wall_s=time.monotonic() - started_s,
+    )
+
+
+def validate_name(name: str) -> None:
+    """Check a snapshot's name before any work is done for it.
+
+    Raises:
+        BuildError: not a name.
+    """
+    if not NAME.fullmatch(name):
+        raise BuildError(
+            f"snapshot name {name[:140]!r}: expected a letter or digit, then up to 127 of letters, digits and ._-"
+        )
+
+
+def _initialise(source: ModelSource) -> InitialisedGuest:
+    """Run the llama guest's init on the model's configuration and tokeniser.
+
+    Raises:
+        BuildError: the guest refuses the model.
+    """
+    assets = {CONFIG_ASSET: pack_config(source.config), TOKENIZER_ASSET: pack_tokenizer(source.tokenizer)}
+    try:
+        return initialise_guest(llama_wasm(), assets, [tensor.name for tensor in source.tensors])
+    except GuestError as error:
+        raise BuildError(f"the guest refuses this model: {error}") from error
+
+
+def _specs(tensor: SourceTensor, weight_format: WeightFormat) -> list[TensorSpec]:
+    """Stored tensors of one source tensor: itself, and its scales where it is quantised."""
+    if not tensor.is_matrix:
+        return [TensorSpec(tensor.name, "F32", tensor.shape)]
+    specs = [TensorSpec(tensor.name, DTYPES[weight_format], tensor.shape)]
+    if weight_format is WeightFormat.INT8:
+        specs.append(TensorSpec(tensor.name + SCALE_SUFFIX, "F32", tensor.shape[:1]))
+    return specs
+
+
+def _write_weights(
+    source: ModelSource,
+    store: SnapshotStore,
+    layout: WeightsLayout,
+    weight_format: WeightFormat,
+    on_progress: OnProgress | None,
+) -> BlobRef:
+    def stored_tensors() -> Iterator[npt.NDArray[Any]]:
+        for tensor in source.tensors:
+            yield from _convert(tensor, weight_format)
+            if on_progress is not None:
+                on_progress(writer.size_bytes, layout.size_bytes)
+
+    with store.add_blob() as writer:
+        write_weights(writer, layout, stored_tensors())
+    return writer.ref
+
+
+def _convert(tensor: SourceTensor, weight_format: WeightFormat) -> list[npt.NDArray[Any]]:
+    """The arrays of :func:`_specs`, filled block by block.
+
+    Raises:
+        MalformedModelError: a value is not finite.
+    """
+    specs = _specs(tensor, weight_format)
+    arrays = [np.empty(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in specs]
+    row = 0
+    for block in tensor.row_blocks():
+        if not np.isfinite(block).all():
+            raise MalformedModelError(f"tensor {tensor.name} holds values that are infinite or not a number")
+        rows = slice(row, row + len(block))
+        if specs[0].dtype == "I8":
+            arrays[0][rows], arrays[1][rows] = quantize_rows(block)
+        elif specs[0].dtype == "BF16":
+            arrays[0][rows] = round_to_bfloat16(block)
+        else:
+            arrays[0][rows] = block
+        row = rows.stop
+    return arrays
+
+
+def _make_card(source: ModelSource, weight_format: WeightFormat) -> SnapshotCard:
+    config = source.config
+    return SnapshotCard(
+        architecture=source.architecture,
+        weight_format=weight_format.value,
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        max_token_bytes=_longest_token_bytes(source.tokenizer),
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        worker_bytes=_estimate_worker_bytes(config),
+        eos_token_ids=tuple(source.tokenizer.eos_ids),
+        chat_template=source.chat_template,
+        bos_token=source.special_texts.bos_token,
+        eos_token=source.special_texts.eos_token,
+    )
+
+
+def _longest_token_bytes(tokenizer: TokenizerSpec) -> int:
+    if tokenizer.kind is TokenizerKind.SENTENCEPIECE_BPE:
+        return max(len(token.replace(SPACE_MARK, b" ")) for token in tokenizer.tokens)
+    return max(len(token) for token in tokenizer.tokens)
+
+
+def _estimate_worker_bytes(config: LlamaConfig) -> int:
+    """Private memory of a worker under moderate load: KV cache of a few sequences, and what every worker takes."""
+    tokens = ESTIMATED_SEQUENCES * min(config.context_length, ESTIMATED_SEQUENCE_TOKENS)
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * KV_ITEM_BYTES
+    return WORKER_BASE_BYTES + tokens * token_bytes
