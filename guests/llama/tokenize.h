@@ -1,0 +1,13 @@
+/* Text to token ids. */
+#ifndef LLAMA_TOKENIZE_H
+#define LLAMA_TOKENIZE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "memory.h"
+
+/* Replace `out` by the tokens of `text`; `flags` are gp_tokenize_flag. False: out of memory. */
+bool tokenize(const uint8_t *text, uint32_t length, uint32_t flags, token_list *out);
+
+#endif
