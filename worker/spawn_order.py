@@ -17,12 +17,14 @@ Signals go through the zygote because it alone reaps: a process id that it still
 from __future__ import annotations
 
 import os
+from typing import Final
 
 import msgspec
 
 from scheduler.contract.states import Tier
 
-NUM_SPAWN_FDS = 2  # weights, guest
+NUM_SPAWN_FDS: Final = 2  # weights, guest
+EXIT_REPORTED: Final = 3  # exit code of a worker that could not start and has reported why
 
 
 class SpawnOrder(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -63,6 +64,7 @@ class ZygoteClient:
         self._forks: dict[str, asyncio.Future[int]] = {}  # worker id -> pid, until answered
         self._alive: set[str] = set()  # forked and not reaped; written only by `_on_message` and `_forget_workers`
         self._supervisor: asyncio.Task[None] | None = None
+        self._killing: asyncio.Future[None] | None = None  # holds a reference while it runs
         self.pid = 0  # of the present zygote; 0 while there is none
 
     @property
@@ -173,6 +175,8 @@ class ZygoteClient:
                 answer = self._forks.get(worker_id)
                 if answer is not None and not answer.done():
                     answer.set_result(pid)
+                else:  # whoever ordered it gave up: nobody would ever end this worker
+                    self._killing = asyncio.ensure_future(self.signal(worker_id, signal.SIGKILL))
             case ForkRefused(worker_id, reason):
                 answer = self._forks.get(worker_id)
                 if answer is not None and not answer.done():
@@ -226,7 +230,7 @@ async def _wait_writable(channel: socket.socket) -> None:
 
 
 def _start_process(command: Sequence[str], channel_fd: int) -> subprocess.Popen[bytes]:
-    """Start a zygote (1 ms). Not by asyncio's subprocess: uvloop's lets inheritable descriptors of this process through.
+    """Start a zygote (1 ms). Not by asyncio's subprocess: uvloop's lets inheritable descriptors through.
 
     It gets its own session: Ctrl-C in a terminal reaches the agent alone, which then drains the workers.
     """

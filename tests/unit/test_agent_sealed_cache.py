@@ -1,0 +1,169 @@
+"""The agent's cache of sealed memory: what is shared, what is evicted, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from snapshots import chunks
+from snapshots.errors import BlobCorrupt
+from snapshots.manifest import GUEST_CWASM, GUEST_WASM, WEIGHTS, BlobRef, Manifest, Programs
+from tests.snapshot_fixtures import make_card
+from worker.sealed_cache import NoRoom, SealedCache
+
+
+@dataclass(frozen=True)
+class Sealed:
+    fd: int
+    size_bytes: int
+
+
+class Sealer:
+    """Seals nothing: opens a descriptor and counts. ``gate`` holds sealing back while it is clear."""
+
+    def __init__(self) -> None:
+        self.sealed: list[str] = []
+        self.corrupt: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, path: Path, ref: BlobRef) -> Sealed:
+        assert self.gate.wait(10)
+        if ref.digest in self.corrupt:
+            raise BlobCorrupt(ref.digest[:8], "its bytes are not the signed ones")
+        self.sealed.append(ref.digest)
+        return Sealed(os.open(os.devnull, os.O_RDONLY), ref.size_bytes)
+
+
+def make_ref(text: str, size_bytes: int) -> BlobRef:
+    return BlobRef(text.ljust(64, "0"), size_bytes, chunks.DEFAULT_CHUNK_BYTES, b"")
+
+
+def make_manifest(name: str, *, weights: str = "", size_bytes: int = 100, guest: str = "guest") -> Manifest:
+    blobs = {
+        WEIGHTS: make_ref(weights or name, size_bytes),
+        GUEST_CWASM: make_ref(guest, 10),
+        GUEST_WASM: make_ref("wasm", 5),
+    }
+    return Manifest(name, 0.0, {}, make_card(), blobs, (), (), Programs(b"", b""))
+
+
+def make_cache(sealer: Sealer, limit_bytes: int = 1000) -> SealedCache:
+    return SealedCache(lambda ref: Path("/blobs") / ref.digest, sealer, limit_bytes)
+
+
+async def test_second_worker_shares_what_the_first_sealed() -> None:
+    """One sealing serves every worker of a snapshot, also those that come while it is under way."""
+    sealer = Sealer()
+    cache = make_cache(sealer)
+    sealer.gate.clear()
+    waiting = [asyncio.create_task(cache.acquire("a1", make_manifest("a"), f"w{i}")) for i in range(3)]
+    await asyncio.sleep(0)
+    sealer.gate.set()
+    first, *others = await asyncio.gather(*waiting)
+    assert others == [first, first]
+    assert len(sealer.sealed) == 2
+    assert cache.sealed_bytes() == {"a": 110}
+    cache.check_integrity()
+    cache.close()
+
+
+async def test_blob_shared_by_two_models_is_held_once_and_kept_for_the_other() -> None:
+    """The guest that two models have in common stays when one of them is forgotten."""
+    sealer = Sealer()
+    cache = make_cache(sealer)
+    await cache.acquire("a1", make_manifest("a"), "wa")
+    b_fds = await cache.acquire("b1", make_manifest("b"), "wb")
+    assert len(sealer.sealed) == 3
+    cache.release("wa")
+    assert cache.forget("a")
+    cache.check_integrity()
+    os.fstat(b_fds.guest_fd)
+    assert cache.sealed_bytes() == {"b": 110}
+    cache.close()
+    cache.close()
+
+
+async def test_least_recently_used_goes_first_and_never_one_in_use() -> None:
+    """Room is made by dropping idle snapshots in order of use; a running worker's stays."""
+    sealer = Sealer()
+    cache = make_cache(sealer, limit_bytes=350)
+    for name in ("a", "b", "c"):
+        await cache.acquire(f"{name}1", make_manifest(name), f"w{name}")
+    cache.release("wb")
+    cache.release("wc")
+    await cache.acquire("b1", make_manifest("b"), "wb2")
+    cache.release("wb2")
+    await cache.acquire("d1", make_manifest("d"), "wd")
+    assert set(cache.sealed_bytes()) == {"a", "b", "d"}
+    cache.check_integrity()
+    cache.close()
+
+
+async def test_refuses_what_cannot_fit_and_says_both_numbers() -> None:
+    """A snapshot that is larger than the limit, or than what running workers leave, is refused."""
+    cache = make_cache(Sealer(), limit_bytes=200)
+    with pytest.raises(NoRoom, match="needs 510 bytes of sealed memory; the limit is 200"):
+        await cache.acquire("big", make_manifest("big", size_bytes=500), "w")
+    await cache.acquire("a1", make_manifest("a"), "wa")
+    with pytest.raises(NoRoom, match="running workers hold 110"):
+        await cache.acquire("b1", make_manifest("b"), "wb")
+    cache.check_integrity()
+    cache.close()
+
+
+async def test_corrupt_blob_leaves_nothing_behind() -> None:
+    """When one of two blobs is corrupt, the other is given up too and the next try starts afresh."""
+    sealer = Sealer()
+    cache = make_cache(sealer)
+    manifest = make_manifest("a")
+    sealer.corrupt = {manifest.guest_cwasm.digest}
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BlobCorrupt):
+        await cache.acquire("a1", manifest, "w")
+    assert not cache.holds("a1")
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    sealer.corrupt.clear()
+    await cache.acquire("a1", manifest, "w")
+    cache.check_integrity()
+    cache.close()
+
+
+async def test_forget_is_refused_while_a_worker_maps_it() -> None:
+    """A model in use keeps its sealed bytes until its last worker is gone."""
+    cache = make_cache(Sealer())
+    await cache.acquire("a1", make_manifest("a"), "w")
+    assert not cache.forget("a")
+    assert cache.holds("a1")
+    cache.release("w")
+    cache.release("w")
+    assert cache.forget("a")
+    assert cache.sealed_bytes() == {}
+    cache.close()
+
+
+async def test_superseded_snapshot_goes_when_its_last_worker_does() -> None:
+    """After a rebuild the old snapshot's bytes stay only as long as a worker serves them."""
+    cache = make_cache(Sealer())
+    await cache.acquire("old", make_manifest("a", weights="old"), "w1")
+    await cache.acquire("new", make_manifest("a", weights="new"), "w2")
+    cache.retain({"a": "new"})
+    assert cache.holds("old")
+    cache.release("w1")
+    cache.retain({"a": "new"})
+    assert not cache.holds("old")
+    assert cache.holds("new")
+    cache.check_integrity()
+    cache.close()
+
+
+def test_manifest_survives_the_way_to_a_worker() -> None:
+    """What an order carries decodes to the same manifest."""
+    manifest = make_manifest("a")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(manifest), type=Manifest) == manifest

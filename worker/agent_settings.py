@@ -1,0 +1,89 @@
+"""Settings of a node agent beyond those that every process has, and where its verification keys come from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from scheduler.contract import environment
+from scheduler.contract.environment import ProcessSettings, SettingsError, read_positive_float
+from snapshots.keyring import KeyRing
+
+BACKEND: Final = "GLOWPLUG_BACKEND"
+THREADS: Final = "GLOWPLUG_THREADS"
+SEALED_LIMIT_BYTES: Final = "GLOWPLUG_SEALED_LIMIT_BYTES"
+DRAIN_GRACE_S: Final = "GLOWPLUG_DRAIN_GRACE_S"
+DEV: Final = "GLOWPLUG_DEV"
+
+BACKENDS: Final = ("numkong", "numpy")
+DEFAULT_DRAIN_GRACE_S: Final = 10.0
+SEALED_MEMORY_FRACTION: Final = 0.8
+
+
+class AgentSettings(msgspec.Struct, frozen=True):
+    """What a node agent needs to know. ``drain_grace_s`` is what running requests get when the agent stops."""
+
+    process: ProcessSettings
+    backend: str
+    num_threads: int
+    sealed_limit_bytes: int
+    drain_grace_s: float
+
+    @property
+    def store_root(self) -> Path:
+        return self.process.state_dir / "store"
+
+
+def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.environ) -> AgentSettings:
+    """Settings from the environment.
+
+    Raises:
+        SettingsError: a value is malformed.
+    """
+    backend = env.get(BACKEND) or BACKENDS[0]
+    if backend not in BACKENDS:
+        raise SettingsError(f'{BACKEND}="{backend}": expected one of {", ".join(BACKENDS)}')
+    num_cores = len(os.sched_getaffinity(0))
+    return AgentSettings(
+        process=environment.read_process_settings(env),
+        backend=backend,
+        num_threads=int(read_positive_float(THREADS, num_cores, env)),
+        sealed_limit_bytes=int(
+            read_positive_float(SEALED_LIMIT_BYTES, memory_total_bytes * SEALED_MEMORY_FRACTION, env)
+        ),
+        drain_grace_s=read_positive_float(DRAIN_GRACE_S, DEFAULT_DRAIN_GRACE_S, env),
+    )
+
+
+def load_keyring(state_dir: Path, env: Mapping[str, str] = os.environ) -> KeyRing:
+    """Keys that snapshots are verified with: a key file, a key in the environment, or the state folder's own file.
+
+    In development (GLOWPLUG_DEV=1) a missing key is made, readable by this user only, and that is logged.
+
+    Raises:
+        KeyRingError: a key source is malformed or not private.
+        SettingsError: there is no key, or two sources contradict each other.
+    """
+    file, text = env.get(environment.SNAPSHOT_KEYS), env.get(environment.SNAPSHOT_KEY)
+    if file and text:
+        raise SettingsError(f"{environment.SNAPSHOT_KEYS} and {environment.SNAPSHOT_KEY} are both set: keep one")
+    if file:
+        return KeyRing.from_file(Path(file))
+    if text:
+        return KeyRing.from_text(text)
+    default = state_dir / "keys" / "snapshot.keys"
+    if default.exists():
+        return KeyRing.from_file(default)
+    if env.get(DEV) != "1":
+        raise SettingsError(
+            f"no key to verify snapshots with: make one with `glowplug keys new` (it writes {default}), or set "
+            f"{environment.SNAPSHOT_KEYS}=FILE or {environment.SNAPSHOT_KEY}=ID:HEX"
+        )
+    keyring = KeyRing.generate_file(default)
+    structlog.get_logger().warning("development_key_made", path=str(default), mode="0600", key_id=keyring.key_ids[0])
+    return keyring

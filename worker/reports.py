@@ -1,0 +1,163 @@
+"""What agents and workers tell the rest: state changes, stages of a wake, heartbeats, security events."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from redis.asyncio import Redis
+
+from scheduler.contract import codec, keys
+from scheduler.contract.connection import CONNECTION_ERRORS
+from scheduler.contract.errors import ErrorCode, ErrorInfo
+from scheduler.contract.messages import (
+    InboxMessage,
+    ModelsChanged,
+    NodeReport,
+    StageEvent,
+    WorkerChanged,
+    WorkerReport,
+)
+from scheduler.contract.states import SlotState
+from scheduler.contract.telemetry import SECURITY_EVENT
+
+#: Stage of an event that concerns no wake: the set of models changed (the model is empty then).
+STAGE_MODELS_CHANGED: Final = "models"
+RETRY_AFTER_S: Final = 0.5
+_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
+
+
+class Reports:
+    """Writes to Redis in the name of one node. Event loop only; every method may raise ``CONNECTION_ERRORS``."""
+
+    def __init__(self, redis: Redis, node_id: str) -> None:
+        self._redis = redis
+        self._node_id = node_id
+        self._log = structlog.get_logger()
+
+    async def worker_changed(
+        self, worker_id: str, model: str, state: SlotState, *, exited: bool = False, error: ErrorInfo | None = None
+    ) -> None:
+        """Tell the scheduler of a worker's new state."""
+        await self._send(WorkerChanged(self._node_id, worker_id, model, state, exited, error))
+
+    async def models_changed(self) -> None:
+        """Tell the scheduler and the gateways that the model cards changed."""
+        await self._send(ModelsChanged(self._node_id))
+        await self.stage("", STAGE_MODELS_CHANGED)
+
+    async def stage(self, model: str, stage: str, eta_ms: int = -1) -> None:
+        """Tell waiting clients how far a wake is."""
+        await self._redis.publish(keys.EVENTS, codec.encode(StageEvent(model, stage, eta_ms)))
+
+    async def security(self, kind: str, model: str, reason: str) -> None:
+        """Something looks like tampering: log it at critical level and count it."""
+        self._log.critical(SECURITY_EVENT, kind=kind, model=model, reason=reason)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hincrby(keys.SECURITY_COUNTS, kind, 1)
+            await pipe.execute()
+
+    async def node_alive(self, report: NodeReport) -> bool:
+        """Heartbeat of the node; False if it was not registered (any more) and now is."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.sadd(keys.NODES, self._node_id)
+            pipe.set(keys.node(self._node_id), codec.encode(report), ex=keys.NODE_TTL_S, get=True)
+            _, previous = await pipe.execute()
+        return previous is not None
+
+    async def node_gone(self) -> None:
+        """Unregister the node."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.srem(keys.NODES, self._node_id)
+            pipe.delete(keys.node(self._node_id), keys.node_commands(self._node_id))
+            await pipe.execute()
+
+    async def worker_alive(self, report: WorkerReport) -> None:
+        """Heartbeat of a worker."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.sadd(keys.WORKERS, report.worker_id)
+            pipe.set(keys.worker(report.worker_id), codec.encode(report), ex=keys.WORKER_TTL_S)
+            await pipe.execute()
+
+    async def worker_gone(self, worker_id: str) -> None:
+        """Unregister a worker."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.srem(keys.WORKERS, worker_id)
+            pipe.delete(keys.worker(worker_id))
+            await pipe.execute()
+
+    async def _send(self, message: InboxMessage) -> None:
+        fields: dict[Any, Any] = {keys.FIELD: codec.encode(message)}
+        await self._redis.xadd(keys.INBOX, fields, maxlen=keys.INBOX_MAX_ENTRIES, approximate=True)
+
+
+async def keep_trying(action: Callable[[], Awaitable[None]], what: str) -> None:
+    """Run ``action`` again until Redis takes it."""
+    while True:
+        try:
+            return await action()
+        except CONNECTION_ERRORS as error:
+            structlog.get_logger().warning("redis_unreachable", doing=what, error=str(error))
+            await asyncio.sleep(RETRY_AFTER_S)
+
+
+def describe_exit(worker_id: str, model: str, exit_code: int) -> ErrorInfo:
+    """The error of a worker that ended without being asked to. ``exit_code`` below 0: minus a signal's number."""
+    if exit_code >= 0:
+        how = f"ended with exit code {exit_code}"
+    elif exit_code == -signal.SIGKILL:
+        how = "was killed (SIGKILL; out of memory, or by hand)"
+    else:
+        how = f"was ended by signal {signal.Signals(-exit_code).name}"
+    return ErrorInfo(ErrorCode.WORKER_FAILED, f"worker {worker_id} of model {model!r} {how}; see its log lines")
+
+
+def read_memory_total_bytes() -> int:
+    """Memory that this machine, or this container, may use."""
+    total = _read_meminfo()["MemTotal"]
+    try:
+        limit = _CGROUP_LIMIT.read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def read_memory_available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    return _read_meminfo()["MemAvailable"]
+
+
+def read_private_bytes() -> int:
+    """Anonymous memory of this process, pages still shared with the zygote included. Costs 10 us."""
+    with open("/proc/self/statm") as statm:
+        _, resident, shared, *_ = statm.read().split()
+    return (int(resident) - int(shared)) * _PAGE_BYTES
+
+
+def make_node_report(
+    node_id: str, *, sealed_bytes: dict[str, int], zygote_pid: int, backend: str, memory_total_bytes: int
+) -> NodeReport:
+    """The node's heartbeat at this instant."""
+    return NodeReport(
+        node_id=node_id,
+        pid=os.getpid(),
+        reported_at_s=time.time(),
+        memory_total_bytes=memory_total_bytes,
+        memory_available_bytes=read_memory_available_bytes(),
+        sealed_bytes=sealed_bytes,
+        zygote_pid=zygote_pid,
+        backend=backend,
+    )
+
+
+def _read_meminfo() -> dict[str, int]:
+    with open("/proc/meminfo") as meminfo:
+        fields = (line.split() for line in meminfo)
+        return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in fields}

@@ -1,0 +1,242 @@
+"""A worker's slot: one model in one forked process, from the spawn order to the exit.
+
+The main thread runs the event loop: Redis, claims, heartbeats, the drain signal. The engine thread restores the model
+beside it, so that connecting to Redis and claiming the first request cost no time of a cold start. The slot's state
+machine is :class:`scheduler.contract.states.SlotState`; written only by :class:`WorkerSlot`, on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+from typing import Any, Final
+
+import structlog
+import uvloop
+from redis.asyncio import Redis
+
+from guests.runtime import GuestEngine
+from scheduler.contract.connection import CONNECTION_ERRORS, connect
+from scheduler.contract.errors import ErrorInfo
+from scheduler.contract.messages import WorkerReport
+from scheduler.contract.states import SlotState
+from scheduler.contract.telemetry import Mark
+from worker.engine.engine import Engine, EngineStatistics
+from worker.engine.types import RequestStep
+from worker.engine_thread import EngineThread, describe_failure
+from worker.jobs import ClaimingWorker
+from worker.publisher import TokenPublisher
+from worker.reports import Reports, keep_trying, read_private_bytes
+from worker.request_runner import RequestRunner, WakeRecord
+from worker.spawn_order import EXIT_REPORTED, SpawnedFds, SpawnOrder
+
+HEARTBEAT_S: Final = 1.0
+#: Requests claimed beyond what runs at once, so that the engine has the next one when one ends.
+CLAIM_AHEAD: Final = 8
+#: The engine thread's Python must not keep a token waiting: the default of 5 ms would show in every latency.
+SWITCH_INTERVAL_S: Final = 0.0005
+LAST_WORDS_S: Final = 2.0  # for the last reports of a worker that ends
+EXIT_OK: Final = 0
+
+_guest_engine: GuestEngine | None = None  # made once in the zygote, inherited by every worker
+
+
+class WorkerSlot:
+    """One worker's life. ``run`` is called once."""
+
+    def __init__(self, order: SpawnOrder, fds: SpawnedFds, guest_engine: GuestEngine, forked_mono_ns: int) -> None:
+        self._order = order
+        self._loop = asyncio.get_running_loop()
+        self._log = structlog.get_logger()
+        self._state = SlotState.RESTORING
+        self._marks = {**order.marks, Mark.FORKED: forked_mono_ns}
+        self._engine: Engine | None = None
+        self._thread = EngineThread(order, fds, guest_engine, self._marks, self)
+        self._redis: Redis = connect(order.redis_url)
+        self._reports = Reports(self._redis, order.node_id)
+        self._publisher = TokenPublisher(self._redis, on_fenced=self._on_fenced)
+        wake = WakeRecord(order.worker_id, order.snapshot_id, order.cold_tier, self._marks)
+        self._runner = RequestRunner(self._publisher, wake, self._was_cancelled)
+        self._claiming = ClaimingWorker(
+            self._redis,
+            model=order.model,
+            worker_id=order.worker_id,
+            handler=self._runner.run,
+            room=order.max_running + CLAIM_AHEAD,
+        )
+        self._news: asyncio.Queue[tuple[SlotState, ErrorInfo | None]] = asyncio.Queue()
+        self._end: asyncio.Future[None] = self._loop.create_future()  # drain asked for; or what went wrong
+        self._side_tasks: list[asyncio.Task[None]] = []
+
+    async def run(self) -> int:
+        """Serve until drained; the process's exit code.
+
+        Raises:
+            Exception: a side task or the running engine died. The caller exits; the agent gives the jobs back.
+        """
+        self._thread.start()  # first: everything below happens beside it
+        self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        self._start("claims", self._claiming.serve())
+        self._tell(SlotState.RESTORING)
+        self._start("announcements", self._announce())
+        self._start("heartbeat", self._heartbeat())
+        try:
+            await self._end
+            await self._drain()
+        except RestoreFailed as failure:
+            self._log.error("restore_failed", exc_info=failure.cause)
+            self._tell(SlotState.FAILED, describe_failure(self._order.model, failure.cause))
+            return EXIT_REPORTED
+        finally:
+            await self._close()
+        return EXIT_OK
+
+    # --- the engine thread calls these ------------------------------------------------------------------------------
+
+    def on_ready(self, engine: Engine) -> None:
+        self._loop.call_soon_threadsafe(self._become_ready, engine)
+
+    def on_ended(self, error: Exception | None) -> None:
+        self._loop.call_soon_threadsafe(self._on_engine_ended, error)
+
+    def on_steps(self, steps: list[RequestStep]) -> None:
+        self._runner.on_steps(steps)
+
+    # --- changes of state -------------------------------------------------------------------------------------------
+
+    def _become_ready(self, engine: Engine) -> None:
+        self._engine = engine
+        self._runner.attach(engine)
+        if self._state is SlotState.RESTORING:
+            self._tell(SlotState.READY)
+        ready_ms = (self._marks[Mark.RESTORED] - self._marks[Mark.FORKED]) / 1e6
+        self._log.info("worker_ready", since_fork_ms=round(ready_ms, 2), tier=self._order.cold_tier.value)
+        gc.freeze()
+        gc.enable()
+
+    def _on_engine_ended(self, error: Exception | None) -> None:
+        if error is None or self._end.done():
+            return
+        self._end.set_exception(error if self._engine is not None else RestoreFailed(error))
+
+    def _on_sigterm(self) -> None:
+        if not self._end.done():
+            self._end.set_result(None)
+
+    async def _drain(self) -> None:
+        """Finish what runs. What waits for an engine that is not there yet goes back to the queue at once."""
+        self._tell(SlotState.DRAINING)
+        is_done = self._engine is not None and await self._claiming.drain(self._order.drain_grace_s)
+        self._log.info("worker_drained", handed_back=0 if is_done else len(self._runner))
+
+    async def _close(self) -> None:
+        """Hand back what still runs, say the last words, stop."""
+        await self._claiming.aclose()
+        self._thread.stop()
+        try:
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._runner.aclose()
+                await self._news.join()
+        except TimeoutError:
+            self._log.warning("last_words_unsaid", news=self._news.qsize())
+        for task in self._side_tasks:
+            task.cancel()
+        await asyncio.gather(*self._side_tasks, return_exceptions=True)
+        await self._publisher.aclose()
+        await self._redis.aclose()
+
+    # --- side tasks -------------------------------------------------------------------------------------------------
+
+    def _start(self, name: str, work: Any) -> None:
+        task = self._loop.create_task(work, name=name)
+        task.add_done_callback(self._on_task_done)
+        self._side_tasks.append(task)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self._end.done():
+            self._end.set_exception(error)
+
+    def _tell(self, state: SlotState, error: ErrorInfo | None = None) -> None:
+        self._state = state
+        self._news.put_nowait((state, error))
+
+    async def _announce(self) -> None:
+        """Tell the scheduler of every state, in order."""
+        worker_id, model = self._order.worker_id, self._order.model
+        while True:
+            state, error = await self._news.get()
+
+            async def tell(state: SlotState = state, error: ErrorInfo | None = error) -> None:
+                await self._reports.worker_changed(worker_id, model, state, error=error)
+                await self._reports.stage(model, state.value)
+
+            await keep_trying(tell, f"announcing {state}")
+            self._news.task_done()
+
+    async def _heartbeat(self) -> None:
+        while True:
+            try:
+                await self._reports.worker_alive(self._report())
+            except CONNECTION_ERRORS as error:
+                self._log.warning("redis_unreachable", doing="heartbeat", error=str(error))
+            await asyncio.sleep(HEARTBEAT_S)
+
+    def _report(self) -> WorkerReport:
+        statistics = self._engine.statistics() if self._engine is not None else EngineStatistics()
+        return WorkerReport(
+            worker_id=self._order.worker_id,
+            node_id=self._order.node_id,
+            model=self._order.model,
+            pid=os.getpid(),
+            state=self._state,
+            num_running=statistics.num_running,
+            num_waiting=statistics.num_waiting,
+            reported_at_s=time.time(),
+            kv_used_bytes=statistics.kv_used_bytes,
+            kv_budget_bytes=self._order.kv_budget_bytes,
+            private_bytes=read_private_bytes(),
+            tokens_generated=statistics.tokens_generated,
+        )
+
+    def _on_fenced(self, request_id: str) -> None:
+        self._runner.on_fenced(request_id)
+
+    def _was_cancelled(self, request_id: str) -> bool:
+        return request_id in self._claiming.aborting_tasks
+
+
+class RestoreFailed(Exception):
+    """The engine thread could not restore the model."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def prepare_to_fork() -> None:
+    """Do in the zygote, once, what every worker would otherwise do after its fork. Starts no thread."""
+    global _guest_engine
+    _guest_engine = GuestEngine()
+
+
+def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
+    """Main function of a forked worker; its exit code.
+
+    Requires: :func:`prepare_to_fork` ran before the fork.
+    """
+    if _guest_engine is None:
+        raise RuntimeError("prepare_to_fork() was not called before the fork")
+    guest_engine = _guest_engine
+    gc.disable()  # until the slot is ready: a collection in the middle of a restore helps nobody
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    structlog.contextvars.bind_contextvars(worker_id=order.worker_id, model=order.model)
+
+    async def live() -> int:
+        return await WorkerSlot(order, fds, guest_engine, forked_mono_ns).run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(live())

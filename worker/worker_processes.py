@@ -1,0 +1,212 @@
+"""The worker processes of one host: started, watched, drained and buried by their agent alone.
+
+=========== =========== ==================================================================
+from        to          when
+=========== =========== ==================================================================
+(none)      starting    spawn order; the snapshot is being sealed or the fork is under way
+starting    running     the zygote forked it
+starting    (none)      refused: snapshot corrupt, no room, no fork; reported as failed
+running     stopping    drain order, or the agent stops: SIGTERM, and SIGKILL past the grace
+running     (none)      it ended by itself: reported with its error
+stopping    (none)      it ended: reported
+=========== =========== ==================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from scheduler.contract.errors import ErrorCode, ErrorInfo
+from scheduler.contract.messages import SpawnWorker
+from scheduler.contract.states import SlotState, Tier
+from scheduler.contract.telemetry import Mark
+from snapshots.errors import SnapshotError
+from worker.agent_settings import AgentSettings
+from worker.model_catalogue import CatalogueEntry, describe_refusal
+from worker.reports import Reports, describe_exit, keep_trying
+from worker.sealed_cache import NoRoom, SealedCache
+from worker.spawn_order import EXIT_REPORTED, SpawnOrder, WorkerExited
+from worker.zygote_client import SpawnFailed, ZygoteClient
+
+#: A worker that ends by itself at the end of its grace gets this much longer before it is killed.
+KILL_MARGIN_S: Final = 0.5
+
+#: Called with a snapshot whose blobs do not match its manifest.
+OnCorrupt = Callable[[CatalogueEntry, SnapshotError], Awaitable[None]]
+#: Gives the jobs of a dead worker (model, worker id) back to the queue.
+ReleaseLeases = Callable[[str, str], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class _Process:
+    worker_id: str
+    model: str
+    pid: int = 0  # 0 until forked
+    is_stopping: bool = False
+    kill_timer: asyncio.TimerHandle | None = None
+
+
+class WorkerProcesses:
+    """Owner of this host's workers. Event loop only."""
+
+    def __init__(
+        self,
+        *,
+        zygote: ZygoteClient,
+        cache: SealedCache,
+        reports: Reports,
+        settings: AgentSettings,
+        on_corrupt: OnCorrupt,
+        release_leases: ReleaseLeases,
+    ) -> None:
+        self._zygote = zygote
+        self._cache = cache
+        self._reports = reports
+        self._settings = settings
+        self._on_corrupt = on_corrupt
+        self._release_leases = release_leases
+        self._log = structlog.get_logger()
+        self._processes: dict[str, _Process] = {}
+        self._burials: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._processes)
+
+    async def spawn(self, command: SpawnWorker, entry: CatalogueEntry, received_mono_ns: int) -> None:
+        """Seal the snapshot if needed and fork a worker. A refusal is reported, never raised."""
+        if command.worker_id in self._processes:
+            return  # the order was delivered twice
+        process = self._processes[command.worker_id] = _Process(command.worker_id, command.model)
+        try:
+            await self._spawn(process, command, entry, received_mono_ns)
+        except SnapshotError as error:
+            await self._on_corrupt(entry, error)
+            await self._refuse(process, describe_refusal(error))
+        except NoRoom as error:
+            await self._refuse(process, ErrorInfo(ErrorCode.OUT_OF_MEMORY, str(error)))
+        except SpawnFailed as error:
+            await self._refuse(process, ErrorInfo(ErrorCode.WAKE_FAILED, f"no worker could be started: {error}"))
+
+    async def _spawn(
+        self, process: _Process, command: SpawnWorker, entry: CatalogueEntry, received_mono_ns: int
+    ) -> None:
+        if entry.manifest is None:
+            raise AssertionError("spawn of a refused snapshot")  # the agent answers those itself
+        card = entry.card
+        is_warm = self._cache.holds(card.snapshot_id)
+        if not is_warm:
+            await self._reports.stage(card.name, "verifying")
+        fds = await self._cache.acquire(card.snapshot_id, entry.manifest, process.worker_id)
+        order = SpawnOrder(
+            worker_id=process.worker_id,
+            node_id=self._settings.process.node_id,
+            model=card.name,
+            snapshot_id=card.snapshot_id,
+            redis_url=self._settings.process.redis_url,
+            manifest=entry.encoded_manifest,
+            backend=self._settings.backend,
+            num_threads=self._settings.num_threads,
+            max_running=command.max_running,
+            kv_budget_bytes=command.kv_budget_bytes,
+            drain_grace_s=self._settings.drain_grace_s,
+            cold_tier=Tier.HOST_RAM if is_warm else Tier.DISK,
+            marks={**command.marks, Mark.ORDER_RECEIVED: received_mono_ns, Mark.VERIFIED: time.monotonic_ns()},
+        )
+        process.pid = await self._zygote.spawn(order, fds)
+        self._log.info(
+            "worker_started", worker_id=order.worker_id, model=card.name, pid=process.pid, tier=order.cold_tier
+        )
+        if process.is_stopping:  # the drain order overtook the fork
+            await self._zygote.signal(process.worker_id, signal.SIGTERM)
+
+    async def drain(self, worker_id: str, grace_s: float) -> None:
+        """Ask a worker to finish what runs and exit; kill it past ``grace_s``. Unknown ids are gone already."""
+        process = self._processes.get(worker_id)
+        if process is None:
+            return
+        process.is_stopping = True
+        if process.kill_timer is not None:
+            process.kill_timer.cancel()
+        process.kill_timer = asyncio.get_running_loop().call_later(grace_s + KILL_MARGIN_S, self._kill, worker_id)
+        await self._zygote.signal(worker_id, signal.SIGTERM)
+
+    async def drain_all(self, grace_s: float) -> None:
+        """Drain every worker and wait until all are gone and reported."""
+        for worker_id in list(self._processes):
+            await self.drain(worker_id, grace_s)
+        await self.wait_gone()
+
+    async def wait_gone(self) -> None:
+        """Wait until no worker is left and every end is reported."""
+        while self._processes or self._burials:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _kill(self, worker_id: str) -> None:
+        if worker_id in self._processes:
+            self._log.warning("worker_killed_past_grace", worker_id=worker_id)
+            self._start_task(self._zygote.signal(worker_id, signal.SIGKILL), f"kill {worker_id}")
+
+    # --- ends -----------------------------------------------------------------------------------------------------
+
+    def on_exit(self, message: WorkerExited) -> None:
+        """The zygote reaped a worker."""
+        process = self._processes.get(message.worker_id)
+        if process is None:
+            return
+        is_expected = process.is_stopping or message.exit_code in (0, EXIT_REPORTED)
+        error = None if is_expected else describe_exit(process.worker_id, process.model, message.exit_code)
+        log = self._log.info if is_expected else self._log.error
+        log("worker_exited", worker_id=process.worker_id, model=process.model, exit_code=message.exit_code)
+        self._bury(process, error)
+
+    def on_lost(self, worker_ids: list[str]) -> None:
+        """The zygote died and these workers with it."""
+        for worker_id in worker_ids:
+            process = self._processes.get(worker_id)
+            if process is not None:
+                message = f"worker {worker_id} of model {process.model!r} died with its zygote; a new one is started"
+                self._bury(process, ErrorInfo(ErrorCode.WORKER_FAILED, message))
+
+    def _bury(self, process: _Process, error: ErrorInfo | None) -> None:
+        del self._processes[process.worker_id]
+        if process.kill_timer is not None:
+            process.kill_timer.cancel()
+        self._cache.release(process.worker_id)
+        self._start_task(self._report_end(process, error), f"bury {process.worker_id}")
+
+    async def _report_end(self, process: _Process, error: ErrorInfo | None) -> None:
+        """Leases first: when the scheduler hears of the end, the jobs can be claimed again."""
+        state = SlotState.COLD if error is None else SlotState.FAILED
+
+        async def report() -> None:
+            await self._release_leases(process.model, process.worker_id)
+            await self._reports.worker_gone(process.worker_id)
+            await self._reports.worker_changed(process.worker_id, process.model, state, exited=True, error=error)
+
+        await keep_trying(report, "report of a worker's end")
+
+    async def _refuse(self, process: _Process, error: ErrorInfo) -> None:
+        self._log.error("worker_refused", worker_id=process.worker_id, model=process.model, error=error.message)
+        if process.worker_id in self._processes:  # else the zygote's death has been reported already
+            self._bury(process, error)
+
+    def _start_task(self, work: Awaitable[None], name: str) -> None:
+        task = asyncio.ensure_future(work)
+        task.set_name(name)
+        self._burials.add(task)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._burials.discard(task)
+        self._changed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error("task_failed", task=task.get_name(), exc_info=error)
