@@ -1,0 +1,186 @@
+"""The gateway process: from settings to a listener, and back to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import resource
+import secrets
+import signal
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from scheduler.contract.connection import connect
+from scheduler.contract.environment import ProcessSettings, read_process_settings
+from scheduler.contract.errors import GlowplugError
+from scheduler.contract.telemetry import configure_logging
+from scheduler.gateway import health, routes_admin, routes_chat, routes_completions, routes_models
+from scheduler.gateway.gateway import GATEWAY, Gateway
+from scheduler.gateway.hub import Hub
+from scheduler.gateway.request_log import add_standard_headers, observe_request
+from scheduler.gateway.settings import GatewaySettings, read_gateway_settings
+
+BACKGROUND_LIMIT_S: Final = 2.0
+KEEPALIVE_S: Final = 75.0
+
+_log = structlog.get_logger()
+
+
+def build_app(gateway: Gateway) -> web.Application:
+    """The application around ``gateway``; its hub must be started before the first request."""
+    app = web.Application(middlewares=[observe_request], client_max_size=gateway.settings.max_body_bytes)
+    app[GATEWAY] = gateway
+    app.on_response_prepare.append(add_standard_headers)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", routes_chat.create_chat_completion),
+            web.post("/v1/completions", routes_completions.create_completion),
+            web.get("/v1/models", routes_models.list_models),
+            web.get("/v1/models/{model:.+}", routes_models.get_model),
+            web.get("/healthz", health.get_liveness),
+            web.get("/readyz", health.get_readiness),
+            web.get("/health", health.get_readiness),
+            web.get("/metrics", routes_admin.get_metrics),
+            web.get("/admin/status", routes_admin.get_status),
+            web.get("/admin/traces/{request_id}", routes_admin.get_trace),
+        ]
+    )
+    return app
+
+
+class GatewayServer:
+    """A listening gateway. ``start`` and ``aclose`` once each, on one loop."""
+
+    def __init__(self, settings: GatewaySettings, process: ProcessSettings) -> None:
+        self._settings = settings
+        self._redis = connect(process.redis_url)
+        gateway_id = f"{process.node_id}:{os.getpid()}:{secrets.token_hex(3)}"
+        self._hub = Hub(self._redis, gateway_id)
+        self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, _queue_limits(process, settings))
+        self._runner = web.AppRunner(
+            build_app(self.gateway),
+            access_log=None,
+            handler_cancellation=True,
+            keepalive_timeout=KEEPALIVE_S,
+            shutdown_timeout=settings.drain_grace_s,
+        )
+        self.host, self.port = settings.host, settings.port
+
+    async def start(self) -> None:
+        """Subscribe, then listen. On success ``host`` and ``port`` are the real ones and the ready descriptor is told.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        # Imports that the first request needs go on in a thread while this one waits for Redis.
+        preloading = asyncio.create_task(asyncio.to_thread(self._preload), name="preload")
+        await self._hub.start()
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, self._settings.host, self._settings.port, backlog=self._settings.backlog)
+        await site.start()
+        self.host, self.port = self._runner.addresses[0][:2]
+        self._announce()
+        await preloading
+        await self._compile_templates()
+        gc.collect()
+        gc.freeze()  # what lives now lives for ever; without it, full collections pause all streams for 9 to 15 ms
+        _log.info("gateway_ready", host=self.host, port=self.port, gateway_id=self.gateway.gateway_id)
+
+    async def aclose(self) -> None:
+        """Stop accepting, let streams finish within the grace period, then cut them. Idempotent."""
+        self.gateway.draining = True
+        await self._runner.cleanup()
+        await self.gateway.wait_background(BACKGROUND_LIMIT_S)
+        await self._hub.aclose()
+        await self._redis.aclose()
+
+    def _preload(self) -> None:
+        self.gateway.metrics.ensure_ready()
+        import jinja2.sandbox  # noqa: F401  (imported for its side effect: the next import is a look-up)
+
+    async def _compile_templates(self) -> None:
+        """Compile the chat templates of the models there are, so that no first request pays for it."""
+        try:
+            await self.gateway.directory.refresh()
+        except GlowplugError as error:
+            _log.warning("models_not_read", error=error.info.message)
+        for card in self.gateway.directory.cards.values():
+            if card.chat_template is not None:
+                try:
+                    self.gateway.templates.ensure_compiled(card)
+                except GlowplugError as error:  # its requests get this error; other models serve
+                    _log.error("chat_template_refused", model=card.name, error=error.info.message)
+
+    def _announce(self) -> None:
+        """Tell the parent process where we listen: one JSON line on the descriptor it gave us."""
+        if self._settings.ready_fd is None:
+            return
+        line = json.dumps({"host": self.host, "port": self.port}) + "\n"
+        with os.fdopen(self._settings.ready_fd, "wb") as pipe:
+            pipe.write(line.encode())
+
+
+async def run_gateway(settings: GatewaySettings, process: ProcessSettings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining at once."""
+    loop = asyncio.get_running_loop()
+    first, second = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (second if first.is_set() else first).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    server = GatewayServer(settings, process)
+    stopped = asyncio.create_task(first.wait(), name="signal")
+    starting = asyncio.create_task(server.start(), name="start")
+    await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        await starting  # raises what stopped it
+        await stopped
+    else:
+        starting.cancel()
+    _log.info("gateway_draining", grace_s=settings.drain_grace_s)
+    closing = asyncio.create_task(server.aclose(), name="drain")
+    hurry = asyncio.create_task(second.wait(), name="second signal")
+    await asyncio.wait({closing, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    if closing.done():
+        await closing
+        hurry.cancel()
+    else:
+        closing.cancel()
+        _log.warning("gateway_stopped_at_once")
+
+
+def raise_file_limit() -> None:
+    """Allow as many connections as the hard limit permits; each client is one descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _queue_limits(process: ProcessSettings, settings: GatewaySettings) -> Callable[[str], int]:
+    """The queue limit by model, from the configuration file if there is one.
+
+    Raises:
+        SettingsError: the file is not valid.
+    """
+    if process.config_path is None:
+        return lambda model: settings.max_queued
+    from scheduler.config import load_config  # YAML is not imported where there is no file
+
+    config = load_config(process.config_path)
+    return lambda model: config.policy_of(model).max_queued
+
+
+def main() -> None:
+    """Entry point of ``python -m scheduler gateway``."""
+    process = read_process_settings()
+    configure_logging(component="gateway", level=process.log_level)
+    raise_file_limit()
+    uvloop.run(run_gateway(read_gateway_settings(), process))

@@ -1,0 +1,211 @@
+"""The generate requests behind one HTTP call, from enqueue to the last terminal frame.
+
+A call with several prompts is several requests; their choices are numbered through. Frames arrive by callback on the
+event loop, already in order and without gaps (the Hub's promise), and are handed straight to the listener.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+from redis.exceptions import RedisError
+
+from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
+from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame, Trace
+from scheduler.contract.telemetry import Mark
+from scheduler.gateway.errors import redis_within
+from scheduler.gateway.gateway import Gateway
+from scheduler.gateway.request_ids import create_request_id
+from scheduler.gateway.request_schema import Call, Endpoint
+from scheduler.gateway.traces import build_trace
+
+DEFAULT_WAKE_RETRY_AFTER_S: Final = 30
+TRACE_WAIT_S: Final = 0.25
+
+
+class Part:
+    """One generate request of an exchange. ``terminal`` is set once, by its last frame."""
+
+    __slots__ = ("choice_offset", "marks", "may_be_queued", "request", "terminal")
+
+    def __init__(self, request: GenerateRequest, choice_offset: int) -> None:
+        self.request = request
+        self.choice_offset = choice_offset
+        self.marks: dict[str, int] = dict(request.marks)
+        self.terminal: TerminalFrame | None = None
+        self.may_be_queued = False
+
+
+#: Called on the event loop for each step: which request, and what the step added.
+OnStep = Callable[[Part, StepFrame], None]
+
+
+class Exchange:
+    """One call's requests. Owner of their hub streams: :meth:`close` gives them back, and cancels what still runs."""
+
+    def __init__(self, gateway: Gateway, call: Call, request_id: str, accepted_mono_ns: int) -> None:
+        self.call = call
+        self.request_id = request_id
+        self.error: ErrorInfo | None = None
+        self.done = asyncio.Event()
+        self.started_mono_s = self.last_frame_mono_s = time.monotonic()
+        self.has_frames = False
+        self._gateway = gateway
+        self._on_step: OnStep | None = None
+        self._unfinished = len(call.prompts)
+        self.parts = [self._build_part(i, accepted_mono_ns) for i in range(len(call.prompts))]
+        self._log = structlog.get_logger()
+
+    def _build_part(self, i: int, accepted_mono_ns: int) -> Part:
+        call = self.call
+        request = GenerateRequest(
+            request_id=self.request_id if i == 0 else create_request_id(),
+            model=call.card.name,
+            gateway_id=self._gateway.gateway_id,
+            prompt=call.prompts[i],
+            sampling=call.sampling,
+            num_choices=call.num_choices,
+            priority=call.priority,
+            add_special=call.endpoint is Endpoint.COMPLETIONS,
+            user=call.user,
+            accepted_at_s=time.time(),
+            marks={Mark.ACCEPTED: accepted_mono_ns},
+        )
+        return Part(request, i * call.num_choices)
+
+    async def start(self, on_step: OnStep) -> None:
+        """Subscribe, then enqueue, every request.
+
+        Raises:
+            GlowplugError: the queue is full (429), or Redis does not answer (503). Nothing stays enqueued: close().
+        """
+        self._on_step = on_step
+        gateway = self._gateway
+        for part in self.parts:
+            gateway.hub.open(part.request.request_id, self._make_callback(part))
+            part.may_be_queued = True
+            try:
+                async with redis_within(gateway.settings.redis_limit_s, "queueing the request"):
+                    await gateway.dispatcher.enqueue(part.request, gateway.queue_limit_of(part.request.model))
+            except GlowplugError as error:
+                part.may_be_queued = error.info.code is not ErrorCode.QUEUE_FULL
+                raise
+            part.marks[Mark.ENQUEUED] = time.monotonic_ns()
+
+    async def record(self) -> Trace:
+        """Keep the traces of all requests and count them; the first one's is returned.
+
+        Requires: done, without error. Waits for Redis at most a quarter of a second, so that a client that asks for the
+        trace right after its answer finds it.
+        """
+        now_mono_ns = time.monotonic_ns()
+        traces = []
+        for part in self.parts:
+            request, terminal = part.request, part.terminal or TerminalFrame()
+            trace = build_trace(
+                request.request_id, request.model, request.accepted_at_s, terminal, part.marks, now_mono_ns
+            )
+            usage = terminal.usage
+            self._gateway.metrics.on_trace(
+                trace, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens
+            )
+            self._gateway.traces.remember(trace)
+            traces.append(trace)
+        self._gateway.directory.on_wake_measured(traces[0])
+        saved = self._gateway.run_in_background(self._save(traces), name=f"trace:{self.request_id}")
+        await asyncio.wait({saved}, timeout=TRACE_WAIT_S)
+        return traces[0]
+
+    async def _save(self, traces: list[Trace]) -> None:
+        try:
+            for trace in reversed(traces):  # so that the call's own id is the newest
+                await self._gateway.traces.save(trace)
+        except (RedisError, OSError) as error:
+            self._log.warning("trace_not_saved", request_id=self.request_id, error=str(error))
+
+    def close(self) -> None:
+        """Close the hub streams and cancel, in the background, every request that has not ended. Idempotent."""
+        for part in self.parts:
+            self._gateway.hub.close(part.request.request_id)
+            if part.terminal is None:
+                part.terminal = TerminalFrame()
+                if part.may_be_queued:
+                    self._gateway.cancel_in_background(part.request)
+
+    def find_overdue(self, *, streamed: bool) -> ErrorInfo | None:
+        """The error to end with if this exchange has waited longer than the settings allow, else None."""
+        settings, now_mono_s, model = self._gateway.settings, time.monotonic(), self.call.card.name
+        waited_s = now_mono_s - self.started_mono_s
+        if (
+            not self.has_frames
+            and waited_s >= settings.cold_start_limit_s
+            and not self._gateway.directory.is_hot(model)
+        ):
+            return ErrorInfo(
+                ErrorCode.WAKE_TIMEOUT,
+                f'model "{model}" gave no token within {settings.cold_start_limit_s:g} s of being woken; try again',
+                retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S,
+            )
+        silent_s = now_mono_s - self.last_frame_mono_s
+        if (silent_s if streamed else waited_s) >= settings.request_limit_s:
+            kind = "gave no token" if streamed else "did not finish"
+            return ErrorInfo(
+                ErrorCode.OVERLOADED,
+                f'the request to "{model}" {kind} within {settings.request_limit_s:g} s; '
+                "stream it, ask for fewer tokens, or try again",
+                retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S,
+            )
+        return None
+
+    async def wait_done(self, limit_s: float) -> bool:
+        """Wait until every request has ended, at most ``limit_s``; whether they have."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await self.done.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def fail(self, error: ErrorInfo) -> None:
+        """End the exchange with ``error``; the first error stays."""
+        if self.error is None:
+            self.error = error
+        self.done.set()
+
+    # --- frames -------------------------------------------------------------------------------------------------
+
+    def _make_callback(self, part: Part) -> Callable[[StepFrame | TerminalFrame], None]:
+        def on_frame(frame: StepFrame | TerminalFrame) -> None:
+            try:
+                self._on_frame(part, frame)
+            except Exception:  # one request's bug must not stop the frames of all others
+                self._log.exception("frame_handling_failed", request_id=part.request.request_id)
+                self.fail(ErrorInfo(ErrorCode.INTERNAL, "the gateway failed to deliver a token; see its log"))
+
+        return on_frame
+
+    def _on_frame(self, part: Part, frame: StepFrame | TerminalFrame) -> None:
+        self.last_frame_mono_s = time.monotonic()
+        if part.terminal is not None:
+            return
+        part.marks.setdefault(Mark.RECEIVED, time.monotonic_ns())
+        if isinstance(frame, StepFrame):
+            self.has_frames = True
+            if self._on_step is not None and self.error is None:
+                self._on_step(part, frame)
+            return
+        part.terminal = frame
+        self._unfinished -= 1
+        if frame.error is not None:
+            self.fail(frame.error)
+        elif self._unfinished == 0:
+            self.done.set()
+
+
+def as_exception(error: ErrorInfo) -> GlowplugError:
+    """``error`` to be raised, so that the middleware answers with it."""
+    return GlowplugError(error.code, error.message, param=error.param, retry_after_s=error.retry_after_s)

@@ -1,0 +1,81 @@
+"""Everything that the handlers of one gateway process share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from scheduler.contract.messages import GenerateRequest
+from scheduler.dispatch import Dispatcher
+from scheduler.gateway.chat_template import ChatTemplates
+from scheduler.gateway.hub import Hub
+from scheduler.gateway.metrics import GatewayMetrics
+from scheduler.gateway.model_directory import ModelDirectory
+from scheduler.gateway.settings import GatewaySettings
+from scheduler.gateway.traces import TraceStore
+
+
+class Gateway:
+    """The gateway's parts. Made once a process, before the listener; the caller starts and stops ``hub``.
+
+    ``queue_limit_of`` gives the most requests of a model that may be queued or running.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        redis: Redis,
+        hub: Hub,
+        gateway_id: str,
+        queue_limit_of: Callable[[str], int] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.redis = redis
+        self.hub = hub
+        self.dispatcher = Dispatcher(redis)
+        self.gateway_id = gateway_id
+        self.queue_limit_of = queue_limit_of or (lambda model: settings.max_queued)
+        self.directory = ModelDirectory(redis, settings.redis_limit_s)
+        self.templates = ChatTemplates()
+        self.metrics = GatewayMetrics()
+        self.traces = TraceStore(redis)
+        self.draining = False
+        self._background: set[asyncio.Task[None]] = set()
+        self._log = structlog.get_logger()
+
+    def cancel_in_background(self, request: GenerateRequest) -> None:
+        """Tell queue and workers that nobody waits for ``request`` any more. Returns at once; never raises."""
+        self.run_in_background(self._cancel(request), name=f"cancel:{request.request_id}")
+
+    async def _cancel(self, request: GenerateRequest) -> None:
+        try:
+            await self.dispatcher.cancel(request.request_id, request.model)
+        except (RedisError, OSError) as error:
+            self._log.warning("cancel_failed", request_id=request.request_id, error=str(error))
+
+    def run_in_background(self, work: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run ``work`` beside the handler that asked; kept referenced, and a crash of it is logged."""
+        # A handler that is being cancelled cannot await its own clean-up; these tasks outlive it.
+        task = asyncio.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._on_background_done)
+        return task
+
+    def _on_background_done(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error("background_task_failed", task=task.get_name(), exc_info=error)
+
+    async def wait_background(self, limit_s: float) -> None:
+        """Wait for cancellations and trace writes under way, at most ``limit_s``."""
+        if self._background:
+            await asyncio.wait(set(self._background), timeout=limit_s)
+
+
+GATEWAY: Final = web.AppKey("gateway", Gateway)

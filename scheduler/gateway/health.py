@@ -1,0 +1,47 @@
+"""Liveness and readiness. Neither wakes a model nor resets an idle timer."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from aiohttp import web
+
+from scheduler.contract.errors import GlowplugError
+from scheduler.gateway.gateway import GATEWAY, Gateway
+
+MAX_STATUS_AGE_S: Final = 5.0
+RETRY_AFTER_S: Final = 2
+
+
+async def get_liveness(request: web.Request) -> web.Response:
+    """``/healthz``: this process serves HTTP."""
+    return web.json_response({"status": "ok"})
+
+
+async def get_readiness(request: web.Request) -> web.Response:
+    """``/readyz`` and ``/health``: a request sent now would be served; else 503 with the reasons."""
+    reasons = await find_reasons(request.app[GATEWAY])
+    if not reasons:
+        return web.json_response({"status": "ready"})
+    return web.json_response(
+        {"status": "not ready", "reasons": reasons}, status=503, headers={"Retry-After": str(RETRY_AFTER_S)}
+    )
+
+
+async def find_reasons(gateway: Gateway) -> list[str]:
+    """Why a request sent now would not be served; empty when it would."""
+    if gateway.draining:
+        return ["this gateway is shutting down"]
+    try:
+        await gateway.directory.ensure_fresh()
+    except GlowplugError as error:
+        return [error.info.message]
+    status = gateway.directory.status
+    age_s = None if status is None else time.time() - status.published_at_s
+    if status is None or age_s is None or age_s > MAX_STATUS_AGE_S:
+        seen = "none" if age_s is None else f"{age_s:.1f} s old"
+        return [f"the scheduler's last report is {seen}; expected one of the last {MAX_STATUS_AGE_S:g} s"]
+    if not status.nodes:
+        return ["no node agent has reported; start one with `glowplug agent`"]
+    return []

@@ -1,0 +1,133 @@
+"""Prometheus metrics of the gateway: its own counts and times, and the fleet's numbers from the scheduler's report.
+
+prometheus_client is imported on first use (65 ms of CPU), which the gateway brings about in a thread while it starts
+(:meth:`GatewayMetrics.ensure_ready`). Label values come from fixed sets and from the names of existing models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from scheduler.contract.messages import StatusReport, Trace
+from scheduler.contract.telemetry import Metric
+from scheduler.gateway.traces import COLD_START_NAMES, compute_ttft_ms
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+    from prometheus_client.core import CounterMetricFamily
+
+#: Seconds; fit 1 ms (a hot dispatch) to 30 s (a model read from a slow disk).
+PHASE_BUCKETS_S: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+DELIVERY_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
+#: Monotonic clocks of different hosts do not compare; a delivery time beyond this says so and is dropped.
+MAX_DELIVERY_S: Final = 60.0
+UNKNOWN_MODEL: Final = "unknown"
+
+
+class GatewayMetrics:
+    """One registry and its metrics. Event loop only."""
+
+    def __init__(self) -> None:
+        self._instruments: _Instruments | None = None
+
+    def ensure_ready(self) -> _Instruments:
+        """The instruments, made on first use."""
+        if self._instruments is None:
+            self._instruments = _Instruments()
+        return self._instruments
+
+    def on_request(self, model: str | None, endpoint: str, status: int) -> None:
+        """A request was answered. ``model`` None: it named none that exists."""
+        self.ensure_ready().requests.labels(model or UNKNOWN_MODEL, endpoint, str(status)).inc()
+
+    def on_in_flight(self, model: str, change: int) -> None:
+        """A request for ``model`` began (+1) or ended (-1)."""
+        self.ensure_ready().in_flight.labels(model).inc(change)
+
+    def on_delivery(self, sampled_mono_ns: int, written_mono_ns: int) -> None:
+        """A step's tokens were written to a client's socket."""
+        seconds = (written_mono_ns - sampled_mono_ns) / 1e9
+        if 0 <= seconds <= MAX_DELIVERY_S:
+            self.ensure_ready().delivery.observe(seconds)
+
+    def on_trace(self, trace: Trace, *, prompt_tokens: int, completion_tokens: int) -> None:
+        """A request ended well."""
+        made = self.ensure_ready()
+        tier = COLD_START_NAMES[trace.cold_tier]
+        if trace.cold_tier is not None:
+            made.cold_starts.labels(trace.model, tier).inc()
+            for phase, milliseconds in trace.phases_ms.items():
+                made.phases.labels(phase).observe(milliseconds / 1e3)
+        if ttft_ms := compute_ttft_ms(trace):
+            made.ttft.labels(trace.model, tier).observe(ttft_ms / 1e3)
+        made.tokens.labels(trace.model, "prompt").inc(prompt_tokens)
+        made.tokens.labels(trace.model, "completion").inc(completion_tokens)
+
+    def render(self, status: StatusReport | None, security_counts: dict[str, int]) -> tuple[bytes, str]:
+        """The exposition text and its content type, with the fleet's gauges set from ``status``."""
+        from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+        made = self.ensure_ready()
+        made.set_fleet(status)
+        made.security_counts = security_counts
+        return generate_latest(made.registry), CONTENT_TYPE_LATEST
+
+
+class _Instruments:
+    """The prometheus_client objects; made once a :class:`GatewayMetrics`."""
+
+    def __init__(self) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        registry = CollectorRegistry()
+        self.registry: CollectorRegistry = registry
+
+        def counter(metric: Metric, text: str, *labels: str) -> Counter:
+            return Counter(metric.value, text, labels, registry=registry)
+
+        def gauge(metric: Metric, text: str, *labels: str) -> Gauge:
+            return Gauge(metric.value, text, labels, registry=registry)
+
+        def histogram(metric: Metric, text: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(metric.value, text, labels, registry=registry, buckets=buckets)
+
+        self.requests = counter(Metric.REQUESTS_TOTAL, "Requests answered.", "model", "endpoint", "status")
+        self.cold_starts = counter(Metric.COLD_STARTS_TOTAL, "Requests that woke a model.", "model", "tier")
+        self.tokens = counter(Metric.TOKENS_TOTAL, "Tokens of finished requests.", "model", "kind")
+        self.phases = histogram(Metric.PHASE_SECONDS, "Phases of cold starts.", "phase", buckets=PHASE_BUCKETS_S)
+        self.ttft = histogram(
+            Metric.TTFT_SECONDS, "Accepted to first content byte.", "model", "tier", buckets=PHASE_BUCKETS_S
+        )
+        self.delivery = histogram(
+            Metric.TOKEN_DELIVERY_SECONDS, "Token sampled to written to the client.", buckets=DELIVERY_BUCKETS_S
+        )
+        self.in_flight = gauge(Metric.IN_FLIGHT, "Requests this gateway holds.", "model")
+        self.queue_depth = gauge(Metric.QUEUE_DEPTH, "Requests queued or running.", "model")
+        self.workers = gauge(Metric.WORKERS, "Workers by slot state.", "model", "state")
+        self.sealed_bytes = gauge(Metric.SEALED_BYTES, "Verified snapshot bytes in host memory.", "model")
+        self.security_counts: dict[str, int] = {}
+        registry.register(self)
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The counter that agents keep in Redis; prometheus_client calls this at each scrape."""
+        from prometheus_client.core import CounterMetricFamily
+
+        family = CounterMetricFamily(Metric.SECURITY_EVENTS_TOTAL.value, "Refused snapshots.", labels=["kind"])
+        for kind, count in self.security_counts.items():
+            family.add_metric([kind], count)
+        yield family
+
+    def set_fleet(self, status: StatusReport | None) -> None:
+        """Replace the fleet's gauges; a model or worker that is gone leaves no series behind."""
+        for gauge in (self.queue_depth, self.workers, self.sealed_bytes):
+            gauge.clear()
+        if status is None:
+            return
+        for model in status.models:
+            self.queue_depth.labels(model.name).set(model.queued)
+            self.sealed_bytes.labels(model.name).set(model.sealed_bytes)
+        for worker in status.workers:
+            self.workers.labels(worker.model, worker.state.value).inc()

@@ -1,0 +1,146 @@
+"""What the gateway knows of models and their state: cards and the scheduler's report, read from Redis and cached.
+
+Listing models or asking for health reads this and never touches a worker, so neither wakes a model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Final
+
+import structlog
+from redis.asyncio import Redis
+
+from scheduler.contract import codec, keys
+from scheduler.contract.errors import ContractError, ErrorCode, GlowplugError
+from scheduler.contract.messages import ModelCard, ModelStatus, StatusReport, Trace
+from scheduler.contract.states import SlotState, Tier
+from scheduler.gateway.errors import redis_within
+from scheduler.gateway.traces import compute_ttft_ms
+
+REFRESH_EVERY_S: Final = 0.5
+WAKE_WEIGHT: Final = 0.3  # of the newest measurement
+MAX_NAMES_IN_ERROR: Final = 20
+
+
+class ModelDirectory:
+    """Cards by name and the newest status report. Event loop only; written only by :meth:`refresh`."""
+
+    def __init__(self, redis: Redis, redis_limit_s: float) -> None:
+        self._redis = redis
+        self._redis_limit_s = redis_limit_s
+        self._cards: dict[str, ModelCard] = {}
+        self._raw_cards: dict[bytes, bytes] = {}
+        self._status: StatusReport | None = None
+        self._status_by_model: dict[str, ModelStatus] = {}
+        self._wake_ms: dict[str, float] = {}
+        self._refreshed_mono_s = -REFRESH_EVERY_S
+        self._refreshing = asyncio.Lock()
+        self._log = structlog.get_logger()
+
+    @property
+    def cards(self) -> dict[str, ModelCard]:
+        """Cards as of the last refresh; read only."""
+        return self._cards
+
+    @property
+    def status(self) -> StatusReport | None:
+        """The scheduler's report as of the last refresh; None when it has expired."""
+        return self._status
+
+    def status_of(self, model: str) -> ModelStatus | None:
+        return self._status_by_model.get(model)
+
+    def is_hot(self, model: str) -> bool:
+        """Whether a worker was ready for ``model`` at the last report (advisory)."""
+        found = self._status_by_model.get(model)
+        return found is not None and found.tier is Tier.HOT and SlotState.READY in found.state
+
+    def on_wake_measured(self, trace: Trace) -> None:
+        """Learn how long a wake of this model takes (moving average), for the estimates given to those who wait."""
+        if trace.cold_tier is not None:
+            seen_ms, before_ms = compute_ttft_ms(trace), self._wake_ms.get(trace.model)
+            self._wake_ms[trace.model] = (
+                seen_ms if before_ms is None else before_ms + WAKE_WEIGHT * (seen_ms - before_ms)
+            )
+
+    def estimate_wake_ms(self, model: str, waited_ms: float) -> int:
+        """Milliseconds left until the first token of a wake that began ``waited_ms`` ago; -1 when not known."""
+        total_ms = self._wake_ms.get(model)
+        return -1 if total_ms is None else max(0, round(total_ms - waited_ms))
+
+    def invalidate(self) -> None:
+        """The next reader refreshes: an event said that cards or workers changed."""
+        self._refreshed_mono_s = -REFRESH_EVERY_S
+
+    async def get_card(self, name: str) -> ModelCard:
+        """The card of ``name``, which may serve.
+
+        Raises:
+            GlowplugError: unknown model, or one whose snapshot was refused (that refusal).
+        """
+        await self.ensure_fresh()
+        card = self._cards.get(name)
+        if card is None:
+            await self.refresh()  # published since the last refresh?
+            card = self._cards.get(name)
+        if card is None:
+            known = ", ".join(sorted(self._cards)[:MAX_NAMES_IN_ERROR]) or "none; build one with `glowplug build`"
+            raise GlowplugError(
+                ErrorCode.MODEL_NOT_FOUND, f'no model "{name}" here; known models: {known}', param="model"
+            )
+        if card.refused is not None:
+            raise refusal_of(card.refused.code, card.refused.message, card.refused.retry_after_s)
+        return card
+
+    async def ensure_fresh(self) -> None:
+        """Refresh if the cache is older than half a second; one refresh at a time."""
+        if time.monotonic() - self._refreshed_mono_s < REFRESH_EVERY_S:
+            return
+        async with self._refreshing:
+            if time.monotonic() - self._refreshed_mono_s >= REFRESH_EVERY_S:
+                await self.refresh()
+
+    async def refresh(self) -> None:
+        """Read cards and status now, in one round trip.
+
+        Raises:
+            GlowplugError: Redis does not answer (503).
+        """
+        pipeline: Any = self._redis.pipeline(transaction=False)
+        async with redis_within(self._redis_limit_s, "reading the models"), pipeline:
+            pipeline.hgetall(keys.MODELS)
+            pipeline.get(keys.STATUS)
+            raw_cards, raw_status = await pipeline.execute()
+        self._take_cards(raw_cards)
+        self._take_status(raw_status)
+        self._refreshed_mono_s = time.monotonic()
+
+    def _take_cards(self, raw_cards: dict[bytes, bytes]) -> None:
+        if raw_cards == self._raw_cards:
+            return
+        cards = {}
+        for name, data in raw_cards.items():
+            try:
+                card: ModelCard = codec.decode(data, ModelCard)
+            except ContractError as error:
+                self._log.error("model_card_refused", model=name.decode("utf-8", "replace"), error=str(error))
+                continue
+            cards[card.name] = card
+        self._raw_cards, self._cards = raw_cards, cards
+
+    def _take_status(self, data: bytes | None) -> None:
+        status: StatusReport | None = None
+        if data is not None:
+            try:
+                status = codec.decode(data, StatusReport)
+            except ContractError as error:
+                self._log.error("status_report_refused", error=str(error))
+        self._status = status
+        self._status_by_model = {} if status is None else {model.name: model for model in status.models}
+
+
+def refusal_of(code: ErrorCode, message: str, retry_after_s: int | None) -> GlowplugError:
+    """A refusal of the model itself, as the error of this request."""
+    return GlowplugError(code, message, param="model", retry_after_s=retry_after_s)

@@ -1,0 +1,298 @@
+"""From a decoded JSON body to a validated call: the fields of both endpoints, their limits and what is refused.
+
+Unknown fields are ignored. A known field of ours with a wrong type or range is a 400 that names it. A field that would
+change the answer and that we cannot honour yet (tools, JSON mode) is a 400 too, rather than an answer that ignores it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from scheduler.contract.errors import ErrorCode, GlowplugError
+from scheduler.contract.messages import ModelCard, SamplingParams
+from scheduler.contract.states import Priority
+from scheduler.gateway.chat_template import ChatTemplates
+from scheduler.gateway.errors import bad_field
+from scheduler.gateway.field_reader import FieldReader, json_type
+from scheduler.gateway.sampling_fields import read_chat_logprobs, read_completion_logprobs, read_sampling
+
+MAX_MESSAGES: Final = 2048
+MAX_PARTS_PER_MESSAGE: Final = 256
+MAX_CHOICES: Final = 16  # prompts times n
+MAX_MODEL_CHARS: Final = 256
+MAX_USER_CHARS: Final = 512
+MAX_ROLE_CHARS: Final = 64
+LEGACY_MAX_TOKENS: Final = 16  # OpenAI's default of /v1/completions
+UNLIMITED_TOKENS: Final = 2**31 - 1
+
+Prompt = str | tuple[int, ...]
+
+
+class Endpoint(StrEnum):
+    """Which of the two generating endpoints was called; also a metrics label."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One validated HTTP call. ``prompts`` has one element for chat; each gives ``num_choices`` choices."""
+
+    endpoint: Endpoint
+    card: ModelCard
+    prompts: tuple[Prompt, ...]
+    sampling: SamplingParams
+    num_choices: int
+    stream: bool
+    include_usage: bool
+    echo: bool
+    priority: Priority
+    user: str | None
+
+    @property
+    def total_choices(self) -> int:
+        return len(self.prompts) * self.num_choices
+
+
+def read_model_name(body: dict[str, Any]) -> str:
+    """The model that the call is for.
+
+    Raises:
+        GlowplugError: missing, empty or not a string.
+    """
+    name = FieldReader(body).string("model", max_chars=MAX_MODEL_CHARS)
+    if not name:
+        raise bad_field("model", "is required; GET /v1/models lists the models")
+    return name
+
+
+def read_chat_call(body: dict[str, Any], card: ModelCard, templates: ChatTemplates) -> Call:
+    """A chat call, its messages rendered to a prompt.
+
+    Raises:
+        GlowplugError: a field is wrong, the template refuses the messages, or the prompt cannot fit.
+    """
+    reader = FieldReader(body)
+    _refuse_unsupported_chat(reader)
+    num_top_logprobs = read_chat_logprobs(reader)
+    default_max_tokens = card.context_length or UNLIMITED_TOKENS
+    sampling = read_sampling(reader, card, default_max_tokens=default_max_tokens, num_top_logprobs=num_top_logprobs)
+    prompt = templates.render(card, read_messages(reader.raw("messages")))
+    return _build_call(reader, card, Endpoint.CHAT, (prompt,), sampling, echo=False)
+
+
+def read_completion_call(body: dict[str, Any], card: ModelCard) -> Call:
+    """A legacy completion call.
+
+    Raises:
+        GlowplugError: a field is wrong, or a prompt cannot fit.
+    """
+    reader = FieldReader(body)
+    _refuse_unsupported_completion(reader)
+    num_top_logprobs = read_completion_logprobs(reader)
+    default_max_tokens = min(LEGACY_MAX_TOKENS, card.context_length or LEGACY_MAX_TOKENS)
+    sampling = read_sampling(reader, card, default_max_tokens=default_max_tokens, num_top_logprobs=num_top_logprobs)
+    prompts = read_prompts(reader.raw("prompt"), card)
+    echo = reader.boolean("echo", default=False)
+    if echo and num_top_logprobs is not None:
+        raise bad_field("echo", "log-probabilities of the prompt are not computed; drop echo or logprobs")
+    if echo and not all(isinstance(prompt, str) for prompt in prompts):
+        raise bad_field("echo", "needs a text prompt; a prompt of token ids is not echoed")
+    return _build_call(reader, card, Endpoint.COMPLETIONS, prompts, sampling, echo=echo)
+
+
+def _build_call(
+    reader: FieldReader,
+    card: ModelCard,
+    endpoint: Endpoint,
+    prompts: tuple[Prompt, ...],
+    sampling: SamplingParams,
+    *,
+    echo: bool,
+) -> Call:
+    stream = reader.boolean("stream", default=False)
+    num_choices = reader.integer("n", low=1, high=MAX_CHOICES) or 1
+    if len(prompts) * num_choices > MAX_CHOICES:
+        raise bad_field("n", f"{len(prompts)} prompts times n {num_choices}; at most {MAX_CHOICES} choices in a call")
+    for prompt in prompts:
+        check_prompt_length(prompt, card, param="messages" if endpoint is Endpoint.CHAT else "prompt")
+    return Call(
+        endpoint=endpoint,
+        card=card,
+        prompts=prompts,
+        sampling=sampling,
+        num_choices=num_choices,
+        stream=stream,
+        include_usage=_read_include_usage(reader, stream=stream),
+        echo=echo,
+        priority=Priority(reader.one_of("priority", ("interactive", "batch"), default="interactive")),
+        user=reader.string("user", max_chars=MAX_USER_CHARS),
+    )
+
+
+def _read_include_usage(reader: FieldReader, *, stream: bool) -> bool:
+    options = reader.mapping("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        raise bad_field("stream_options", "only allowed when stream is true")
+    wanted = options.get("include_usage")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise bad_field("stream_options.include_usage", f"expected a boolean, got {json_type(wanted)}")
+    return bool(wanted)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------
+
+
+def check_prompt_length(prompt: Prompt, card: ModelCard, *, param: str) -> None:
+    """Refuse a prompt that cannot fit the context, whatever the tokenizer makes of it.
+
+    Cheap and one-sided: a text has at least its bytes divided by the longest token's bytes. The worker, which
+    tokenises, finds the rest.
+
+    Raises:
+        GlowplugError: CONTEXT_LENGTH_EXCEEDED with both numbers.
+    """
+    if not card.context_length:
+        return
+    if isinstance(prompt, str):
+        if not card.max_token_bytes:
+            return
+        num_tokens = -(-len(prompt.encode()) // card.max_token_bytes)
+        counted = f"at least {num_tokens} tokens"
+    else:
+        num_tokens = len(prompt)
+        counted = f"{num_tokens} tokens"
+    if num_tokens >= card.context_length:
+        raise GlowplugError(
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED,
+            f'the prompt has {counted}; the context of "{card.name}" holds {card.context_length}, '
+            "prompt and completion together; shorten the prompt",
+            param=param,
+        )
+
+
+def read_prompts(value: Any, card: ModelCard) -> tuple[Prompt, ...]:
+    """``prompt`` as a text, several texts, token ids, or several lists of token ids.
+
+    Raises:
+        GlowplugError: none of these, empty, too many, or a token id out of range.
+    """
+    if value is None:
+        raise bad_field("prompt", "is required")
+    if isinstance(value, str):
+        return (_check_text(value),)
+    if not isinstance(value, list):
+        raise bad_field("prompt", f"expected a string, strings, or token ids, got {json_type(value)}")
+    if not value:
+        raise bad_field("prompt", "is empty")
+    if _is_token_id(value[0]):
+        return (_check_token_ids(value, card),)
+    if len(value) > MAX_CHOICES:
+        raise bad_field("prompt", f"{len(value)} prompts; at most {MAX_CHOICES} in a call")
+    return tuple(_check_text(one) if isinstance(one, str) else _check_token_ids(one, card) for one in value)
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_text(text: str) -> str:
+    if not text:
+        raise bad_field("prompt", "is empty; send at least one character")
+    return text
+
+
+def _check_token_ids(value: Any, card: ModelCard) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        seen = "an empty array" if value == [] else json_type(value)
+        raise bad_field("prompt", f"expected a string or token ids, got {seen}")
+    high = card.vocab_size or UNLIMITED_TOKENS
+    for token_id in value:
+        if not _is_token_id(token_id):
+            raise bad_field("prompt", f"expected token ids, got {json_type(token_id)}")
+        if not 0 <= token_id < high:
+            raise bad_field("prompt", f"token id {token_id} is out of range; {card.name} has {card.vocab_size} tokens")
+    return tuple(value)
+
+
+# --- messages ---------------------------------------------------------------------------------------------------
+
+
+def read_messages(value: Any) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: ``role`` and ``content`` as text. ``developer`` becomes ``system``.
+
+    Raises:
+        GlowplugError: not a list of messages, too many, or a content part that is not text; names the element.
+    """
+    if value is None:
+        raise bad_field("messages", "is required")
+    if not isinstance(value, list):
+        raise bad_field("messages", f"expected an array, got {json_type(value)}")
+    if not 0 < len(value) <= MAX_MESSAGES:
+        raise bad_field("messages", f"{len(value)} messages; expected 1 to {MAX_MESSAGES}")
+    return [_read_message(message, f"messages[{i}]") for i, message in enumerate(value)]
+
+
+def _read_message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise bad_field(where, f"expected an object, got {json_type(message)}")
+    role = message.get("role")
+    if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
+        seen = "an empty or overlong string" if isinstance(role, str) else json_type(role)
+        raise bad_field(f"{where}.role", f"expected system, user or assistant, got {seen}")
+    found: dict[str, Any] = {
+        "role": "system" if role == "developer" else role,
+        "content": _read_content(message.get("content"), f"{where}.content", may_be_absent=role == "assistant"),
+    }
+    name = message.get("name")
+    if name is not None:
+        if not isinstance(name, str):
+            raise bad_field(f"{where}.name", f"expected a string, got {json_type(name)}")
+        found["name"] = name
+    return found
+
+
+def _read_content(content: Any, where: str, *, may_be_absent: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and may_be_absent:
+        return ""
+    if not isinstance(content, list):
+        raise bad_field(where, f"expected a string or an array of text parts, got {json_type(content)}")
+    if len(content) > MAX_PARTS_PER_MESSAGE:
+        raise bad_field(where, f"{len(content)} parts; at most {MAX_PARTS_PER_MESSAGE} are accepted")
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            seen = f'"{kind[:40]}"' if isinstance(kind, str) else json_type(part if kind is None else kind)
+            raise bad_field(f"{where}[{i}].type", f'only parts of type "text" are supported, got {seen}')
+        if not isinstance(part.get("text"), str):
+            raise bad_field(f"{where}[{i}].text", f"expected a string, got {json_type(part.get('text'))}")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+# --- what we cannot honour --------------------------------------------------------------------------------------
+
+
+def _refuse_unsupported_chat(reader: FieldReader) -> None:
+    for name in ("tools", "functions"):
+        if reader.raw(name):
+            raise bad_field(name, "tool calls are not supported by this server; leave it out")
+    response_format = reader.mapping("response_format")
+    if response_format is not None and response_format.get("type") != "text":
+        raise bad_field("response_format", 'only {"type": "text"} is supported by this server')
+
+
+def _refuse_unsupported_completion(reader: FieldReader) -> None:
+    if reader.raw("suffix"):
+        raise bad_field("suffix", "fill-in-the-middle is not supported by this server; leave it out")
+    best_of = reader.integer("best_of", low=1, high=MAX_CHOICES)
+    if best_of is not None and best_of != (reader.integer("n", low=1, high=MAX_CHOICES) or 1):
+        raise bad_field("best_of", "must equal n; ranking of candidates is not supported by this server")

@@ -1,0 +1,73 @@
+"""Settings of the gateway process, read once from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from scheduler.contract.environment import SettingsError, read_positive_float
+
+HOST: Final = "GLOWPLUG_HOST"
+PORT: Final = "GLOWPLUG_PORT"
+READY_FD: Final = "GLOWPLUG_READY_FD"
+ADMIN: Final = "GLOWPLUG_ADMIN"
+REQUEST_LIMIT_S: Final = "GLOWPLUG_REQUEST_LIMIT_S"
+COLD_START_LIMIT_S: Final = "GLOWPLUG_COLD_START_LIMIT_S"
+DRAIN_GRACE_S: Final = "GLOWPLUG_GATEWAY_DRAIN_GRACE_S"
+MAX_BODY_BYTES: Final = "GLOWPLUG_MAX_BODY_BYTES"
+
+MIB: Final = 1024 * 1024
+
+
+class GatewaySettings(msgspec.Struct, frozen=True):
+    """How the gateway listens and what it bounds.
+
+    ``ready_fd`` is an inherited descriptor that gets one JSON line ``{"host", "port"}`` once the listener accepts.
+    ``request_limit_s`` bounds a request that is not streamed, and the silence within one that is.
+    ``cold_start_limit_s`` bounds the wait for a first token while the model is not hot.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080  # 0: any free port
+    ready_fd: int | None = None
+    admin_from_anywhere: bool = False
+    request_limit_s: float = 600.0
+    cold_start_limit_s: float = 120.0
+    wake_comment_every_s: float = 0.9  # promised: at least one a second
+    drain_grace_s: float = 30.0
+    redis_limit_s: float = 5.0
+    max_queued: int = 512  # requests of a model queued or running; a model's own policy wins
+    max_body_bytes: int = 8 * MIB
+    max_write_buffer_bytes: int = MIB
+    backlog: int = 4096
+
+
+def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySettings:
+    """The gateway's settings.
+
+    Raises:
+        SettingsError: a variable is malformed; the message names it.
+    """
+    defaults = GatewaySettings()
+    ready_fd = env.get(READY_FD)
+    return GatewaySettings(
+        host=env.get(HOST) or defaults.host,
+        port=_read_integer(PORT, env.get(PORT), defaults.port, high=65535),
+        ready_fd=None if not ready_fd else _read_integer(READY_FD, ready_fd, 0, high=1_000_000),
+        admin_from_anywhere=env.get(ADMIN) == "1",
+        request_limit_s=read_positive_float(REQUEST_LIMIT_S, defaults.request_limit_s, env),
+        cold_start_limit_s=read_positive_float(COLD_START_LIMIT_S, defaults.cold_start_limit_s, env),
+        drain_grace_s=read_positive_float(DRAIN_GRACE_S, defaults.drain_grace_s, env),
+        max_body_bytes=int(read_positive_float(MAX_BODY_BYTES, defaults.max_body_bytes, env)),
+    )
+
+
+def _read_integer(name: str, text: str | None, default: int, *, high: int) -> int:
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit() or int(text) > high:
+        raise SettingsError(f'{name}="{text}": expected a whole number from 0 to {high}, e.g. {default}')
+    return int(text)

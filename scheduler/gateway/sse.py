@@ -1,0 +1,28 @@
+"""Server-sent events and HTTP/1.1 chunks as bytes.
+
+Source: https://html.spec.whatwg.org/multipage/server-sent-events.html (comments start with a colon, an event ends with
+an empty line); RFC 9112 section 7.1 for chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+DONE: Final = b"data: [DONE]\n\n"
+
+
+def event(data: bytes) -> bytes:
+    """An event. ``data`` is JSON without line breaks."""
+    return b"data: %b\n\n" % data
+
+
+def comment(text: str) -> bytes:
+    """A comment, which clients ignore. Line breaks in ``text`` become spaces, so that it cannot forge an event."""
+    return f": {' '.join(text.split())}\n\n".encode()
+
+
+def http_chunk(payload: bytes) -> bytes:
+    """``payload`` framed as one HTTP chunk. Never empty: an empty chunk would end the body."""
+    if not payload:
+        raise ValueError("an empty chunk ends the body; do not send one")
+    return b"%x\r\n%b\r\n" % (len(payload), payload)

@@ -1,0 +1,121 @@
+"""A streamed call: headers at once, comments while the model wakes, then tokens as they are sampled."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import structlog
+from aiohttp import web
+
+from scheduler.contract.errors import ErrorCode, ErrorInfo
+from scheduler.contract.messages import StageEvent, StepFrame
+from scheduler.contract.telemetry import Mark
+from scheduler.gateway import sse
+from scheduler.gateway.chunks import make_chunk_writer
+from scheduler.gateway.errors import encode_error
+from scheduler.gateway.event_stream import EventStream
+from scheduler.gateway.exchange import Exchange, Part
+from scheduler.gateway.gateway import Gateway
+from scheduler.gateway.responses import build_usage
+from scheduler.gateway.traces import format_server_timing
+
+#: A stream that is silent in the middle (its worker died and is replaced) gets a comment this often.
+SILENT_COMMENT_EVERY_S: Final = 5.0
+FIRST_STAGE: Final = "queued"
+
+
+class StreamedCall:
+    """One streamed call from its headers to ``[DONE]``. Used once, by its handler."""
+
+    def __init__(self, request: web.Request, gateway: Gateway, exchange: Exchange) -> None:
+        self._gateway = gateway
+        self._exchange = exchange
+        self._model = exchange.call.card.name
+        self._stream = EventStream(request, {}, gateway.settings.max_write_buffer_bytes)
+        self._chunks = make_chunk_writer(exchange.call, exchange.request_id, int(time.time()))
+        self._begun = False
+        self._stage = StageEvent(self._model, FIRST_STAGE)
+        self._log = structlog.get_logger()
+
+    async def run(self) -> web.StreamResponse:
+        """Serve the call.
+
+        Raises:
+            GlowplugError: refused before anything was sent (queue full, Redis down).
+            ConnectionResetError: the client went away while headers or end were written.
+        """
+        gateway = self._gateway
+        is_hot = gateway.directory.is_hot(self._model)
+        unwatch = gateway.hub.watch_stages(self._model, self._on_stage)
+        try:
+            await self._exchange.start(self._on_step)
+            response = await self._stream.open(sse.comment("ok") if is_hot else self._waking_comment())
+            await self._wait()
+            self._stream.push(await self._ending())
+            await self._stream.finish()
+        finally:
+            unwatch()
+        if self._stream.cut_for_slowness:
+            self._log.warning("slow_client_cut", request_id=self._exchange.request_id, model=self._model)
+        return response
+
+    # --- while it runs ------------------------------------------------------------------------------------------
+
+    async def _wait(self) -> None:
+        """Until the exchange is done; comments meanwhile, so that no proxy or client gives up."""
+        exchange, settings = self._exchange, self._gateway.settings
+        while not await exchange.wait_done(
+            SILENT_COMMENT_EVERY_S if exchange.has_frames else settings.wake_comment_every_s
+        ):
+            overdue = exchange.find_overdue(streamed=True)
+            if overdue is not None:
+                exchange.fail(overdue)
+            elif not exchange.has_frames:
+                self._stream.push(self._waking_comment())
+            elif time.monotonic() - exchange.last_frame_mono_s >= SILENT_COMMENT_EVERY_S:
+                self._stream.push(sse.comment(f"waiting model={self._model}"))
+
+    def _on_step(self, part: Part, frame: StepFrame) -> None:
+        payload = self._chunks.tokens(frame.events, part.choice_offset)
+        if not self._begun:
+            self._begun = True
+            payload = self._chunks.begin() + payload
+        if not payload:
+            return
+        pushed = self._stream.push(payload)
+        written_mono_ns = time.monotonic_ns()
+        part.marks.setdefault(Mark.FIRST_BYTE, written_mono_ns)
+        if pushed:
+            self._gateway.metrics.on_delivery(frame.sampled_mono_ns, written_mono_ns)
+        else:
+            self._exchange.fail(ErrorInfo(ErrorCode.CANCELLED, "the client is gone or reads too slowly"))
+
+    def _on_stage(self, event: StageEvent) -> None:
+        self._gateway.directory.invalidate()
+        changed = event.stage != self._stage.stage
+        self._stage = event
+        if changed and not self._exchange.has_frames:
+            self._stream.push(self._waking_comment())
+
+    def _waking_comment(self) -> bytes:
+        waited_ms = (time.monotonic() - self._exchange.started_mono_s) * 1e3
+        eta_ms = self._stage.eta_ms
+        if eta_ms < 0:
+            eta_ms = self._gateway.directory.estimate_wake_ms(self._model, waited_ms)
+        return sse.comment(f"waking model={self._model} stage={self._stage.stage} eta_ms={eta_ms}")
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    async def _ending(self) -> bytes:
+        exchange = self._exchange
+        if exchange.error is not None:
+            return sse.event(encode_error(exchange.error))
+        trace = await exchange.record()
+        pieces = [] if self._begun else [self._chunks.begin()]
+        if exchange.call.include_usage:
+            usages = [part.terminal.usage for part in exchange.parts if part.terminal is not None]
+            pieces.append(self._chunks.usage(build_usage(usages)))
+        pieces.append(sse.comment(f"Server-Timing: {format_server_timing(trace.phases_ms)}"))
+        pieces.append(sse.DONE)
+        return b"".join(pieces)

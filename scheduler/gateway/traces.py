@@ -1,0 +1,152 @@
+"""Where the time of finished requests went: kept in Redis for an hour, the newest also here."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Final
+
+import msgspec
+from redis.asyncio import Redis
+
+from scheduler.contract import codec, keys
+from scheduler.contract.messages import TerminalFrame, Trace
+from scheduler.contract.states import Tier
+from scheduler.contract.telemetry import COLD_PHASES, HOT_PHASES, Mark, compute_phases_ms
+from scheduler.gateway.request_ids import is_request_id
+
+MAX_KEPT_HERE: Final = 256
+
+#: ``X-Cold-Start`` by the tier that the request met; also a metrics label.
+COLD_START_NAMES: Final[dict[Tier | None, str]] = {
+    None: "hot",
+    Tier.HOT: "hot",
+    Tier.PARKED: "parked",
+    Tier.HOST_RAM: "snapshot",
+    Tier.DISK: "disk",
+    Tier.REMOTE: "remote",
+}
+
+
+class PhaseRow(msgspec.Struct):
+    """One bar of a waterfall; ``start`` and ``end`` name marks."""
+
+    name: str
+    start: str
+    end: str
+    ms: float
+
+
+class TraceDocument(msgspec.Struct):
+    """A trace as ``/admin/traces`` gives it. ``ttft_ms``: accepted to first content byte; ``marks`` in mono ns."""
+
+    request_id: str
+    model: str
+    cold_tier: Tier | None
+    worker_id: str
+    accepted_at_s: float
+    ttft_ms: float
+    total_ms: float
+    marks: dict[str, int]
+    phases_ms: dict[str, float]
+    phases: list[PhaseRow]
+
+
+def build_trace(
+    request_id: str,
+    model: str,
+    accepted_at_s: float,
+    terminal: TerminalFrame,
+    gateway_marks: dict[str, int],
+    now_mono_ns: int,
+) -> Trace:
+    """The trace of a request that just ended; where both sides set a mark, the gateway's own wins."""
+    marks = {**terminal.marks, **gateway_marks}
+    accepted_mono_ns = marks.get(Mark.ACCEPTED, now_mono_ns)
+    return Trace(
+        request_id=request_id,
+        model=model,
+        cold_tier=terminal.cold_tier,
+        worker_id=terminal.worker_id,
+        accepted_at_s=accepted_at_s,
+        marks=marks,
+        phases_ms=compute_phases_ms(marks, cold=terminal.cold_tier is not None),
+        total_ms=(now_mono_ns - accepted_mono_ns) / 1e6,
+    )
+
+
+def compute_ttft_ms(trace: Trace) -> float:
+    """Accepted to first content byte, ms; 0 when there was none."""
+    first = trace.marks.get(Mark.FIRST_BYTE)
+    return 0.0 if first is None else max(0, first - trace.marks.get(Mark.ACCEPTED, first)) / 1e6
+
+
+def format_server_timing(phases_ms: dict[str, float]) -> str:
+    """The value of a ``Server-Timing`` header. Source: W3C Server Timing, section 2."""
+    return ", ".join(f"{name};dur={ms:.2f}" for name, ms in phases_ms.items())
+
+
+def build_document(trace: Trace) -> TraceDocument:
+    """``trace`` with its phases as rows, for drawing."""
+    phases = HOT_PHASES if trace.cold_tier is None else COLD_PHASES
+    rows = [PhaseRow(p.name, p.start, p.end, trace.phases_ms[p.name]) for p in phases if p.name in trace.phases_ms]
+    return TraceDocument(
+        request_id=trace.request_id,
+        model=trace.model,
+        cold_tier=trace.cold_tier,
+        worker_id=trace.worker_id,
+        accepted_at_s=trace.accepted_at_s,
+        ttft_ms=compute_ttft_ms(trace),
+        total_ms=trace.total_ms,
+        marks=trace.marks,
+        phases_ms=trace.phases_ms,
+        phases=rows,
+    )
+
+
+class TraceStore:
+    """Writes and finds traces. Event loop only."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis: Any = redis  # redis-py types each reply as sync-or-async
+        self._newest: OrderedDict[str, Trace] = OrderedDict()
+
+    def remember(self, trace: Trace) -> None:
+        """Keep ``trace`` in this process (bounded); never waits."""
+        self._newest[trace.request_id] = trace
+        if len(self._newest) > MAX_KEPT_HERE:
+            self._newest.popitem(last=False)
+
+    async def save(self, trace: Trace) -> None:
+        """Write ``trace`` for all processes, one round trip.
+
+        Raises:
+            RedisError: Redis does not answer.
+        """
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.set(keys.trace(trace.request_id), codec.encode(trace), ex=keys.TRACE_TTL_S)
+            pipeline.lpush(keys.TRACES, trace.request_id)
+            pipeline.ltrim(keys.TRACES, 0, keys.TRACES_MAX_ENTRIES - 1)
+            await pipeline.execute()
+
+    async def find(self, request_id: str) -> Trace | None:
+        """The trace of a request, or None when unknown or expired.
+
+        Raises:
+            RedisError: Redis does not answer.
+        """
+        if not is_request_id(request_id):
+            return None
+        here = self._newest.get(request_id)
+        if here is not None:
+            return here
+        data = await self._redis.get(keys.trace(request_id))
+        return None if data is None else codec.decode(data, Trace)
+
+    async def find_last(self) -> Trace | None:
+        """The newest trace of any gateway.
+
+        Raises:
+            RedisError: Redis does not answer.
+        """
+        request_id = await self._redis.lindex(keys.TRACES, 0)
+        return None if request_id is None else await self.find(request_id.decode())
