@@ -69,13 +69,26 @@ class Scheduler:
         self._renewed_s = self._status_s = self._nodes_s = 0.0
         self._nodes: list[NodeReport] = []
         self._stopping = asyncio.Event()
+        self._loop_task: asyncio.Task[None] | None = None
 
     def stop(self) -> None:
-        """Ask the loop to end after its present turn."""
+        """Ask the loop to end now, also while it waits for news. Idempotent."""
         self._stopping.set()
+        if self._loop_task is not None:
+            self._loop_task.cancel()
 
     async def run(self) -> None:
         """Lead when possible, stand by otherwise, until :meth:`stop`. Survives a Redis that goes away."""
+        self._loop_task = asyncio.create_task(self._loop(), name="scheduler-loop")
+        try:
+            await self._loop_task
+        except asyncio.CancelledError:
+            if not self._stopping.is_set():
+                raise
+        with contextlib.suppress(*CONNECTION_ERRORS):
+            await self._leadership.release()
+
+    async def _loop(self) -> None:
         while not self._stopping.is_set():
             try:
                 if await self._leadership.try_acquire():
@@ -86,8 +99,6 @@ class Scheduler:
                 self._log.warning("redis_unreachable", error=str(error))
                 self._leadership.fencing_token = 0
                 await self._pause(STANDBY_POLL_S)
-        with contextlib.suppress(*CONNECTION_ERRORS):
-            await self._leadership.release()
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

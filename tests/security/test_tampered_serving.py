@@ -1,0 +1,76 @@
+"""One flipped bit in any file of a built snapshot: the request is refused as documented and no worker serves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.processes import Server, glowplug_command
+from loadtest.streaming_client import chat_body, get_text, post_stream
+
+MODEL = "smollm2"
+
+
+@pytest.fixture
+def state_dir(smollm2_state_dir: Path, short_tmp_path: Path) -> Path:
+    """A full private copy: these tests write into it."""
+    target = short_tmp_path / "state"
+    shutil.copytree(smollm2_state_dir, target)
+    return target
+
+
+def flip_one_bit(path: Path, position: int) -> None:
+    """Change the lowest bit of one byte in place."""
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+def tampered_file(state_dir: Path, kind: str) -> Path:
+    """The manifest, or the blob that holds ``kind``: weights are the largest, then the compiled guest."""
+    if kind == "manifest":
+        return next((state_dir / "store" / "manifests").glob("*.gpsnap"))
+    by_size = sorted(
+        (p for p in (state_dir / "store" / "blobs").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    return {"weights": by_size[-1], "compiled guest": by_size[-2]}[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        ("manifest", 403, "snapshot_signature_invalid"),
+        ("weights", 500, "snapshot_corrupt"),
+        ("compiled guest", 500, "snapshot_corrupt"),
+    ],
+)
+def test_a_flipped_bit_is_refused_and_never_served(state_dir: Path, kind: str, status: int, code: str) -> None:
+    """The documented status and code, a critical security event in the log, a counter, and no worker process."""
+    path = tampered_file(state_dir, kind)
+    flip_one_bit(path, path.stat().st_size // 2)
+    log = state_dir / "serve.log"
+    with Server(state_dir, log=log) as server:
+        server.wait_ready()
+        body: dict[str, Any] = {**chat_body(MODEL, max_tokens=4), "stream": False, "stream_options": None}
+        answer = post_stream(server.url, body)
+        assert (answer.status, json.loads(answer.error)["error"]["code"]) == (status, code)
+        streamed = post_stream(server.url, chat_body(MODEL, max_tokens=4))
+        assert streamed.error
+        assert streamed.text == ""
+        assert server.worker_pids() == []
+        metrics = get_text(server.url, "/metrics")[1]
+        assert any(line.startswith("glowplug_security_events_total{") for line in metrics.splitlines())
+    events = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert [e for e in events if e.get("event") == "security" and e.get("level") == "critical"]
+    verify = subprocess.run(
+        [*glowplug_command(), "verify", MODEL, "--state-dir", str(state_dir)], capture_output=True, text=True
+    )
+    assert verify.returncode == 1, verify.stdout + verify.stderr
