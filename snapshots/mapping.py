@@ -97,7 +97,7 @@ def seal_blob(
     ``size_bytes`` of memory. ``on_progress(done_bytes, total_bytes)`` is called from the calling thread.
 
     Raises:
-        BlobCorrupt: the file is missing, not regular, of another size, or a chunk (the first one) differs.
+        BlobCorrupt: the file is missing, not regular, of another size, or a chunk differs (the message names it).
         MappingError: no memory for it, or the kernel refuses memory files or seals.
     """
     label = label or ref.digest[:16]
@@ -260,8 +260,8 @@ def map_sealed(fd: int, size_bytes: int) -> MappedBytes:
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         status = os.fstat(fd)
-    except OSError as error:
-        raise MappingError(f"descriptor {fd} is not a sealed memory file: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: the -1 of a closed SealedBlob
+        raise MappingError(f"descriptor {fd} is not a sealed memory file: {error}") from error
     if seals & SEALS != SEALS:
         raise MappingError(f"descriptor {fd} has seals {seals:#x}, needs {SEALS:#x}: its bytes could still change")
     if not stat.S_ISREG(status.st_mode) or status.st_size != size_bytes or size_bytes <= 0:
