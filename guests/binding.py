@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import platform
+import re
 from collections.abc import Callable
 from ctypes import POINTER, c_bool, c_char_p, c_int64, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 from pathlib import Path
@@ -31,6 +32,7 @@ EXTERN_TABLE: Final = 2
 EXTERN_MEMORY: Final = 3
 
 VAL_RAW_BYTES: Final = 16  # sizeof(wasmtime_val_raw_t)
+MAX_FRAMES: Final = 3  # of a backtrace in a message
 
 
 class ByteVector(ctypes.Structure):
@@ -265,12 +267,22 @@ def take_bytes(vector: ByteVector) -> bytes:
     return data
 
 
+def one_line(message: str) -> str:
+    """Wasmtime's message of many lines in one: causes in order, then the innermost frames of a backtrace."""
+    head, _, tail = message.partition("\n\nCaused by:\n")
+    title, *frames = [" ".join(line.split()) for line in head.splitlines()] or [""]
+    causes = [re.sub(r"^\s*(\d+: )?", "", line).strip() for line in tail.splitlines() if line.strip()]
+    if not frames:
+        return ": ".join([title, *causes])
+    return f"{': '.join(causes) or title} (at {', '.join(frames[:MAX_FRAMES])})"
+
+
 def take_error(error: int) -> str:
-    """Message of a ``wasmtime_error_t``, which is freed."""
+    """Message of a ``wasmtime_error_t`` in one line; the error is freed."""
     message = ByteVector()
     error_message(error, ctypes.byref(message))
     error_delete(error)
-    return take_bytes(message).decode(errors="replace")
+    return one_line(take_bytes(message).decode(errors="replace"))
 
 
 def take_trap(trap: int) -> GuestTrap:
@@ -281,7 +293,7 @@ def take_trap(trap: int) -> GuestTrap:
     trap_message(trap, ctypes.byref(message))
     trap_delete(trap)
     text = take_bytes(message).rstrip(b"\0").decode(errors="replace")
-    return GuestTrap(text, code.value if has_code else None)
+    return GuestTrap(one_line(text), code.value if has_code else None)
 
 
 def check(error: int | None, kind: type[GuestError], what: str) -> None:

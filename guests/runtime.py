@@ -14,6 +14,8 @@ leave this package; see :mod:`guests.memory`.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import struct
 import threading
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ import structlog
 
 from guests import binding
 from guests.compile import compile_module, new_engine
-from guests.errors import GuestContractError, GuestIncompatible, GuestTrap
+from guests.errors import GuestContractError, GuestError, GuestIncompatible, GuestTrap
 from guests.linker import RESULT_FORMATS, HostFunction, Linker, parameters_struct
 from guests.memory import GuestMemory
 from guests.module import MAX_TABLES
@@ -34,6 +36,7 @@ from guests.signatures import EXPORTS, IMPORTS
 
 MEBIBYTE: Final = 1 << 20
 TICK_MS: Final = 10  # resolution of call deadlines
+REQUIRED_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 TRAP_INTERRUPT: Final = 10  # wasmtime_trap_code_enum of an expired epoch deadline
 
 log = structlog.get_logger()
@@ -94,12 +97,15 @@ class GuestEngine:
     def load(self, path: str) -> GuestModule:
         """Map a compiled guest: O(1) in its size, and nothing is read that is not used.
 
-        ``path`` names native code that Wasmtime does not check: it must be ``/proc/self/fd/N`` of a sealed memory
-        file whose bytes the caller verified. The mapping outlives the descriptor.
+        Requires: ``path`` is ``/proc/self/fd/N`` of a sealed memory file whose bytes the caller verified. They are
+        native code, which Wasmtime runs as it finds it; and a later write or truncation would show through the
+        mapping. The mapping outlives the descriptor.
 
         Raises:
             GuestIncompatible: made by another Wasmtime, configuration or CPU, or not a compiled module.
+            GuestError: not a sealed memory file.
         """
+        _check_sealed(path)
         module = c_void_p()
         error = binding.module_deserialize_file(self.pointer, path.encode(), byref(module))
         binding.check(error, GuestIncompatible, "the compiled guest does not fit; build its snapshot again")
@@ -141,6 +147,18 @@ class GuestEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_sealed(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:  # EINVAL: no memory file
+        seals = 0
+    finally:
+        os.close(fd)
+    if seals & REQUIRED_SEALS != REQUIRED_SEALS:
+        raise GuestError(f"{path} is not a sealed memory file: compiled guests are loaded from nothing else")
 
 
 def _tick(engine: int, stop: threading.Event) -> None:

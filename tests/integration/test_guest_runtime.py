@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+from pathlib import Path
 
 import pytest
 from guest_fixtures import bytes_guest, sealed, toy_guest, wat_guest
 
 from guests.compile import compile_guest, guest_identity
-from guests.errors import GuestContractError, GuestIncompatible, GuestTrap
+from guests.errors import GuestContractError, GuestError, GuestIncompatible, GuestTrap
 from guests.initialise import initialise_guest
 from guests.runtime import TRAP_INTERRUPT, GuestEngine, GuestInstance, GuestModule, InstanceLimits
 
@@ -61,8 +62,8 @@ def test_the_ticker_is_started_once_and_stops_with_the_engine() -> None:
     engine.close()
     engine.close()
     assert len(os.listdir("/proc/self/task")) == before
-    with pytest.raises(GuestContractError, match="closed"):
-        engine.load("/proc/self/fd/0")
+    with sealed(b"") as path, pytest.raises(GuestContractError, match="closed"):
+        engine.load(path)
 
 
 def test_the_engine_itself_starts_no_thread() -> None:
@@ -272,6 +273,33 @@ def test_a_guest_compiled_with_another_configuration_is_incompatible() -> None:
     code = wasmtime.Module(wasmtime.Engine(), toy_guest().baked_wasm).serialize()
     with sealed(bytes(code)) as path, GuestEngine() as engine, pytest.raises(GuestIncompatible):
         engine.load(path)
+
+
+def test_only_sealed_memory_files_are_loaded(tmp_path: Path) -> None:
+    """A file that could still change under the mapping is refused, on disk and in memory."""
+    code = compile_guest(toy_guest().baked_wasm)
+    on_disk = tmp_path / "toy.cwasm"
+    on_disk.write_bytes(code)
+    unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.write(unsealed, code)
+    with GuestEngine() as engine:
+        for path in (str(on_disk), f"/proc/self/fd/{unsealed}"):
+            with pytest.raises(GuestError, match="not a sealed memory file"):
+                engine.load(path)
+    os.close(unsealed)
+
+
+def test_errors_are_one_line() -> None:
+    """Wasmtime's causes and backtraces end up in messages that fit a log line."""
+    with GuestEngine() as engine:
+        module = load(engine, bytes_guest().baked_wasm)
+        with pytest.raises(GuestTrap) as caught:
+            tokenize(module.instantiate(), b"deep!")
+        message = str(caught.value)
+        assert message.startswith("gp_tokenize: memory fault at wasm address")
+        assert "wasm trap: out of bounds memory access (at 0: 0x" in message
+        assert "\n" not in message
+        assert len(message) < 300
 
 
 def test_the_identity_names_version_target_and_configuration() -> None:
