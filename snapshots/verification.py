@@ -70,6 +70,18 @@ def verify_blobs(
     return problems
 
 
+def verify_blob(path: Path, ref: BlobRef, label: str, *, num_threads: int | None = None) -> None:
+    """Check one blob file on disk, for blobs that are kept but not used (what is used is verified in memory). Blocks.
+
+    Raises:
+        BlobCorrupt: missing, not regular, of another size, or a chunk differs.
+    """
+    os.close(open_blob_file(path, ref, label))  # its own errors say more than a finding does
+    problems = verify_blobs([(label, path, ref)], num_threads=num_threads)
+    if problems:
+        raise BlobCorrupt(label, f"{problems[0].where.removeprefix(label + ', ')}: {problems[0].what}")
+
+
 def _digest_span(fd: int, start: int, end: int) -> bytes:
     """Digest of bytes ``start`` to ``end``; a file that has shrunk since gives another digest, hence a problem."""
     parts = []

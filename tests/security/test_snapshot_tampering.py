@@ -25,6 +25,7 @@ from snapshots.keyring import KeyRing
 from snapshots.manifest import BLOB_ROLES, BlobRef, seal_manifest
 from snapshots.mapping import map_sealed, seal_blob
 from snapshots.store import SnapshotStore
+from snapshots.verification import verify_blob
 from tests.snapshot_fixtures import SyntheticSnapshot, build_snapshot, flip_byte, make_key
 
 BAD_NAMES = [
@@ -83,6 +84,20 @@ def test_one_flipped_bit_anywhere_is_refused(shared: SyntheticSnapshot, data: st
         assert problem.where.startswith(role)
     finally:
         flip_byte(path, position, mask)
+
+
+def test_blob_that_is_only_kept_can_be_checked_on_disk(shared: SyntheticSnapshot) -> None:
+    """The guest's source is not loaded when serving; checking it names the chunk, the size or the missing file."""
+    ref, path = shared.manifest.guest_wasm, shared.path_of("guest_wasm")
+    verify_blob(path, ref, "guest_wasm")
+    flip_byte(path, 77)
+    try:
+        with pytest.raises(BlobCorrupt, match="blob guest_wasm: chunk 0 at byte 0: its bytes"):
+            verify_blob(path, ref, "guest_wasm")
+    finally:
+        flip_byte(path, 77)
+    with pytest.raises(BlobCorrupt, match="No such file"):
+        verify_blob(path.with_suffix(".gone"), ref, "guest_wasm")
 
 
 def test_corrupt_chunk_is_located(shared: SyntheticSnapshot) -> None:
