@@ -109,6 +109,7 @@ class Scheduler:
     async def _lead(self) -> None:
         self._renewed_s = time.monotonic()
         await self._rebuild()
+        await self._publish_status()
         await self._act()
         while not self._stopping.is_set():
             if time.monotonic() - self._renewed_s > RENEW_EVERY_S:
@@ -173,8 +174,9 @@ class Scheduler:
                 self._fleet.on_worker_changed(message, now_s)
                 if cause is not None and cause.code in REFUSALS:
                     await self._read_cards()  # its agent has published why; the queue is refused with that
-            case ModelsChanged():
+            case ModelsChanged():  # also an agent's first word: its node may be new
                 await self._read_cards()
+                await self._read_nodes()
 
     # --- reading ----------------------------------------------------------------------------------------------
 
