@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from guests.abi import NO_TENSOR, Opcode, ProgramKind
 from guests.compile import guest_identity
 from guests.program import Program, decode_program
 from guests.runtime import GuestEngine, GuestModule
 from guests.text import GuestText
+from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.errors import ManifestMalformed
 from snapshots.manifest import Manifest, TensorEntry, verify_identity
 from snapshots.mapping import MappedBytes, map_sealed
@@ -87,6 +91,11 @@ class RestoredModel:
         self.close()
 
 
+def prepare_restore() -> None:
+    """Do once, before workers are forked, what each restore would otherwise do first: look up this environment."""
+    guest_identity()
+
+
 def restore_model(
     manifest: Manifest, weights_fd: int, guest_fd: int, guest_engine: GuestEngine, seed: int
 ) -> RestoredModel:
@@ -151,18 +160,23 @@ def _decode_programs(manifest: Manifest) -> tuple[Program, Program]:
 def _view_tensors(manifest: Manifest, weights: MappedBytes) -> tuple[WeightTensor, ...]:
     """One weight for each handle: views, with the scales beside int8 matrices."""
     entries = {entry.name: entry for entry in manifest.tensors}
-    return tuple(_view_tensor(entries, name, weights) for name in manifest.tensor_handles)
+    mapped = weights.array(np.uint8, (weights.size_bytes,))
+    return tuple(_view_tensor(entries, name, mapped) for name in manifest.tensor_handles)
 
 
-def _view_tensor(entries: dict[str, TensorEntry], name: str, weights: MappedBytes) -> WeightTensor:
+def _view_tensor(entries: dict[str, TensorEntry], name: str, mapped: npt.NDArray[np.uint8]) -> WeightTensor:
     entry = entries[name]  # the manifest was validated: every handle names a tensor
-    data = weights.tensor(entry)
     if entry.dtype != "I8":
-        return WeightTensor(name, data)
+        return WeightTensor(name, _view(entry, mapped))
     scale = entries.get(name + SCALE_SUFFIX)
     if scale is None or scale.dtype != "F32" or scale.shape != entry.shape[:1]:
         raise ManifestMalformed(f"tensor {name!r} is int8 and has no float32 scales of shape {entry.shape[:1]}")
-    return WeightTensor(name, data, weights.tensor(scale))
+    return WeightTensor(name, _view(entry, mapped), _view(scale, mapped))
+
+
+def _view(entry: TensorEntry, mapped: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+    """A read-only view, 1 us: one call, in which NumPy checks the bounds. Alignment was checked with the manifest."""
+    return np.ndarray(entry.shape, NUMPY_DTYPES[entry.dtype], buffer=mapped, offset=entry.offset)
 
 
 def _order_of_use(manifest: Manifest, prefill: Program) -> tuple[TensorEntry, ...]:
