@@ -11,28 +11,37 @@ from worker.backends.protocol import BackendError, FloatArray
 
 #: Slots come in powers of two of this many tokens, so that a freed one fits the next request.
 MIN_SLOT_TOKENS: Final = 256
-#: Freed slots kept mapped, with their pages, for reuse. Larger ones go back to the system at once.
+#: Physical memory of freed slots kept for reuse, so that a new sequence takes no page faults. What is beyond goes
+#: back to the system at once.
 MAX_SPARE_BYTES: Final = 64 * 1024 * 1024
 
 
 class KvSlot:
     """Keys and values of one sequence, float32.
 
-    ``keys`` and ``values`` are ``[layers, kv heads, capacity tokens, head_dim]`` views of the slot's mapping, laid
-    out so that a layer's keys of one head are a plain matrix for BLAS.
+    The mapping is ``[layers, 2, kv heads, capacity tokens, head_dim]``: a layer's keys lie before its values, and
+    one head's keys are a plain matrix for BLAS. ``layers[i]`` is ``[2 * kv heads, capacity, head_dim]``; ``keys`` and
+    ``values`` are ``[layers, kv heads, capacity, head_dim]``. All are views.
     """
 
-    __slots__ = ("_memory", "capacity_tokens", "keys", "num_tokens", "values")
+    __slots__ = ("_memory", "capacity_tokens", "keys", "layers", "most_tokens", "num_tokens", "values")
 
     def __init__(self, capacity_tokens: int, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
-        shape = (2, num_layers, num_kv_heads, capacity_tokens, head_dim)
-        num_floats = 2 * num_layers * num_kv_heads * capacity_tokens * head_dim
-        self._memory = mmap.mmap(-1, num_floats * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        both = np.frombuffer(self._memory, dtype=np.float32).reshape(shape)
-        self.keys: FloatArray = both[0]
-        self.values: FloatArray = both[1]
+        shape = (num_layers, 2, num_kv_heads, capacity_tokens, head_dim)
+        num_bytes = 4 * int(np.prod(shape))
+        self._memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        both: FloatArray = np.frombuffer(self._memory, dtype=np.float32).reshape(shape)
+        self.keys: FloatArray = both[:, 0]
+        self.values: FloatArray = both[:, 1]
+        self.layers: list[FloatArray] = list(both.reshape(num_layers, 2 * num_kv_heads, capacity_tokens, head_dim))
         self.capacity_tokens = capacity_tokens
         self.num_tokens = 0
+        self.most_tokens = 0  # ever held, by this sequence or an earlier one
+
+    def set_num_tokens(self, num_tokens: int) -> None:
+        """Record that positions below ``num_tokens`` are written."""
+        self.num_tokens = num_tokens
+        self.most_tokens = max(self.most_tokens, num_tokens)
 
     def validate_append(self, start: int, num_tokens: int) -> None:
         """Check that ``num_tokens`` tokens may be written from position ``start`` on.
@@ -48,9 +57,11 @@ class KvSlot:
             )
 
     @property
-    def num_bytes(self) -> int:
-        """Size of the mapping; resident only as far as tokens were written."""
-        return len(self._memory)
+    def resident_bytes(self) -> int:
+        """Physical memory that the slot holds: what was ever written, in whole pages for each layer and head."""
+        num_planes = len(self.layers) * len(self.layers[0])
+        plane_bytes = self.most_tokens * self.layers[0].strides[1]
+        return num_planes * -(-plane_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class KvSlots:
@@ -93,7 +104,7 @@ class KvSlots:
         slot = self._open.pop(number, None)
         if slot is None:
             return
-        if self.spare_bytes + slot.num_bytes <= MAX_SPARE_BYTES:
+        if self.spare_bytes + slot.resident_bytes <= MAX_SPARE_BYTES:
             self._spare.append(slot)
 
     def get(self, number: int) -> KvSlot:
@@ -121,7 +132,7 @@ class KvSlots:
             )
         to_slot.keys[:, :, :num_tokens] = from_slot.keys[:, :, :num_tokens]
         to_slot.values[:, :, :num_tokens] = from_slot.values[:, :, :num_tokens]
-        to_slot.num_tokens = num_tokens
+        to_slot.set_num_tokens(num_tokens)
 
     def close_all(self) -> None:
         """Drop every slot and spare. A mapping ends with the last array that looks into it."""
@@ -134,13 +145,13 @@ class KvSlots:
 
     @property
     def open_bytes(self) -> int:
-        """Bytes mapped by open slots, resident or not."""
-        return sum(slot.num_bytes for slot in self._open.values())
+        """Physical bytes of open slots."""
+        return sum(slot.resident_bytes for slot in self._open.values())
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes mapped by spare slots."""
-        return sum(slot.num_bytes for slot in self._spare)
+        """Physical bytes of spare slots."""
+        return sum(slot.resident_bytes for slot in self._spare)
 
     def _choose_capacity(self, max_tokens: int) -> int:
         capacity = MIN_SLOT_TOKENS

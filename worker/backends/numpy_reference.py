@@ -103,7 +103,7 @@ class NumpyModel:
         for call in self._calls[kind]:
             call(step)
         for share in step.shares:
-            share.slot.num_tokens = share.start + share.rows.stop - share.rows.start
+            share.slot.set_num_tokens(share.start + share.rows.stop - share.rows.start)
         self._num_steps += 1
         self._num_tokens += len(step.token_ids)
         return step.values[-1]

@@ -1,0 +1,179 @@
+"""Attention of the CPU backend: float32 NumPy over KV slots, one sequence at a time, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.backends.cpu_buffers import transpose_into
+from worker.backends.kv_slots import KvSlot
+from worker.backends.protocol import FloatArray
+
+Call = Callable[[], None]
+
+_QUERY_ROWS: Final = 64
+#: Scores held at once; long contexts take fewer query rows a block.
+_MAX_SCORES: Final = 4 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class SequenceShare:
+    """Tokens ``first`` to ``first + num_tokens`` of the step belong to ``slot``, at positions ``start`` on."""
+
+    slot: KvSlot
+    first: int
+    num_tokens: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Immediate operands of an ATTENTION operation."""
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window_tokens: int  # 0: none
+    score_scale: float
+
+
+class AttentionScratch:
+    """Buffers that all attention operations of a model share; grown on demand."""
+
+    def __init__(self) -> None:
+        self._flat: FloatArray = np.empty(0, np.float32)
+        self.above_diagonal: FloatArray = np.triu(np.full((_QUERY_ROWS, _QUERY_ROWS), -np.inf, np.float32), k=1)
+
+    def scores(self, *shape: int) -> FloatArray:
+        """An uninitialised array; the previous one is overwritten."""
+        num_elements = int(np.prod(shape))
+        if num_elements > len(self._flat):
+            self._flat = np.empty(1 << (num_elements - 1).bit_length(), np.float32)
+        return self._flat[:num_elements].reshape(shape)
+
+
+def bind_kv_append(
+    source: FloatArray, shares: list[SequenceShare], layer: int, columns: tuple[int, int], heads: tuple[int, int]
+) -> Call:
+    """Store keys and values of ``source`` ``[N, T]`` (from ``columns``, ``heads`` = number and width) in the slots."""
+    num_heads, head_dim = heads
+    key_column, value_column = columns
+    size = num_heads * head_dim
+    if value_column == key_column + size:  # one copy for both
+        both = source[key_column : key_column + 2 * size].reshape(2 * num_heads, head_dim, -1).transpose(0, 2, 1)
+
+        def append_both() -> None:
+            for share in shares:
+                end = share.start + share.num_tokens
+                share.slot.layers[layer][:, share.start : end] = both[:, share.first : share.first + share.num_tokens]
+
+        return append_both
+
+    keys = source[key_column : key_column + size].reshape(num_heads, head_dim, -1).transpose(0, 2, 1)
+    values = source[value_column : value_column + size].reshape(num_heads, head_dim, -1).transpose(0, 2, 1)
+
+    def append() -> None:
+        for share in shares:
+            end = share.start + share.num_tokens
+            planes = share.slot.layers[layer]
+            planes[:num_heads, share.start : end] = keys[:, share.first : share.first + share.num_tokens]
+            planes[num_heads:, share.start : end] = values[:, share.first : share.first + share.num_tokens]
+
+    return append
+
+
+def bind_attention(
+    source: FloatArray,
+    out: FloatArray,
+    shares: list[SequenceShare],
+    shape: AttentionShape,
+    scratch: AttentionScratch,
+) -> Call:
+    """Causal attention of the queries in ``source`` ``[N, T]``; ``out`` is token-major ``[T, H * Dh]``."""
+    num_tokens, width = out.shape
+    group = shape.num_heads // shape.num_kv_heads
+    queries = np.empty((num_tokens, width), np.float32)
+    grouped_queries = queries.reshape(num_tokens, shape.num_kv_heads, group, shape.head_dim)
+    grouped_out = out.reshape(num_tokens, shape.num_kv_heads, group, shape.head_dim)
+    source_queries = source[:width]
+
+    def attend() -> None:
+        transpose_into(queries, source_queries)
+        np.multiply(queries, shape.score_scale, queries)
+        num_used = 0
+        for share in shares:
+            num_used = share.first + share.num_tokens
+            if share.num_tokens == 1:
+                _attend_one(grouped_queries[share.first], grouped_out[share.first], share, shape, scratch)
+            else:
+                rows = slice(share.first, num_used)
+                _attend_many(grouped_queries[rows], grouped_out[rows], share, shape, scratch)
+        if num_used < num_tokens:
+            out[num_used:] = 0  # padding rows: finite, whatever the buffer held before
+
+    return attend
+
+
+def _attend_one(
+    queries: FloatArray, out: FloatArray, share: SequenceShare, shape: AttentionShape, scratch: AttentionScratch
+) -> None:
+    """One query of one sequence: ``queries`` and ``out`` are ``[Hkv, G, Dh]``."""
+    end = share.start + 1
+    begin = max(0, end - shape.window_tokens) if shape.window_tokens else 0
+    planes = share.slot.layers[shape.layer]
+    keys, values = planes[: shape.num_kv_heads, begin:end], planes[shape.num_kv_heads :, begin:end]
+    scores = scratch.scores(shape.num_kv_heads, shape.num_heads // shape.num_kv_heads, end - begin)
+    np.matmul(queries, keys.transpose(0, 2, 1), scores)
+    sums = _exponentiate(scores)
+    np.matmul(scores, values, out)
+    np.divide(out, sums, out)
+
+
+def _attend_many(
+    queries: FloatArray, out: FloatArray, share: SequenceShare, shape: AttentionShape, scratch: AttentionScratch
+) -> None:
+    """Several queries of one sequence, in blocks: ``queries`` and ``out`` are ``[T, Hkv, G, Dh]``."""
+    total = share.start + share.num_tokens
+    block_rows = max(1, min(_QUERY_ROWS, _MAX_SCORES // (shape.num_heads * total)))
+    group = shape.num_heads // shape.num_kv_heads
+    planes = share.slot.layers[shape.layer]
+    for first in range(0, share.num_tokens, block_rows):
+        last = min(first + block_rows, share.num_tokens)
+        num_rows = last - first
+        position, end = share.start + first, share.start + last
+        begin = max(0, position + 1 - shape.window_tokens) if shape.window_tokens else 0
+        block = np.ascontiguousarray(queries[first:last].transpose(1, 2, 0, 3)).reshape(
+            shape.num_kv_heads, group * num_rows, shape.head_dim
+        )
+        scores = scratch.scores(shape.num_kv_heads, group * num_rows, end - begin)
+        np.matmul(block, planes[: shape.num_kv_heads, begin:end].transpose(0, 2, 1), scores)
+        by_row = scores.reshape(shape.num_kv_heads, group, num_rows, end - begin)
+        by_row[..., end - begin - num_rows :] += scratch.above_diagonal[:num_rows, :num_rows]
+        if shape.window_tokens:
+            by_row += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)
+        sums = _exponentiate(scores)
+        np.matmul(scores, planes[shape.num_kv_heads :, begin:end], block)
+        np.divide(block, sums, block)
+        out[first:last] = block.reshape(shape.num_kv_heads, group, num_rows, shape.head_dim).transpose(2, 0, 1, 3)
+
+
+def _exponentiate(scores: FloatArray) -> FloatArray:
+    """In place: ``exp(scores - row maximum)``; returns the row sums, last axis kept."""
+    np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
+    np.exp(scores, scores)
+    sums: FloatArray = np.add.reduce(scores, -1, keepdims=True)
+    return sums
+
+
+def _mask_before_window(
+    position: int, num_rows: int, begin: int, end: int, window_tokens: int
+) -> npt.NDArray[np.float32]:
+    """``[num_rows, end - begin]``: -inf where a key lies before the row's window."""
+    query_positions = np.arange(position, position + num_rows)[:, None]
+    is_outside = np.arange(begin, end)[None, :] <= query_positions - window_tokens
+    return np.where(is_outside, np.float32(-np.inf), np.float32(0))

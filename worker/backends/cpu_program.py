@@ -1,0 +1,273 @@
+"""Compiles a tensor program for the CPU backend: buffers, weights, and prebound lists of calls for each step shape.
+
+A program has two parts with different numbers of rows: operations on the T tokens of the step, and, after LAST_ROWS,
+operations on the S rows whose logits are wanted. Each part is bound once for every number of rows it meets (see
+:func:`~worker.backends.cpu_buffers.pad_rows`); a step then only runs the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from guests.abi import NO_TENSOR, Opcode
+from guests.program import Operation, Program
+from worker.backends.cpu_attention import (
+    AttentionScratch,
+    AttentionShape,
+    SequenceShare,
+    bind_attention,
+    bind_kv_append,
+)
+from worker.backends.cpu_buffers import RowBuffers, assign_buffers, pad_rows
+from worker.backends.cpu_linear import LinearWeight, Operand
+from worker.backends.cpu_operations import (
+    RopeTable,
+    bind_add,
+    bind_bias,
+    bind_embed,
+    bind_head_rms_norm,
+    bind_rms_norm,
+    bind_rope,
+    bind_silu_mul,
+    make_rope_table,
+)
+from worker.backends.program_shapes import Rows, infer_shapes
+from worker.backends.protocol import FloatArray, ModelPlan
+
+Call = Callable[[], None]
+
+
+@dataclass(slots=True)
+class StepTokens:
+    """The tokens of the step in progress; calls read them when they run."""
+
+    shares: list[SequenceShare]  # one list object for the life of the model
+    scratch: AttentionScratch
+
+
+@dataclass(slots=True)
+class _BoundTokens:
+    """The token part for one T. ``token_ids`` and ``positions`` are filled before the calls run."""
+
+    token_ids: npt.NDArray[np.int64]
+    positions: FloatArray
+    calls: list[Call] = field(default_factory=list)
+    #: (source, destination value): what LAST_ROWS copies selected columns of, and where to
+    selections: list[tuple[FloatArray, int]] = field(default_factory=list)
+    result: FloatArray | None = None  # where the program has no LAST_ROWS
+
+
+@dataclass(slots=True)
+class _BoundRows:
+    """The part behind LAST_ROWS for one S."""
+
+    targets: dict[int, FloatArray]
+    calls: list[Call] = field(default_factory=list)
+    result: FloatArray | None = None
+
+
+class CpuProgram:
+    """One compiled program. Engine thread only."""
+
+    def __init__(
+        self,
+        program: Program,
+        plan: ModelPlan,
+        linear_weights: dict[int, LinearWeight],
+        tokens: StepTokens,
+    ) -> None:
+        shapes = infer_shapes(program, plan)
+        self._program = program
+        self._plan = plan
+        self._linear_weights = linear_weights
+        self._tokens = tokens
+        self._rows_of = {value: shape.rows for value, shape in shapes.items()}
+        self._buffer_of: dict[Rows, dict[int, int]] = {}
+        self._buffers: dict[Rows, RowBuffers] = {}
+        for rows in Rows:
+            self._buffer_of[rows], widths = assign_buffers(program, shapes, rows)
+            self._buffers[rows] = RowBuffers(widths)
+        self._token_major = {op.out for op in program.operations if op.opcode is Opcode.ATTENTION}
+        self._bound_tokens: dict[int, _BoundTokens] = {}
+        self._bound_rows: dict[int, _BoundRows] = {}
+
+    def run(self, token_ids: list[int], positions: list[int], last_rows: list[int]) -> FloatArray | None:
+        """Run the program; logits ``[V, S]`` feature-major, None where no row is wanted. Valid until the next run."""
+        bound = self._ensure_tokens(pad_rows(len(token_ids)))
+        bound.token_ids[: len(token_ids)] = token_ids
+        bound.positions[: len(positions)] = positions
+        for call in bound.calls:
+            call()
+        if not last_rows:
+            return None
+        if bound.result is not None:
+            return bound.result[:, last_rows]
+        return self._run_rows(bound, last_rows)
+
+    def _run_rows(self, tokens: _BoundTokens, last_rows: list[int]) -> FloatArray | None:
+        num_rows = pad_rows(len(last_rows))
+        bound = self._ensure_rows(num_rows)
+        selected = np.array(last_rows + [0] * (num_rows - len(last_rows)))
+        for source, value in tokens.selections:
+            source.take(selected, 1, bound.targets[value], "clip")
+        for call in bound.calls:
+            call()
+        return None if bound.result is None else bound.result[:, : len(last_rows)]
+
+    def _ensure_tokens(self, num_rows: int) -> _BoundTokens:
+        if self._buffers[Rows.TOKENS].ensure_rows(num_rows):
+            self._bound_tokens.clear()
+        found = self._bound_tokens.get(num_rows)
+        if found is None:
+            found = self._bound_tokens[num_rows] = _Binder(self, num_rows, Rows.TOKENS).bind_tokens()
+        return found
+
+    def _ensure_rows(self, num_rows: int) -> _BoundRows:
+        if self._buffers[Rows.SAMPLED].ensure_rows(num_rows):
+            self._bound_rows.clear()
+        found = self._bound_rows.get(num_rows)
+        if found is None:
+            found = self._bound_rows[num_rows] = _Binder(self, num_rows, Rows.SAMPLED).bind_rows()
+        return found
+
+
+class _Binder:
+    """Binds one part of a program to views of ``num_rows`` rows."""
+
+    def __init__(self, program: CpuProgram, num_rows: int, rows: Rows) -> None:
+        self._program = program
+        self._num_rows = num_rows
+        self._rows = rows
+        self._calls: list[Call] = []
+        self._staged: dict[tuple[int, str], Operand] = {}
+        self._rope_tables: dict[tuple[int, float], RopeTable] = {}
+        self._token_ids = np.zeros(num_rows, np.int64)
+        self._positions: FloatArray = np.zeros(num_rows, np.float32)
+
+    def bind_tokens(self) -> _BoundTokens:
+        """The token part."""
+        bound = _BoundTokens(self._token_ids, self._positions)
+        for operation in self._program._program.operations:
+            source_is_token = self._program._rows_of.get(operation.inputs[0], Rows.TOKENS) is Rows.TOKENS
+            if operation.opcode is Opcode.LAST_ROWS:
+                bound.selections.append((self._columns(operation.inputs[0]), operation.out))
+            elif operation.opcode is Opcode.OUTPUT:
+                bound.result = self._columns(operation.inputs[0]) if source_is_token else None
+            elif source_is_token:
+                self._bind(operation)
+        bound.calls = [table.update for table in self._rope_tables.values()] + self._calls
+        return bound
+
+    def bind_rows(self) -> _BoundRows:
+        """The part behind LAST_ROWS."""
+        bound = _BoundRows({})
+        for operation in self._program._program.operations:
+            if operation.opcode is Opcode.LAST_ROWS:
+                bound.targets[operation.out] = self._columns(operation.out)
+            elif self._program._rows_of.get(operation.inputs[0]) is not Rows.SAMPLED:
+                continue
+            elif operation.opcode is Opcode.OUTPUT:
+                bound.result = self._columns(operation.inputs[0])
+            else:
+                self._bind(operation)
+        bound.calls = self._calls
+        return bound
+
+    def _bind(self, operation: Operation) -> None:
+        binders: dict[Opcode, Callable[[Operation], Call | None]] = {
+            Opcode.EMBED: self._bind_embed,
+            Opcode.RMS_NORM: self._bind_rms_norm,
+            Opcode.LINEAR: self._bind_linear,
+            Opcode.HEAD_RMS_NORM: self._bind_head_rms_norm,
+            Opcode.ROPE: self._bind_rope,
+            Opcode.KV_APPEND: self._bind_kv_append,
+            Opcode.ATTENTION: self._bind_attention,
+            Opcode.SILU_MUL: self._bind_silu_mul,
+            Opcode.ADD: self._bind_add,
+        }
+        call = binders[operation.opcode](operation)
+        if call is not None:
+            self._calls.append(call)
+        # The value was written: what was staged of it before, or of another value in its buffer, is stale.
+        self._staged = {key: operand for key, operand in self._staged.items() if key[0] != operation.out}
+
+    def _columns(self, value: int) -> FloatArray:
+        """Feature-major view ``[width, rows]`` of a value."""
+        buffer = self._program._buffer_of[self._rows][value]
+        buffers = self._program._buffers[self._rows]
+        if value in self._program._token_major:
+            return buffers.token_major(buffer, self._num_rows).T
+        return buffers.feature_major(buffer, self._num_rows)
+
+    def _heads(self, value: int, column: int, num_heads: int, head_dim: int) -> FloatArray:
+        columns = self._columns(value)[column : column + num_heads * head_dim]
+        return columns.reshape(num_heads, head_dim, self._num_rows)
+
+    def _vector(self, operation: Operation, position: int = 0) -> FloatArray:
+        """A one-dimensional weight as float32."""
+        data = self._program._plan.tensors[operation.tensors[position]].data
+        return np.ascontiguousarray(data, np.float32)
+
+    def _bind_embed(self, operation: Operation) -> Call:
+        table = self._program._plan.tensors[operation.tensors[0]]
+        return bind_embed(table, self._token_ids, self._columns(operation.out))
+
+    def _bind_rms_norm(self, operation: Operation) -> Call:
+        source, out = self._columns(operation.inputs[0]), self._columns(operation.out)
+        return bind_rms_norm(source, self._vector(operation), operation.floats[0], out)
+
+    def _bind_head_rms_norm(self, operation: Operation) -> Call:
+        heads = self._heads(operation.out, *operation.ints[:3])
+        return bind_head_rms_norm(heads, self._vector(operation), operation.floats[0])
+
+    def _bind_linear(self, operation: Operation) -> Call | None:
+        weight = self._program._linear_weights[operation.tensors[0]]
+        operand = self._stage(operation.inputs[0], weight)
+        out = self._columns(operation.out)
+        self._calls.append(weight.bind(operand, out))
+        if operation.tensors[1] == NO_TENSOR:
+            return None
+        return bind_bias(out, self._vector(operation, 1))
+
+    def _stage(self, value: int, weight: LinearWeight) -> Operand:
+        """The operand of ``value`` for ``weight``'s kind, staged once for all that multiply with it."""
+        key = (value, type(weight).__name__)
+        operand = self._staged.get(key)
+        if operand is None:
+            is_token_major = value in self._program._token_major
+            columns = self._columns(value)
+            source = columns.T if is_token_major else columns
+            operand = self._staged[key] = weight.make_operand(source, is_token_major=is_token_major)
+            self._calls.append(operand.stage)
+        return operand
+
+    def _bind_rope(self, operation: Operation) -> Call:
+        key = (operation.tensors[0], operation.floats[0])
+        table = self._rope_tables.get(key)
+        if table is None:
+            table = make_rope_table(self._vector(operation), operation.floats[0], self._positions)
+            self._rope_tables[key] = table
+        return bind_rope(self._heads(operation.out, *operation.ints[:3]), table)
+
+    def _bind_kv_append(self, operation: Operation) -> Call:
+        layer, key_column, value_column, num_heads, head_dim = operation.ints[:5]
+        columns = self._columns(operation.inputs[0])
+        shares = self._program._tokens.shares
+        return bind_kv_append(columns, shares, layer, (key_column, value_column), (num_heads, head_dim))
+
+    def _bind_attention(self, operation: Operation) -> Call:
+        shape = AttentionShape(*operation.ints[:5], operation.floats[0])
+        tokens = self._program._tokens
+        out = self._columns(operation.out).T
+        return bind_attention(self._columns(operation.inputs[0]), out, tokens.shares, shape, tokens.scratch)
+
+    def _bind_silu_mul(self, operation: Operation) -> Call:
+        return bind_silu_mul(self._columns(operation.inputs[0]), self._columns(operation.out))
+
+    def _bind_add(self, operation: Operation) -> Call:
+        left, right = (self._columns(value) for value in operation.inputs)
+        return bind_add(left, right, self._columns(operation.out))

@@ -1,0 +1,138 @@
+"""The CPU backend: NumKong matrix products over mapped bf16 or int8 weights, NumPy for everything between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from guests.abi import Opcode, ProgramKind
+from worker.backends.cpu_attention import AttentionScratch, SequenceShare
+from worker.backends.cpu_buffers import transpose_into
+from worker.backends.cpu_linear import LinearWeight, bind_weight
+from worker.backends.cpu_program import CpuProgram, StepTokens
+from worker.backends.kv_slots import KvSlots
+from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
+
+
+def count_usable_cores() -> int:
+    """Cores that this process may run on (affinity; a container's cpuset shows here)."""
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+class NumKongBackend:
+    """CPU backend.
+
+    ``num_threads`` 0 means one for each usable core. NumPy's BLAS must have one thread beside NumKong's pool
+    (``OPENBLAS_NUM_THREADS=1`` before NumPy is imported): its second one spins after every call and starves the pool.
+    """
+
+    name = "numkong"
+
+    def __init__(self, num_threads: int = 0) -> None:
+        self._num_threads = num_threads or count_usable_cores()
+
+    def warm(self) -> None:
+        """Start the thread pool and touch both kernels with a tiny product."""
+        for dtype in (ml_dtypes.bfloat16, np.int8):
+            weight = WeightTensor("warm", np.ones((64, 64), dtype), np.ones(64, np.float32))
+            product = bind_weight(weight, self._num_threads)
+            operand = product.make_operand(np.ones((64, 1), np.float32), is_token_major=False)
+            operand.stage()
+            product.bind(operand, np.empty((64, 1), np.float32))()
+
+    def bind(self, plan: ModelPlan) -> BoundModel:
+        """Bind both programs; weights stay where they lie.
+
+        Raises:
+            BackendError: a shape, dtype or layout that cannot be run; the message names the operation or tensor.
+        """
+        return NumKongModel(plan, self._num_threads)
+
+
+class NumKongModel:
+    """A model on the CPU backend. Engine thread only."""
+
+    def __init__(self, plan: ModelPlan, num_threads: int) -> None:
+        self._shares: list[SequenceShare] = []
+        tokens = StepTokens(self._shares, AttentionScratch())
+        weights: dict[int, LinearWeight] = {}
+        for program in (plan.prefill, plan.decode):
+            for operation in program.operations:
+                handle = operation.tensors[0]
+                if operation.opcode is Opcode.LINEAR and handle not in weights:
+                    weights[handle] = bind_weight(plan.tensors[handle], num_threads)
+        self._programs = {
+            ProgramKind.PREFILL: CpuProgram(plan.prefill, plan, weights, tokens),
+            ProgramKind.DECODE: CpuProgram(plan.decode, plan, weights, tokens),
+        }
+        self._slots = KvSlots(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
+        self._vocab_size = plan.vocab_size
+        self._logits: FloatArray = np.empty((0, plan.vocab_size), np.float32)
+        self._num_steps = 0
+        self._num_tokens = 0
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self._slots.bytes_per_token
+
+    def open_slot(self, max_tokens: int) -> int:
+        return self._slots.open(max_tokens)
+
+    def close_slot(self, slot: int) -> None:
+        self._slots.close(slot)
+
+    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
+        self._slots.copy_prefix(source, target, num_tokens)
+
+    def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
+        """See :class:`~worker.backends.protocol.BoundModel`."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        last_rows: list[int] = []
+        self._shares.clear()
+        for item in inputs:
+            slot = self._slots.get(item.slot)
+            num_tokens = len(item.token_ids)
+            slot.validate_append(item.start, num_tokens)
+            self._shares.append(SequenceShare(slot, len(token_ids), num_tokens, item.start))
+            token_ids += item.token_ids
+            positions += range(item.start, item.start + num_tokens)
+            if item.wants_logits:
+                last_rows.append(len(token_ids) - 1)
+        is_decode = len(token_ids) == len(inputs)
+        program = self._programs[ProgramKind.DECODE if is_decode else ProgramKind.PREFILL]
+        with np.errstate(over="ignore"):  # see bind_silu_mul
+            columns = program.run(token_ids, positions, last_rows)
+        for share in self._shares:
+            share.slot.set_num_tokens(share.start + share.num_tokens)
+        self._num_steps += 1
+        self._num_tokens += len(token_ids)
+        return self._arrange(columns)
+
+    def statistics(self) -> Mapping[str, int]:
+        return {
+            "num_steps": self._num_steps,
+            "num_tokens": self._num_tokens,
+            "num_open_slots": self._slots.num_open,
+            "kv_open_bytes": self._slots.open_bytes,
+            "kv_spare_bytes": self._slots.spare_bytes,
+        }
+
+    def close(self) -> None:
+        self._shares.clear()
+        self._slots.close_all()
+
+    def _arrange(self, columns: FloatArray | None) -> FloatArray:
+        """Logits ``[S, V]`` of feature-major ``columns`` ``[V, S]``, without a copy for one row."""
+        if columns is None:
+            return self._logits[:0]
+        num_rows = columns.shape[1]
+        if num_rows == 1 and columns.flags.c_contiguous:
+            return columns.reshape(1, -1)
+        if len(self._logits) < num_rows:
+            self._logits = np.empty((num_rows, self._vocab_size), np.float32)
+        transpose_into(self._logits[:num_rows], columns)
+        return self._logits[:num_rows]
