@@ -92,7 +92,9 @@ class TokenizerSpec:
     eos_ids: list[int] = field(default_factory=list)  # every token that ends a turn
     unk_id: int = -1
     add_bos: bool = False
-    add_space_prefix: bool = False  # SentencePiece dummy prefix
+    add_space_prefix: bool = False  # SentencePiece dummy prefix, before each stretch of ordinary text
+    space_prefix_once: bool = False  # ... only at the start of the whole text (Metaspace's prepend_scheme "first")
+    space_prefix_if_missing: bool = False  # ... only where no space stands already (Metaspace, not Prepend)
     ignore_merges: bool = False  # Llama-3: a piece that is a whole token is taken as it is
 
 
@@ -166,6 +168,8 @@ def pack_tokenizer(spec: TokenizerSpec) -> bytes:
     flags = (
         _TokenizerFlag.ADD_BOS * (spec.add_bos and spec.bos_id >= 0)
         | _TokenizerFlag.ADD_SPACE_PREFIX * spec.add_space_prefix
+        | _TokenizerFlag.SPACE_PREFIX_ONCE * spec.space_prefix_once
+        | _TokenizerFlag.SPACE_PREFIX_IF_MISSING * spec.space_prefix_if_missing
         | _TokenizerFlag.IGNORE_MERGES * spec.ignore_merges
         | _TokenizerFlag.MERGES_BY_SCORE * by_score
     )
@@ -232,6 +236,8 @@ class _TokenizerFlag(IntFlag):
     ADD_SPACE_PREFIX = 2
     IGNORE_MERGES = 4
     MERGES_BY_SCORE = 8
+    SPACE_PREFIX_ONCE = 16
+    SPACE_PREFIX_IF_MISSING = 32
 
 
 def _check_range(name: str, value: int, least: int, most: int) -> None:

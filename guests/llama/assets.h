@@ -63,9 +63,11 @@ enum token_kind {
 
 enum tokenizer_flag {
     TOKENIZER_ADD_BOS = 1,
-    TOKENIZER_ADD_SPACE_PREFIX = 2,
+    TOKENIZER_ADD_SPACE_PREFIX = 2, /* before each stretch of ordinary text */
     TOKENIZER_IGNORE_MERGES = 4,
     TOKENIZER_MERGES_BY_SCORE = 8,
+    TOKENIZER_SPACE_PREFIX_ONCE = 16,       /* only at the start of a text */
+    TOKENIZER_SPACE_PREFIX_IF_MISSING = 32, /* only where no space stands already */
 };
 
 #define NO_TOKEN 0xFFFFFFFFu

@@ -150,18 +150,17 @@ static void mlp_block(uint32_t layer) {
     add_to_stream();
 }
 
-/* Prefill and decode differ only in that a decode step wants the logits of every row. */
-static void forward_pass(enum gp_program_kind kind) {
-    uint32_t last = kind == GP_PREFILL ? LAST : HIDDEN;
+/* Prefill and decode are one pass: a decode step, too, may hold rows whose logits nobody wants (a prompt's chunk of one
+ * token). A backend is free to bind the two differently. */
+static void forward_pass(void) {
     uint32_t embedding = model_weight("embed.weight");
     add(GP_EMBED, HIDDEN, GP_NO_VALUE)->tensors[0] = embedding;
     for (uint32_t layer = 0; layer < config.num_layers; layer++) {
         attention_block(layer);
         mlp_block(layer);
     }
-    if (last == LAST)
-        add(GP_LAST_ROWS, LAST, HIDDEN);
-    rms_norm(LAST_NORMED, last, model_weight("norm.weight"));
+    add(GP_LAST_ROWS, LAST, HIDDEN);
+    rms_norm(LAST_NORMED, LAST, model_weight("norm.weight"));
     uint32_t head = has(CONFIG_TIE_EMBEDDINGS) ? embedding : model_weight("lm_head.weight");
     linear(LOGITS, LAST_NORMED, config.vocab_size, head, GP_NO_TENSOR);
     add(GP_OUTPUT, GP_NO_VALUE, LOGITS);
@@ -169,7 +168,7 @@ static void forward_pass(enum gp_program_kind kind) {
 
 static bool record(gp_program_header *program, enum gp_program_kind kind) {
     num_operations = 0;
-    forward_pass(kind);
+    forward_pass();
     if (missing_weight)
         return false;
     *program = (gp_program_header){{'G', 'P', 'R', 'G'}, GP_PROGRAM_VERSION, (uint16_t)kind, num_operations, NUM_VALUES};
