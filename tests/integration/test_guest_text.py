@@ -33,7 +33,7 @@ def module() -> Iterator[GuestModule]:
 @pytest.fixture
 def text(module: GuestModule) -> Iterator[GuestText]:
     """A text side of its own for each test."""
-    model = GuestText(module, SEED, InstanceLimits(call_deadline_ms=200))
+    model = GuestText(module, SEED)
     yield model
     model.close()
 
@@ -88,8 +88,9 @@ def test_too_many_sequences_is_an_error_and_not_a_crash(text: GuestText) -> None
 
 
 @pytest.mark.parametrize("attack", ["trap!", "spin!", "deep!"])
-def test_a_trap_costs_the_open_sequences_and_nothing_else(text: GuestText, attack: str) -> None:
+def test_a_trap_costs_the_open_sequences_and_nothing_else(module: GuestModule, attack: str) -> None:
     """The call raises GuestTrap, sequences of the old instance too, and the next call works on a fresh one."""
+    text = GuestText(module, SEED, InstanceLimits(call_deadline_ms=500))
     sequence = text.open_sequence(())
     with pytest.raises(GuestTrap):
         text.tokenize(attack, add_special=False, parse_special=False)
@@ -101,6 +102,7 @@ def test_a_trap_costs_the_open_sequences_and_nothing_else(text: GuestText, attac
     assert text.tokenize("ok", add_special=False, parse_special=False) == [111, 107]
     assert struct.unpack("<Q", text.token_bytes(1000)) == (SEED,)
     assert text.open_sequence(()).push(65).text == "A1"
+    text.close()
 
 
 def test_a_trap_in_one_sequence_ends_all_of_them(text: GuestText) -> None:

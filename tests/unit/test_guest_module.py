@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from guests import abi
+from guests.__main__ import main
 from guests.errors import GuestModuleRefused
 from guests.module import MAX_MODULE_BYTES, parse_guest, parse_module
 from guests.shipped import GUESTS_FOLDER, toy_wasm
@@ -264,3 +266,15 @@ def test_the_c_header_and_the_python_numbers_agree() -> None:
     assert f"#define GP_ABI_VERSION {abi.ABI_VERSION}\n" in header
     assert f"#define GP_NO_VALUE 0x{abi.NO_VALUE:X}u\n" in header
     assert f"#define GP_NO_TENSOR 0x{abi.NO_TENSOR:X}u\n" in header
+
+
+def test_the_checker_command_describes_or_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """python -m guests prints what a guest has, and says why a file is none."""
+    assert main([str(GUESTS_FOLDER / "examples" / "toy.wasm")]) == 0
+    printed = capsys.readouterr().out
+    assert "tokeniser  no" in printed
+    assert "export     gp_resume(i64) -> i32" in printed
+    bad = tmp_path / "bad.wasm"
+    bad.write_bytes(PREAMBLE)
+    assert main([str(bad)]) == 1
+    assert "no memory of its own" in capsys.readouterr().err
