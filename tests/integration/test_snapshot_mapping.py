@@ -318,6 +318,24 @@ def test_populate_makes_every_page_resident(blob: tuple[Path, BlobRef, bytes]) -
         assert mapped.address % HUGE_PAGE_BYTES == 0
 
 
+def test_page_that_cannot_be_had_is_an_error_and_no_signal(
+    small: tuple[Path, BlobRef, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a store to the mapping would be a SIGBUS (here: beyond the memory file's end), sealing raises."""
+    path, ref, _ = small
+
+    def create_too_short(ref: BlobRef) -> int:
+        fd = os.memfd_create("short", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, 4096)
+        return fd
+
+    monkeypatch.setattr(mapping, "_create_memory_file", create_too_short)
+    before = open_descriptors()
+    with pytest.raises(MappingError, match="Bad address"):
+        seal_blob(path, ref)
+    assert open_descriptors() == before
+
+
 def test_memory_file_beyond_a_limit_is_our_error(small: tuple[Path, BlobRef, bytes]) -> None:
     """Where the kernel refuses a memory file of that size, the error says how much was asked for."""
     path, _, data = small
