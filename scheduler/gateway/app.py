@@ -16,11 +16,13 @@ import structlog
 import uvloop
 from aiohttp import web
 
+from scheduler.contract import job_queue
 from scheduler.contract.connection import connect
 from scheduler.contract.environment import ProcessSettings, read_process_settings
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.telemetry import configure_logging
 from scheduler.gateway import health, routes_admin, routes_chat, routes_completions, routes_models
+from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.hub import Hub
 from scheduler.gateway.request_log import add_standard_headers, observe_request
@@ -87,7 +89,7 @@ class GatewayServer:
         self.host, self.port = self._runner.addresses[0][:2]
         self._announce()
         await preloading
-        await self._compile_templates()
+        await self._warm_up()
         gc.collect()
         gc.freeze()  # what lives now lives for ever; without it, full collections pause all streams for 9 to 15 ms
         _log.info("gateway_ready", host=self.host, port=self.port, gateway_id=self.gateway.gateway_id)
@@ -104,12 +106,15 @@ class GatewayServer:
         self.gateway.metrics.ensure_ready()
         import jinja2.sandbox  # noqa: F401  (imported for its side effect: the next import is a look-up)
 
-    async def _compile_templates(self) -> None:
-        """Compile the chat templates of the models there are, so that no first request pays for it."""
+    async def _warm_up(self) -> None:
+        """Load the queue's scripts and compile the models' chat templates, so that no first request pays for it."""
         try:
             await self.gateway.directory.refresh()
-        except GlowplugError as error:
-            _log.warning("models_not_read", error=error.info.message)
+            async with redis_within(self._settings.redis_limit_s, "loading the queue's scripts"):
+                for script in (job_queue.ENQUEUE, job_queue.CANCEL):
+                    await self._redis.script_load(script)
+        except GlowplugError as error:  # Redis went away again; the first request will load them
+            _log.warning("warm_up_incomplete", error=error.info.message)
         for card in self.gateway.directory.cards.values():
             if card.chat_template is not None:
                 try:
@@ -178,9 +183,10 @@ def _queue_limits(process: ProcessSettings, settings: GatewaySettings) -> Callab
     return lambda model: config.policy_of(model).max_queued
 
 
-def main() -> None:
-    """Entry point of ``python -m scheduler gateway``."""
+def main() -> int:
+    """Entry point of ``python -m scheduler gateway``; its exit code."""
     process = read_process_settings()
     configure_logging(component="gateway", level=process.log_level)
     raise_file_limit()
     uvloop.run(run_gateway(read_gateway_settings(), process))
+    return 0

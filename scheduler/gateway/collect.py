@@ -64,7 +64,7 @@ class CollectedCall:
         exchange = self._exchange
         await exchange.start(self._on_step)
         while not await exchange.wait_done(LIMIT_CHECK_EVERY_S):
-            overdue = exchange.find_overdue(streamed=False)
+            overdue = await exchange.find_overdue(streamed=False)
             if overdue is not None:
                 raise as_exception(overdue)
         if exchange.error is not None:

@@ -50,27 +50,28 @@ class EventStream:
         await self._response.write(first + early)
         return self._response
 
-    def push(self, payload: bytes) -> bool:
-        """Write ``payload`` now, without waiting; whether it was handed to the socket.
+    def push(self, payload: bytes) -> None:
+        """Write ``payload`` now, without waiting; dropped when the client is gone. Empty: nothing is written.
 
         A client that has left more than the bound unread is cut: its connection is aborted, which cancels its handler.
         """
+        if not payload:
+            return
         if self._pending is not None:
             self._pending += payload
-            return True
+            return
         transport = self._request.transport
         if self.is_cut or transport is None or transport.is_closing():
             self.is_cut = True
-            return False
+            return
         try:
             transport.write(http_chunk(payload) if self._chunked else payload)
         except RuntimeError:  # uvloop's answer when the transport closed since the check above
             self.is_cut = True
-            return False
+            return
         if transport.get_write_buffer_size() > self._max_write_buffer_bytes:
             self.is_cut = self.cut_for_slowness = True
             transport.abort()
-        return not self.is_cut
 
     async def finish(self) -> None:
         """End the body and wait until the client has taken it, for a bounded time.

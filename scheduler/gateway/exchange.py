@@ -136,15 +136,15 @@ class Exchange:
                 if part.may_be_queued:
                     self._gateway.cancel_in_background(part.request)
 
-    def find_overdue(self, *, streamed: bool) -> ErrorInfo | None:
-        """The error to end with if this exchange has waited longer than the settings allow, else None."""
+    async def find_overdue(self, *, streamed: bool) -> ErrorInfo | None:
+        """The error to end with if this exchange has waited longer than the settings allow, else None.
+
+        A request that waits behind others on a hot worker is no failed cold start: only the longer limit counts.
+        """
         settings, now_mono_s, model = self._gateway.settings, time.monotonic(), self.call.card.name
         waited_s = now_mono_s - self.started_mono_s
-        if (
-            not self.has_frames
-            and waited_s >= settings.cold_start_limit_s
-            and not self._gateway.directory.is_hot(model)
-        ):
+        is_waking = not self.has_frames and waited_s >= settings.cold_start_limit_s
+        if is_waking and not await self._is_hot_now():
             return ErrorInfo(
                 ErrorCode.WAKE_TIMEOUT,
                 f'model "{model}" gave no token within {settings.cold_start_limit_s:g} s of being woken; try again',
@@ -160,6 +160,14 @@ class Exchange:
                 retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S,
             )
         return None
+
+    async def _is_hot_now(self) -> bool:
+        directory = self._gateway.directory
+        try:
+            await directory.ensure_fresh()
+        except GlowplugError as error:  # Redis is away: the last report stands
+            self._log.warning("models_not_read", error=error.info.message)
+        return directory.is_hot(self.call.card.name)
 
     async def wait_done(self, limit_s: float) -> bool:
         """Wait until every request has ended, at most ``limit_s``; whether they have."""

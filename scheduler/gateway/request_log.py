@@ -23,6 +23,7 @@ from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.request_ids import create_request_id
 
 CLIENT_GONE_STATUS: Final = 499  # nginx's word for it; only in log and metrics
+SERVER_NAME: Final = "glowplug"
 MAX_CLIENT_ID_CHARS: Final = 64
 SECURITY_CODES: Final = frozenset({ErrorCode.SNAPSHOT_SIGNATURE_INVALID, ErrorCode.SNAPSHOT_CORRUPT})
 
@@ -56,6 +57,7 @@ async def add_standard_headers(request: web.Request, response: web.StreamRespons
     facts = request.get(FACTS)
     if facts is not None:
         response.headers["X-Request-Id"] = facts.request_id
+    response.headers["Server"] = SERVER_NAME
 
 
 @web.middleware

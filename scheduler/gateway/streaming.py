@@ -18,7 +18,7 @@ from scheduler.gateway.event_stream import EventStream
 from scheduler.gateway.exchange import Exchange, Part
 from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.responses import build_usage
-from scheduler.gateway.traces import format_server_timing
+from scheduler.gateway.traces import COLD_START_NAMES, format_server_timing
 
 #: A stream that is silent in the middle (its worker died and is replaced) gets a comment this often.
 SILENT_COMMENT_EVERY_S: Final = 5.0
@@ -51,14 +51,24 @@ class StreamedCall:
         try:
             await self._exchange.start(self._on_step)
             response = await self._stream.open(sse.comment("ok") if is_hot else self._waking_comment())
-            await self._wait()
-            self._stream.push(await self._ending())
-            await self._stream.finish()
+            self._stream.push(await self._serve())
+            if not self._stream.is_cut:
+                await self._stream.finish()
         finally:
             unwatch()
         if self._stream.cut_for_slowness:
             self._log.warning("slow_client_cut", request_id=self._exchange.request_id, model=self._model)
         return response
+
+    async def _serve(self) -> bytes:
+        """Until the exchange is done; what is left to send then."""
+        try:
+            await self._wait()
+            return await self._ending()
+        except Exception:  # the headers are out: our bug must end this stream as an event, not start a second response
+            self._log.exception("stream_failed", request_id=self._exchange.request_id)
+            self._exchange.fail(ErrorInfo(ErrorCode.INTERNAL, "the gateway failed while streaming; see its log"))
+            return self._error_event()
 
     # --- while it runs ------------------------------------------------------------------------------------------
 
@@ -68,7 +78,7 @@ class StreamedCall:
         while not await exchange.wait_done(
             SILENT_COMMENT_EVERY_S if exchange.has_frames else settings.wake_comment_every_s
         ):
-            overdue = exchange.find_overdue(streamed=True)
+            overdue = await exchange.find_overdue(streamed=True)
             if overdue is not None:
                 exchange.fail(overdue)
             elif not exchange.has_frames:
@@ -77,19 +87,18 @@ class StreamedCall:
                 self._stream.push(sse.comment(f"waiting model={self._model}"))
 
     def _on_step(self, part: Part, frame: StepFrame) -> None:
-        payload = self._chunks.tokens(frame.events, part.choice_offset)
+        tokens = self._chunks.tokens(frame.events, part.choice_offset)
         if not self._begun:
             self._begun = True
-            payload = self._chunks.begin() + payload
-        if not payload:
-            return
-        pushed = self._stream.push(payload)
-        written_mono_ns = time.monotonic_ns()
-        part.marks.setdefault(Mark.FIRST_BYTE, written_mono_ns)
-        if pushed:
-            self._gateway.metrics.on_delivery(frame.sampled_mono_ns, written_mono_ns)
-        else:
+            self._stream.push(self._chunks.begin() + tokens)
+        elif tokens:
+            self._stream.push(tokens)
+        if self._stream.is_cut:
             self._exchange.fail(ErrorInfo(ErrorCode.CANCELLED, "the client is gone or reads too slowly"))
+        elif tokens:
+            written_mono_ns = time.monotonic_ns()
+            part.marks.setdefault(Mark.FIRST_BYTE, written_mono_ns)
+            self._gateway.metrics.on_delivery(frame.sampled_mono_ns, written_mono_ns)
 
     def _on_stage(self, event: StageEvent) -> None:
         self._gateway.directory.invalidate()
@@ -110,12 +119,17 @@ class StreamedCall:
     async def _ending(self) -> bytes:
         exchange = self._exchange
         if exchange.error is not None:
-            return sse.event(encode_error(exchange.error))
+            return self._error_event()
         trace = await exchange.record()
         pieces = [] if self._begun else [self._chunks.begin()]
         if exchange.call.include_usage:
             usages = [part.terminal.usage for part in exchange.parts if part.terminal is not None]
             pieces.append(self._chunks.usage(build_usage(usages)))
+        pieces.append(sse.comment(f"X-Cold-Start: {COLD_START_NAMES[trace.cold_tier]}"))
         pieces.append(sse.comment(f"Server-Timing: {format_server_timing(trace.phases_ms)}"))
         pieces.append(sse.DONE)
         return b"".join(pieces)
+
+    def _error_event(self) -> bytes:
+        error = self._exchange.error
+        return b"" if error is None else sse.event(encode_error(error))
