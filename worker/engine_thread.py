@@ -19,6 +19,7 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.telemetry import Mark
 from snapshots.errors import Incompatible, SnapshotError
 from snapshots.manifest import Manifest
+from worker.backends.numkong_cpu import NumKongBackend
 from worker.backends.numpy_reference import NumpyBackend
 from worker.backends.protocol import Backend, BackendError
 from worker.engine.engine import Engine
@@ -44,21 +45,18 @@ class EngineListener(Protocol):
 
 
 class EngineThread:
-    """Started once. Adds DEVICE_READY, MAPPED and RESTORED to ``marks`` before ``on_ready``; nobody else writes it."""
+    """Started before anything else of a worker, the event loop included; :meth:`attach` gives it its listener.
 
-    def __init__(
-        self,
-        order: SpawnOrder,
-        fds: SpawnedFds,
-        guest_engine: GuestEngine,
-        marks: dict[str, int],
-        listener: EngineListener,
-    ) -> None:
+    It adds DEVICE_READY, MAPPED and RESTORED to ``marks`` before ``on_ready``; nobody else writes there meanwhile.
+    """
+
+    def __init__(self, order: SpawnOrder, fds: SpawnedFds, guest_engine: GuestEngine, marks: dict[str, int]) -> None:
+        self.marks = marks
         self._order = order
         self._fds = fds
         self._guest_engine = guest_engine
-        self._marks = marks
-        self._listener = listener
+        self._listener: EngineListener | None = None
+        self._attached = threading.Event()
         self._engine: Engine | None = None
         self._restored: RestoredModel | None = None  # keeps the mapping alive as long as the process
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -67,6 +65,11 @@ class EngineThread:
         """Begin to restore."""
         threading.stack_size(STACK_BYTES)
         self._thread.start()
+
+    def attach(self, listener: EngineListener) -> None:
+        """Give the thread its listener; until then it restores in silence. Call once."""
+        self._listener = listener
+        self._attached.set()
 
     def stop(self) -> None:
         """Make the engine stop after its present step; a restore under way goes on, to nobody's use. Any thread."""
@@ -77,33 +80,42 @@ class EngineThread:
         error: Exception | None = None
         try:
             engine = self._engine = self._restore()
-            self._listener.on_ready(engine)
+            self._wait_listener().on_ready(engine)
             engine.run()
         except Exception as failure:  # whatever it is, the slot must hear of it: a silent thread would hang the worker
             error = failure
-        self._listener.on_ended(error)
+        self._wait_listener().on_ended(error)
+
+    def _wait_listener(self) -> EngineListener:
+        self._attached.wait()
+        if self._listener is None:
+            raise RuntimeError("attached without a listener")
+        return self._listener
+
+    def _on_steps(self, steps: list[RequestStep]) -> None:
+        self._wait_listener().on_steps(steps)
 
     def _restore(self) -> Engine:
         order = self._order
         backend = make_backend(order.backend, order.num_threads)
         backend.warm()
-        self._marks[Mark.DEVICE_READY] = time.monotonic_ns()
+        self.marks[Mark.DEVICE_READY] = time.monotonic_ns()
         manifest: Manifest = codec.decode(order.manifest, Manifest)
         restored = self._restored = restore_model(
             manifest, self._fds.weights_fd, self._fds.guest_fd, self._guest_engine, seed=secrets.randbits(63)
         )
         threading.Thread(target=_populate, args=(restored,), name="populate", daemon=True).start()
-        self._marks[Mark.MAPPED] = time.monotonic_ns()
+        self.marks[Mark.MAPPED] = time.monotonic_ns()
         bound = backend.bind(restored.loaded.plan)
         engine = Engine(
             restored.loaded,
             bound,
             max_running=order.max_running,
             kv_budget_bytes=order.kv_budget_bytes,
-            on_steps=self._listener.on_steps,
+            on_steps=self._on_steps,
         )
         self._guest_engine.start_ticker()
-        self._marks[Mark.RESTORED] = time.monotonic_ns()
+        self.marks[Mark.RESTORED] = time.monotonic_ns()
         return engine
 
 
@@ -116,8 +128,6 @@ def make_backend(name: str, num_threads: int) -> Backend:
     if name == "numpy":
         return NumpyBackend()
     if name == "numkong":
-        from worker.backends.numkong_cpu import NumKongBackend
-
         return NumKongBackend(num_threads)
     raise BackendError(f"backend {name!r} is not known: expected numkong or numpy")
 

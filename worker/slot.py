@@ -32,6 +32,7 @@ from worker.jobs import ClaimingWorker
 from worker.publisher import TokenPublisher
 from worker.reports import Reports, keep_trying, read_private_bytes
 from worker.request_runner import RequestRunner, WakeRecord
+from worker.restore import prepare_restore
 from worker.spawn_order import EXIT_REPORTED, SpawnedFds, SpawnOrder
 
 HEARTBEAT_S: Final = 1.0
@@ -39,6 +40,8 @@ HEARTBEAT_S: Final = 1.0
 CLAIM_AHEAD: Final = 8
 #: The engine thread's Python must not keep a token waiting: the default of 5 ms would show in every latency.
 SWITCH_INTERVAL_S: Final = 0.0005
+#: A restore that is over this soon is announced as ready only: telling more would only slow it down.
+SETTLE_S: Final = 0.05
 LAST_WORDS_S: Final = 2.0  # for the last reports of a worker that ends
 EXIT_OK: Final = 0
 
@@ -46,16 +49,16 @@ _guest_engine: GuestEngine | None = None  # made once in the zygote, inherited b
 
 
 class WorkerSlot:
-    """One worker's life. ``run`` is called once."""
+    """One worker's life. ``run`` is called once; ``thread`` restores already."""
 
-    def __init__(self, order: SpawnOrder, fds: SpawnedFds, guest_engine: GuestEngine, forked_mono_ns: int) -> None:
+    def __init__(self, order: SpawnOrder, thread: EngineThread) -> None:
         self._order = order
         self._loop = asyncio.get_running_loop()
         self._log = structlog.get_logger()
         self._state = SlotState.RESTORING
-        self._marks = {**order.marks, Mark.FORKED: forked_mono_ns}
+        self._marks = thread.marks
         self._engine: Engine | None = None
-        self._thread = EngineThread(order, fds, guest_engine, self._marks, self)
+        self._thread = thread
         self._redis: Redis = connect(order.redis_url)
         self._reports = Reports(self._redis, order.node_id)
         self._publisher = TokenPublisher(self._redis, on_fenced=self._on_fenced)
@@ -68,6 +71,8 @@ class WorkerSlot:
             handler=self._runner.run,
             room=order.max_running + CLAIM_AHEAD,
         )
+        self._is_settled = asyncio.Event()  # ready, or not so soon: talk that serves no request may begin
+        self._loop.call_later(SETTLE_S, self._be_restoring)
         self._news: asyncio.Queue[tuple[SlotState, ErrorInfo | None]] = asyncio.Queue()
         self._end: asyncio.Future[None] = self._loop.create_future()  # drain asked for; or what went wrong
         self._side_tasks: list[asyncio.Task[None]] = []
@@ -78,14 +83,14 @@ class WorkerSlot:
         Raises:
             Exception: a side task or the running engine died. The caller exits; the agent gives the jobs back.
         """
-        self._thread.start()  # first: everything below happens beside it
         self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
         self._start("claims", self._claiming.serve())
-        self._tell(SlotState.RESTORING)
         self._start("announcements", self._announce())
         self._start("heartbeat", self._heartbeat())
+        self._thread.attach(self)
         try:
             await self._end
+            self._is_settled.set()
             await self._drain()
         except RestoreFailed as failure:
             self._log.error("restore_failed", exc_info=failure.cause)
@@ -111,12 +116,19 @@ class WorkerSlot:
     def _become_ready(self, engine: Engine) -> None:
         self._engine = engine
         self._runner.attach(engine)
+        self._is_settled.set()
         if self._state is SlotState.RESTORING:
             self._tell(SlotState.READY)
         ready_ms = (self._marks[Mark.RESTORED] - self._marks[Mark.FORKED]) / 1e6
         self._log.info("worker_ready", since_fork_ms=round(ready_ms, 2), tier=self._order.cold_tier.value)
         gc.freeze()
         gc.enable()
+
+    def _be_restoring(self) -> None:
+        """The restore takes longer than a blink: say so."""
+        if self._state is SlotState.RESTORING and self._engine is None:
+            self._tell(SlotState.RESTORING)
+        self._is_settled.set()
 
     def _on_engine_ended(self, error: Exception | None) -> None:
         if error is None or self._end.done():
@@ -167,6 +179,7 @@ class WorkerSlot:
     async def _announce(self) -> None:
         """Tell the scheduler of every state, in order."""
         worker_id, model = self._order.worker_id, self._order.model
+        await self._is_settled.wait()
         while True:
             state, error = await self._news.get()
 
@@ -178,6 +191,7 @@ class WorkerSlot:
             self._news.task_done()
 
     async def _heartbeat(self) -> None:
+        await self._is_settled.wait()
         while True:
             try:
                 await self._reports.worker_alive(self._report())
@@ -221,6 +235,7 @@ def prepare_to_fork() -> None:
     """Do in the zygote, once, what every worker would otherwise do after its fork. Starts no thread."""
     global _guest_engine
     _guest_engine = GuestEngine()
+    prepare_restore()
 
 
 def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
@@ -230,13 +245,14 @@ def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
     """
     if _guest_engine is None:
         raise RuntimeError("prepare_to_fork() was not called before the fork")
-    guest_engine = _guest_engine
     gc.disable()  # until the slot is ready: a collection in the middle of a restore helps nobody
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    thread = EngineThread(order, fds, _guest_engine, {**order.marks, Mark.FORKED: forked_mono_ns})
+    thread.start()  # first: everything below happens beside it
     structlog.contextvars.bind_contextvars(worker_id=order.worker_id, model=order.model)
 
     async def live() -> int:
-        return await WorkerSlot(order, fds, guest_engine, forked_mono_ns).run()
+        return await WorkerSlot(order, thread).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(live())

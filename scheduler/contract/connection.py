@@ -36,6 +36,8 @@ def connection_options(url: str) -> dict[str, Any]:
         retry=Retry(ExponentialBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S), RETRIES),
         retry_on_timeout=True,
         retry_on_error=[RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError],
+        lib_name=None,  # no CLIENT SETINFO: two commands less on every connection of a cold start
+        lib_version=None,
     )
     return options
 
