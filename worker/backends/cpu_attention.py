@@ -49,12 +49,12 @@ class AttentionScratch:
         self._flat: FloatArray = np.empty(0, np.float32)
         self.above_diagonal: FloatArray = np.triu(np.full((_QUERY_ROWS, _QUERY_ROWS), -np.inf, np.float32), k=1)
 
-    def scores(self, *shape: int) -> FloatArray:
-        """An uninitialised array; the previous one is overwritten."""
-        num_elements = int(np.prod(shape))
+    def scores(self, num_heads: int, num_rows: int, num_keys: int) -> FloatArray:
+        """An uninitialised array of that shape; the previous one is overwritten."""
+        num_elements = num_heads * num_rows * num_keys
         if num_elements > len(self._flat):
             self._flat = np.empty(1 << (num_elements - 1).bit_length(), np.float32)
-        return self._flat[:num_elements].reshape(shape)
+        return self._flat[:num_elements].reshape(num_heads, num_rows, num_keys)
 
 
 def bind_kv_append(
@@ -101,6 +101,15 @@ def bind_attention(
     grouped_queries = queries.reshape(num_tokens, shape.num_kv_heads, group, shape.head_dim)
     grouped_out = out.reshape(num_tokens, shape.num_kv_heads, group, shape.head_dim)
     source_queries = source[:width]
+
+    if num_tokens == 1:
+        source_row = source_queries.reshape(grouped_queries[0].shape)
+
+        def attend_single() -> None:
+            np.multiply(source_row, shape.score_scale, grouped_queries[0])
+            _attend_one(grouped_queries[0], grouped_out[0], shares[0], shape, scratch)
+
+        return attend_single
 
     def attend() -> None:
         transpose_into(queries, source_queries)

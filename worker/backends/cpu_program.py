@@ -8,7 +8,7 @@ operations on the S rows whose logits are wanted. Each part is bound once for ev
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +81,7 @@ class CpuProgram:
         tokens: StepTokens,
     ) -> None:
         shapes = infer_shapes(program, plan)
-        self._program = program
+        self._operations = fuse_rotations(program.operations)
         self._plan = plan
         self._linear_weights = linear_weights
         self._tokens = tokens
@@ -135,6 +135,30 @@ class CpuProgram:
         return found
 
 
+def fuse_rotations(operations: tuple[Operation, ...]) -> list[Operation]:
+    """``operations`` with each pair of ROPEs on neighbouring columns (queries, then keys) made one."""
+    fused: list[Operation] = []
+    for operation in operations:
+        previous = fused[-1] if fused else None
+        if previous is not None and _continues_rotation(previous, operation):
+            column, num_heads, head_dim = previous.ints[:3]
+            ints = (column, num_heads + operation.ints[1], head_dim, 0, 0, 0)
+            fused[-1] = replace(previous, ints=ints)
+        else:
+            fused.append(operation)
+    return fused
+
+
+def _continues_rotation(previous: Operation, operation: Operation) -> bool:
+    column, num_heads, head_dim = previous.ints[:3]
+    return (
+        previous.opcode is operation.opcode is Opcode.ROPE
+        and (previous.out, previous.tensors, previous.floats) == (operation.out, operation.tensors, operation.floats)
+        and operation.ints[0] == column + num_heads * head_dim
+        and operation.ints[2] == head_dim
+    )
+
+
 class _Binder:
     """Binds one part of a program to views of ``num_rows`` rows."""
 
@@ -151,7 +175,7 @@ class _Binder:
     def bind_tokens(self) -> _BoundTokens:
         """The token part."""
         bound = _BoundTokens(self._token_ids, self._positions)
-        for operation in self._program._program.operations:
+        for operation in self._program._operations:
             source_is_token = self._program._rows_of.get(operation.inputs[0], Rows.TOKENS) is Rows.TOKENS
             if operation.opcode is Opcode.LAST_ROWS:
                 bound.selections.append((self._columns(operation.inputs[0]), operation.out))
@@ -165,7 +189,7 @@ class _Binder:
     def bind_rows(self) -> _BoundRows:
         """The part behind LAST_ROWS."""
         bound = _BoundRows({})
-        for operation in self._program._program.operations:
+        for operation in self._program._operations:
             if operation.opcode is Opcode.LAST_ROWS:
                 bound.targets[operation.out] = self._columns(operation.out)
             elif self._program._rows_of.get(operation.inputs[0]) is not Rows.SAMPLED:

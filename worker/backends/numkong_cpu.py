@@ -15,6 +15,7 @@ from worker.backends.cpu_linear import LinearWeight, bind_weight
 from worker.backends.cpu_program import CpuProgram, StepTokens
 from worker.backends.kv_slots import KvSlots
 from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
+from worker.backends.thread_governor import ThreadGovernor
 
 
 def count_usable_cores() -> int:
@@ -38,7 +39,7 @@ class NumKongBackend:
         """Start the thread pool and touch both kernels with a tiny product."""
         for dtype in (ml_dtypes.bfloat16, np.int8):
             weight = WeightTensor("warm", np.ones((64, 64), dtype), np.ones(64, np.float32))
-            product = bind_weight(weight, self._num_threads)
+            product = bind_weight(weight, ThreadGovernor(self._num_threads))
             operand = product.make_operand(np.ones((64, 1), np.float32), is_token_major=False)
             operand.stage()
             product.bind(operand, np.empty((64, 1), np.float32))()
@@ -58,12 +59,13 @@ class NumKongModel:
     def __init__(self, plan: ModelPlan, num_threads: int) -> None:
         self._shares: list[SequenceShare] = []
         tokens = StepTokens(self._shares, AttentionScratch())
+        self._governor = ThreadGovernor(num_threads)
         weights: dict[int, LinearWeight] = {}
         for program in (plan.prefill, plan.decode):
             for operation in program.operations:
                 handle = operation.tensors[0]
                 if operation.opcode is Opcode.LINEAR and handle not in weights:
-                    weights[handle] = bind_weight(plan.tensors[handle], num_threads)
+                    weights[handle] = bind_weight(plan.tensors[handle], self._governor)
         self._programs = {
             ProgramKind.PREFILL: CpuProgram(plan.prefill, plan, weights, tokens),
             ProgramKind.DECODE: CpuProgram(plan.decode, plan, weights, tokens),
@@ -116,6 +118,7 @@ class NumKongModel:
         return {
             "num_steps": self._num_steps,
             "num_tokens": self._num_tokens,
+            "num_thread_fallbacks": self._governor.num_fallbacks,
             "num_open_slots": self._slots.num_open,
             "kv_open_bytes": self._slots.open_bytes,
             "kv_spare_bytes": self._slots.spare_bytes,
