@@ -14,6 +14,8 @@ import uvloop
 
 from scheduler.embedded_redis import ensure_server, stop_server
 
+pytest_plugins = ("tests.model_fixtures",)
+
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item

@@ -165,8 +165,6 @@ def read_rope(config: HfConfig) -> RopeScaling:
     kind = str(parameters.get("rope_type", parameters.get("type", "default")))
     if kind not in SUPPORTED_ROPE:
         raise UnsupportedModelError(f"rope scaling {kind!r}: supported are {', '.join(SUPPORTED_ROPE)}")
-    if float(parameters.get("partial_rotary_factor", config.partial_rotary_factor)) != 1.0:
-        raise UnsupportedModelError("partial_rotary_factor: only rotation of whole heads is supported")
 
     def number(key: str, default: float) -> float:
         value = parameters.get(key)
@@ -176,6 +174,8 @@ def read_rope(config: HfConfig) -> RopeScaling:
             raise MalformedModelError(f"config.json: rope parameter {key} is {value!r}: expected a number")
         return float(value)
 
+    if number("partial_rotary_factor", config.partial_rotary_factor) != 1.0:
+        raise UnsupportedModelError("partial_rotary_factor: only rotation of whole heads is supported")
     return RopeScaling(
         kind=kind,
         theta=number("rope_theta", config.rope_theta or 10_000.0),

