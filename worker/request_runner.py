@@ -117,8 +117,8 @@ class RequestRunner:
         finally:
             if self._running.get(request_id) is running:
                 del self._running[request_id]
-            if running.is_submitted and not running.outcome.done() and self._engine is not None:
-                self._engine.cancel(request_id)
+            if running.is_submitted and running.outcome.cancelled() and self._engine is not None:
+                self._engine.cancel(request_id)  # the await above passed this task's cancellation on to the future
             if not running.is_saying_farewell:
                 self._publisher.end(run)
 

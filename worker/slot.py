@@ -13,8 +13,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
+import numpy.random  # noqa: F401  # NumPy loads it on first use, which would be the first sampled token
 import structlog
 import uvloop
 from redis.asyncio import Redis
@@ -103,10 +105,16 @@ class WorkerSlot:
     # --- the engine thread calls these ------------------------------------------------------------------------------
 
     def on_ready(self, engine: Engine) -> None:
-        self._loop.call_soon_threadsafe(self._become_ready, engine)
+        self._tell_loop(self._become_ready, engine)
 
     def on_ended(self, error: Exception | None) -> None:
-        self._loop.call_soon_threadsafe(self._on_engine_ended, error)
+        self._tell_loop(self._on_engine_ended, error)
+
+    def _tell_loop(self, callback: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            return  # the loop is closed: the process exits this moment
 
     def on_steps(self, steps: list[RequestStep]) -> None:
         self._runner.on_steps(steps)
