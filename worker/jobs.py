@@ -25,9 +25,12 @@ from redis.exceptions import RedisError
 from scheduler.contract import codec, job_queue, keys, token_log
 from scheduler.contract.connection import CONNECTION_ERRORS
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
+from scheduler.contract.job_queue import release_worker
 from scheduler.contract.messages import GenerateRequest, TerminalFrame
 from scheduler.contract.subscription import Subscription
 from worker.publisher import Fenced
+
+__all__ = ["ClaimingWorker", "JobHandler", "release_worker"]
 
 _log = structlog.get_logger()
 # arq logs a line with the arguments' text at each start and end of a job.
@@ -344,18 +347,6 @@ class ClaimingWorker(Worker):
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
         return task
-
-
-async def release_worker(redis: Redis, model: str, worker_id: str) -> int:
-    """Make the requests of a worker that has exited claimable at once; returns how many it held.
-
-    Requires: the process is gone (its parent saw it exit).
-
-    Raises:
-        RedisError: the server could not be reached.
-    """
-    release = redis.register_script(job_queue.RELEASE)
-    return int(await release(keys=[keys.queue(model), keys.bell(model)], args=[worker_id]))
 
 
 def _serialize_nothing(_: object) -> bytes:

@@ -23,7 +23,9 @@ CONNECTION_ERRORS: Final = (RedisConnectionError, RedisTimeoutError, BusyLoading
 def connection_options(url: str) -> dict[str, Any]:
     """Keyword arguments for a ``redis.asyncio.Redis`` (or a subclass) that connects to ``url``.
 
-    Retries for about 15 s. ``url`` is ``unix:///path``, ``redis://`` or ``rediss://``.
+    Retries for about 15 s. ``url`` is ``unix:///path``, ``redis://`` or ``rediss://``; it may name user, password and
+    database. Options of the URL that our code does not expect (decoded replies, RESP3, a read limit shorter than
+    our blocking reads) are overruled.
     """
     options: dict[str, Any] = dict(parse_url(url))
     options.pop("connection_class", None)
@@ -32,7 +34,10 @@ def connection_options(url: str) -> dict[str, Any]:
         options["unix_socket_path"] = path
     if url.startswith("rediss://"):
         options["ssl"] = True
+    options.pop("socket_timeout", None)
     options.update(
+        decode_responses=False,
+        protocol=2,
         retry=Retry(ExponentialBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S), RETRIES),
         retry_on_timeout=True,
         retry_on_error=[RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError],

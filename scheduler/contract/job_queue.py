@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import msgspec
+from redis.asyncio import Redis
 
 from scheduler.contract import codec, keys
 from scheduler.contract.errors import ContractError
@@ -150,3 +151,15 @@ def decode_job(body: bytes) -> GenerateRequest:
     except (msgspec.MsgspecError, TypeError, LookupError) as error:
         raise ContractError(f"not a job body: {error}") from error
     return codec.decode(payload, GenerateRequest)
+
+
+async def release_worker(redis: Redis, model: str, worker_id: str) -> int:
+    """Make the requests of a worker that has exited claimable at once; returns how many it held.
+
+    Requires: the process is gone (its parent saw it exit).
+
+    Raises:
+        RedisError: the server could not be reached.
+    """
+    release = redis.register_script(RELEASE)
+    return int(await release(keys=[keys.queue(model), keys.bell(model)], args=[worker_id]))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -319,6 +320,26 @@ async def test_cut_subscription_loses_nothing(redis: Redis, publisher: TokenPubl
         await eventually(lambda: recorder.terminals)
         await eventually(lambda: hub.statistics().reconnects >= 1)
     assert recorder.numbers == list(range(200))
+
+
+async def test_hub_subscribes_over_tcp_with_password_and_database(server: KillableServer) -> None:
+    """The subscription's own connection is made from the URL as all others are: address, password and database."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    async with connected(server.url) as admin:
+        await admin.config_set("port", port)
+        await admin.config_set("requirepass", "secret")
+    recorder = Recorder()
+    url = f"redis://:secret@127.0.0.1:{port}/2?decode_responses=true&protocol=3"
+    async with connected(url) as redis, started_hub(redis) as hub:
+        publisher = TokenPublisher(redis)
+        hub.open("r1", recorder)
+        await publisher.begin(make_request("r1"), 1)
+        publisher.publish([("r1", make_step(0)), ("r1", TerminalFrame())])
+        await eventually(lambda: recorder.terminals)
+        assert hub.statistics().live == 2
+        await publisher.aclose()
 
 
 async def test_streams_survive_kill_9_of_the_server(server: KillableServer) -> None:

@@ -49,7 +49,7 @@ def main():
     while True:
         number = signal.sigwait({signal.SIGTERM, signal.SIGINT})
         note(signal.Signals(number).name)
-        if "stubborn" not in sys.argv or number == signal.SIGINT:
+        if "deaf" not in sys.argv and ("stubborn" not in sys.argv or number == signal.SIGINT):
             break
     note("end")
     return 0
@@ -184,6 +184,18 @@ def test_second_signal_hurries(serve: Callable[..., Serve]) -> None:
     assert served.stop(signal.SIGINT) == 0
     assert ("gateway", "SIGINT") in served.events("SIGINT")
     assert served.events("end") == [("gateway", "end"), ("agent", "end"), ("scheduler", "end")]
+
+
+def test_third_signal_kills(serve: Callable[..., Serve]) -> None:
+    """A part that heeds nothing is killed, and whatever still runs with it."""
+    served = serve(agent="deaf")
+    served.wait_ready()
+    for number, heard in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
+        served.process.send_signal(number)
+        eventually_sync(lambda: ("agent", heard) in served.events(heard))  # noqa: B023  (called before the next turn)
+    assert served.stop(signal.SIGTERM) == 0
+    assert served.events("end")[:1] == [("gateway", "end")]
+    assert not any(is_alive(entry["pid"]) for entry in served.journal)
 
 
 @pytest.mark.parametrize("part", ["gateway", "agent", "scheduler"])
