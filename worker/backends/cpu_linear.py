@@ -190,7 +190,7 @@ class _Int8Operand:
             transpose_into(self._rows, self._columns)
         np.abs(self._rows, coarse)
         np.maximum.reduce(coarse, 1, out=scales[0])
-        np.maximum(scales[0], _TINY, scales[0])  # a token of zeros stays zeros
+        np.maximum(scales[0], _TINY, out=scales[0])  # a token of zeros stays zeros
         np.multiply(scales[0], 1 / _INT8_MAX, scales[0])
         np.multiply(scales[0], 1 / _FINE_STEPS, scales[1])
         np.reciprocal(scales[0], factors[:, 0])
