@@ -13,14 +13,15 @@ Settings come from the environment: REDIS_URL, GLOWPLUG_STATE_DIR, GLOWPLUG_SNAP
 
 def main(arguments: list[str]) -> int:
     """Run the mode that ``arguments`` name; exit code."""
+    # Read by OpenBLAS when NumPy is imported: with a second thread a zygote could not be forked, and in workers it
+    # would spin beside the backend's own threads.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     match arguments:
         case ["agent"]:
             from worker.agent import main as run_agent
 
             return run_agent()
         case ["zygote", fd] if fd.isdecimal():
-            # Read by OpenBLAS when NumPy is imported: with a second thread the zygote could not be forked.
-            os.environ["OPENBLAS_NUM_THREADS"] = "1"
             from worker.zygote import main as run_zygote
 
             return run_zygote(int(fd))
