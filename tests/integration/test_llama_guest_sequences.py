@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import random
 import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -30,7 +31,11 @@ SPEC = small_spec(EXTRA)
 FAILED = -1
 
 tokens = st.integers(0, len(SPEC.tokens) - 1) | st.sampled_from(range(256, len(SPEC.tokens)))
-stop_texts = st.sampled_from(["ab", "aab", "abab", "b", "END", "\n\n", "\u00e9", EMOJI, EMOJI[1], "\ufffd", "a\ufffd"])
+near_misses = st.sampled_from([*b"abEND", 258, 259, 260, 273, 274])  # what the stop strings below are made of
+token_lists = st.lists(tokens, max_size=40) | st.lists(near_misses, max_size=40)
+stop_texts = st.sampled_from(
+    ["ab", "aab", "aabaaa", "abababb", "ENEND", "b", "END", "\n\n", "\u00e9", EMOJI, EMOJI[1], "\ufffd", "a\ufffd"]
+)
 stops = st.lists(stop_texts | st.text("abE\u00e9", min_size=1, max_size=4), max_size=3).map(tuple)
 
 
@@ -85,9 +90,10 @@ def text() -> Iterator[GuestText]:
         yield guest
 
 
-@given(st.lists(tokens, max_size=40), stops, st.booleans())
+@given(token_lists, stops, st.booleans())
 @example([263, 265, 266, 10, 267, STOP_TOKEN], (), False)
 @example([ord("E"), ord("N"), STOP_TOKEN], ("END",), False)
+@example([*b"aabaabaaa"], ("aabaaa",), False)
 @settings(max_examples=400, deadline=None)
 def test_pushes_equal_the_model(
     text: GuestText, token_ids: list[int], stop: tuple[str, ...], ignore_stop_tokens: bool
@@ -110,7 +116,7 @@ def test_pushes_equal_the_model(
         sequence.close()
 
 
-@given(st.lists(tokens, max_size=40))
+@given(token_lists)
 @settings(max_examples=200, deadline=None)
 def test_detokenize_is_decoding_with_replacement(text: GuestText, token_ids: list[int]) -> None:
     """detokenize joins the tokens' bytes and decodes as Python does; a sequence without stops gives the same."""
@@ -236,6 +242,17 @@ def test_show_special_flag_shows_control_tokens(instance: GuestInstance) -> None
     result = instance.call("gp_sequence_push", handle, 256)
     pointer, length, _ = struct.unpack("<III", instance.read(result >> 32 & 0xFFFF_FFFF, 12))
     assert instance.read(pointer, length) == b"<s>"
+
+
+def test_output_is_well_formed_before_the_host_decodes_it(instance: GuestInstance) -> None:
+    """The guest itself replaces ill-formed bytes: surrogates, overlong forms, beyond U+10FFFF, stray bytes."""
+    ill_formed = b"\xed\xa0\x80 \xc0\xaf \xe0\x80\xaf \xf0\x8f\xbf\xbf \xf4\x90\x80\x80 \xf5 \x80 \xe4\xbdx\xf0\x9f\x91"
+    ids = array("I", list(ill_formed)).tobytes()
+    pointer = instance.call("gp_buffer", len(ids)) & 0xFFFF_FFFF
+    instance.write(pointer, ids)
+    packed = instance.call("gp_detokenize", pointer, len(ill_formed), 0)
+    raw = instance.read(packed >> 32 & 0xFFFF_FFFF, packed & 0xFFFF_FFFF)
+    assert raw == ill_formed.decode(errors="replace").encode()
 
 
 def test_thousands_of_sequences_open_at_once_stay_apart() -> None:

@@ -106,6 +106,19 @@ def test_byte_level_equals_the_tokenizers_package(split: PreTokenizer) -> None:
             assert text.detokenize(expected) == peer.decode(expected), ascii(prompt)
 
 
+@pytest.mark.parametrize("split", [split for split in PreTokenizer if split is not PreTokenizer.NONE])
+def test_splits_equal_the_tokenizers_package(split: PreTokenizer) -> None:
+    """With a vocabulary of the package's own pieces every word is one token, so each border shows."""
+    texts = random_texts(seed=90 + split, count=400)
+    pieces = [[piece for piece, _ in SPLITS[split].pre_tokenize_str(text)] for text in texts]
+    as_bytes = [[bytes(BYTE_ALPHABET[letter] for letter in piece) for piece in row] for row in pieces]
+    words = sorted({piece for row in as_bytes for piece in row if len(piece) > 1})
+    ids = {word: 258 + index for index, word in enumerate(words)} | {bytes([byte]): byte for byte in range(256)}
+    with guest_text(small_spec(tuple(words), pre_tokenizer=split, ignore_merges=True)) as text:
+        for prompt, row in zip(texts, as_bytes, strict=True):
+            assert encode(text, prompt) == [ids[piece] for piece in row], ascii(prompt)
+
+
 def test_special_tokens_equal_the_tokenizers_package(smollm2: GuestText) -> None:
     """Special tokens and pieces of them at random places: found when parsed, ordinary text when not."""
     spec = smollm2_spec()
@@ -162,6 +175,16 @@ def test_bytes_without_a_token_are_dropped() -> None:
     spec.kinds[4] = TokenKind.UNUSED
     with guest_text(spec) as text:
         assert encode(text, "a\x04b\x04") == [258]
+
+
+def test_of_equal_tokens_and_of_equal_merges_the_first_counts() -> None:
+    """A vocabulary may hold a text, and a file a merge, twice: the lower id and the lower rank are used."""
+    with guest_text(small_spec((b"xy", b"xy"), ignore_merges=True)) as text:
+        assert encode(text, "xy") == [258]
+    a, b, c = b"abc"
+    merges = [(a, b), (b, c), (a, b)]
+    with guest_text(small_spec((b"ab", b"bc"), merges=merges)) as text:
+        assert encode(text, "abc") == [258, c]
 
 
 def test_a_megabyte_in_one_word_is_neither_slow_nor_big() -> None:
