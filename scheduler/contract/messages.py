@@ -42,7 +42,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     num_choices: int = 1
     priority: Priority = Priority.INTERACTIVE
     parse_special: bool = True  # text such as <|im_end|> in the prompt becomes its special token
-    add_special: bool = True  # the tokenizer's own BOS/EOS around the text; False for a chat, whose template writes them
+    add_special: bool = True  # the tokenizer's own BOS around the text; False for a chat, whose template writes it
     echo: bool = False
     user: str | None = None
     accepted_at_s: float = 0.0
