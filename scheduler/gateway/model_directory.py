@@ -59,8 +59,9 @@ class ModelDirectory:
 
     def on_wake_measured(self, trace: Trace) -> None:
         """Learn how long a wake of this model takes (moving average), for the estimates given to those who wait."""
-        if trace.cold_tier is not None:
-            seen_ms, before_ms = compute_ttft_ms(trace), self._wake_ms.get(trace.model)
+        seen_ms = compute_ttft_ms(trace)
+        if trace.cold_tier is not None and seen_ms > 0:
+            before_ms = self._wake_ms.get(trace.model)
             self._wake_ms[trace.model] = (
                 seen_ms if before_ms is None else before_ms + WAKE_WEIGHT * (seen_ms - before_ms)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
@@ -10,14 +11,15 @@ from aiohttp import web
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.gateway.errors import HttpError
 from scheduler.gateway.field_reader import json_type
+from scheduler.gateway.settings import GatewaySettings
 
 
-async def read_json_body(request: web.Request, max_body_bytes: int) -> dict[str, Any]:
+async def read_json_body(request: web.Request, settings: GatewaySettings) -> dict[str, Any]:
     """The JSON object that the client sent.
 
     Raises:
-        HttpError: 415, another media type.
-        GlowplugError: 413, larger than ``max_body_bytes``; 400, not a JSON object.
+        HttpError: 415, another media type; 408, a client that sends too slowly.
+        GlowplugError: 413, larger than the settings allow; 400, not a JSON object.
     """
     if request.content_type != "application/json" and "Content-Type" in request.headers:
         raise HttpError(
@@ -26,13 +28,19 @@ async def read_json_body(request: web.Request, max_body_bytes: int) -> dict[str,
             "with curl, add -H 'Content-Type: application/json'",
             code="unsupported_media_type",
         )
-    announced = request.content_length
+    announced, max_body_bytes = request.content_length, settings.max_body_bytes
     if announced is not None and announced > max_body_bytes:
         raise GlowplugError(
             ErrorCode.REQUEST_TOO_LARGE,
             f"the request body has {announced} bytes; at most {max_body_bytes} are accepted",
         )
-    return parse_json_object(await request.read())
+    try:
+        async with asyncio.timeout(settings.body_limit_s):
+            body = await request.read()
+    except TimeoutError as error:
+        message = f"the request body did not arrive within {settings.body_limit_s:g} s"
+        raise HttpError(408, message, code="request_timeout", headers={"Connection": "close"}) from error
+    return parse_json_object(body)
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:

@@ -15,21 +15,21 @@ from aiohttp import web
 from scheduler.contract import keys
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.gateway.errors import HttpError, redis_within
-from scheduler.gateway.gateway import GATEWAY, Gateway
-from scheduler.gateway.settings import ADMIN
+from scheduler.gateway.gateway import GATEWAY
+from scheduler.gateway.settings import ADMIN, GatewaySettings
 from scheduler.gateway.traces import build_document
 
 _log = structlog.get_logger()
 
 
-def check_admin(request: web.Request, gateway: Gateway) -> None:
+def check_admin(request: web.Request, settings: GatewaySettings) -> None:
     """Let loopback (and unix-socket) connections through.
 
     Raises:
         HttpError: 403 for others, unless the settings open the admin paths.
     """
     peer = request.transport.get_extra_info("peername") if request.transport is not None else None
-    if gateway.settings.admin_from_anywhere or not isinstance(peer, tuple):
+    if settings.admin_from_anywhere or not isinstance(peer, tuple):
         return
     address = ipaddress.ip_address(peer[0].split("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
@@ -41,7 +41,7 @@ def check_admin(request: web.Request, gateway: Gateway) -> None:
 async def get_status(request: web.Request) -> web.Response:
     """The scheduler's report, as JSON."""
     gateway = request.app[GATEWAY]
-    check_admin(request, gateway)
+    check_admin(request, gateway.settings)
     await gateway.directory.refresh()
     status = gateway.directory.status
     if status is None:
@@ -54,7 +54,7 @@ async def get_status(request: web.Request) -> web.Response:
 async def get_trace(request: web.Request) -> web.Response:
     """The trace of one request id (``chatcmpl-`` and ``cmpl-`` before it are allowed), or of ``last``."""
     gateway = request.app[GATEWAY]
-    check_admin(request, gateway)
+    check_admin(request, gateway.settings)
     wanted = request.match_info["request_id"].removeprefix("chatcmpl-").removeprefix("cmpl-")
     async with redis_within(gateway.settings.redis_limit_s, "reading a trace"):
         trace = await (gateway.traces.find_last() if wanted == "last" else gateway.traces.find(wanted))

@@ -17,7 +17,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Answer a chat. Everything that can be refused is refused here, before a model is woken."""
     gateway, facts = request.app[GATEWAY], request[FACTS]
     facts.endpoint = Endpoint.CHAT
-    body = await read_json_body(request, gateway.settings.max_body_bytes)
+    body = await read_json_body(request, gateway.settings)
     accepted_mono_ns = time.monotonic_ns()
     card = await gateway.directory.get_card(read_model_name(body))
     facts.model = card.name

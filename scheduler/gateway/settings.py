@@ -27,7 +27,8 @@ class GatewaySettings(msgspec.Struct, frozen=True):
 
     ``ready_fd`` is an inherited descriptor that gets one JSON line ``{"host", "port"}`` once the listener accepts.
     ``request_limit_s`` bounds a request that is not streamed, and the silence within one that is.
-    ``cold_start_limit_s`` bounds the wait for a first token while the model is not hot.
+    ``cold_start_limit_s`` bounds the wait for a first token while the model is not hot. ``redis_limit_s``
+    bounds each wait for Redis, ``body_limit_s`` the wait for a request's body.
     """
 
     host: str = "127.0.0.1"
@@ -40,6 +41,7 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     drain_grace_s: float = 30.0
     redis_limit_s: float = 5.0
     max_queued: int = 512  # requests of a model queued or running; a model's own policy wins
+    body_limit_s: float = 60.0
     max_body_bytes: int = 8 * MIB
     max_write_buffer_bytes: int = MIB
     backlog: int = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
@@ -141,6 +142,39 @@ async def test_errors_have_openais_shape(gateway: GatewayHarness) -> None:
     async with gateway.client.post(url + CHAT, **options) as response:
         await assert_error((response.status, response.headers, await response.json()), 413, "request_too_large")
     assert gateway.worker.seen == []
+
+
+async def test_a_body_that_does_not_arrive_is_a_408(redis_url: str, tmp_path: Path) -> None:
+    """A client that announces a body and sends none holds its connection for a bounded time only."""
+    async with run_gateway(redis_url, tmp_path, body_limit_s=0.05) as gateway:
+        reader, writer = await asyncio.open_connection(gateway.server.host, gateway.server.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        answer = (await reader.readuntil(b"}}")).decode()
+        writer.close()
+        assert answer.startswith("HTTP/1.1 408 ")
+        assert '"code":"request_timeout"' in answer
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 64,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    ],
+)
+async def test_malformed_http_is_refused_and_harms_nobody_else(gateway: GatewayHarness, garbage: bytes) -> None:
+    """TLS on a plain port, absurd versions and headers, request smuggling: 400, the connection ends, others go on."""
+    reader, writer = await asyncio.open_connection(gateway.server.host, gateway.server.port)
+    writer.write(garbage)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    assert answer == b"" or answer.split(b" ")[1] == b"400"
+    assert (await gateway.post(CHAT, chat_body()))[0] == 200
+    assert len(gateway.worker.seen) == 1
 
 
 async def test_a_refused_snapshot_answers_with_its_refusal(gateway: GatewayHarness) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,11 +19,12 @@ from scheduler.contract.telemetry import Mark
 from scheduler.gateway import sse
 from scheduler.gateway.chat_template import ChatTemplates
 from scheduler.gateway.chunks import make_chunk_writer
-from scheduler.gateway.errors import encode_error, error_response
+from scheduler.gateway.errors import HttpError, encode_error, error_response
 from scheduler.gateway.metrics import GatewayMetrics
 from scheduler.gateway.request_ids import create_request_id, is_request_id
 from scheduler.gateway.request_schema import Call, read_chat_call, read_completion_call
 from scheduler.gateway.responses import build_usage
+from scheduler.gateway.routes_admin import check_admin
 from scheduler.gateway.settings import GatewaySettings, read_gateway_settings
 from scheduler.gateway.traces import build_document, build_trace, format_server_timing
 from tests.gateway_fixtures import make_card, make_status
@@ -188,6 +191,33 @@ def test_metrics_show_cold_starts_phases_and_the_fleet() -> None:
     ):
         assert line in text
     assert 'sealed_bytes{model="tiny"}' not in metrics.render(None, {})[0].decode()
+
+
+@pytest.mark.parametrize(
+    ("peer", "allowed"),
+    [
+        (("127.0.0.1", 5), True),
+        (("127.9.9.9", 5), True),
+        (("::1", 5, 0, 0), True),
+        (("::ffff:127.0.0.1", 5, 0, 0), True),
+        ("", True),
+        (("10.0.0.1", 5), False),
+        (("::ffff:10.0.0.1", 5, 0, 0), False),
+        (("fe80::1%eth0", 5, 0, 2), False),
+    ],
+)
+def test_admin_paths_answer_loopback_only(peer: Any, allowed: bool) -> None:
+    """By the connection's own address, never by a header; a unix socket counts as loopback; one setting opens them."""
+    transport = Mock()
+    transport.get_extra_info.return_value = peer
+    request = make_mocked_request("GET", "/admin/status", headers={"X-Forwarded-For": "127.0.0.1"}, transport=transport)
+    check_admin(request, GatewaySettings(admin_from_anywhere=True))
+    outcome = None
+    try:
+        check_admin(request, GatewaySettings())
+    except HttpError as error:
+        outcome = (error.status, error.openai_type)
+    assert outcome == (None if allowed else (403, "permission_error"))
 
 
 def test_settings_come_from_the_environment_and_errors_name_the_variable() -> None:
