@@ -9,6 +9,7 @@ compiled guest was made for this environment, before any of it is used.
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -113,19 +114,16 @@ def restore_model(
     """
     verify_identity(manifest, guest_identity())
     prefill, decode = _decode_programs(manifest)
-    weights = map_sealed(weights_fd, manifest.weights.size_bytes)
-    try:
-        tensors = _view_tensors(manifest, weights)
+    stored = _resolve_handles(manifest)
+    with ExitStack() as undo:
+        weights = map_sealed(weights_fd, manifest.weights.size_bytes)
+        undo.callback(weights.close)
         module = _load_guest(manifest, guest_fd, guest_engine)
-    except BaseException:
-        weights.close()
-        raise
-    try:
+        undo.callback(module.close)
         text = GuestText(module, seed)
-    except BaseException:
-        module.close()
-        weights.close()
-        raise
+        undo.pop_all()
+    # Views come last: one that lived in an exception's frames would keep the mapping from being closed.
+    tensors = _view_tensors(stored, weights)
     card = manifest.card
     plan = ModelPlan(
         prefill,
@@ -157,21 +155,32 @@ def _decode_programs(manifest: Manifest) -> tuple[Program, Program]:
     return prefill, decode
 
 
-def _view_tensors(manifest: Manifest, weights: MappedBytes) -> tuple[WeightTensor, ...]:
-    """One weight for each handle: views, with the scales beside int8 matrices."""
+def _resolve_handles(manifest: Manifest) -> list[tuple[TensorEntry, TensorEntry | None]]:
+    """The stored tensor behind each handle, with the entry of its scales where it is int8.
+
+    Raises:
+        ManifestMalformed: int8 without scales that fit.
+    """
     entries = {entry.name: entry for entry in manifest.tensors}
+    resolved = []
+    for name in manifest.tensor_handles:
+        entry = entries[name]  # the manifest was validated: every handle names a tensor
+        scale = entries.get(name + SCALE_SUFFIX) if entry.dtype == "I8" else None
+        if entry.dtype == "I8" and (scale is None or scale.dtype != "F32" or scale.shape != entry.shape[:1]):
+            raise ManifestMalformed(f"tensor {name!r} is int8 and has no float32 scales of shape {entry.shape[:1]}")
+        resolved.append((entry, scale))
+    return resolved
+
+
+def _view_tensors(
+    stored: list[tuple[TensorEntry, TensorEntry | None]], weights: MappedBytes
+) -> tuple[WeightTensor, ...]:
+    """One weight for each handle: views, with the scales beside int8 matrices."""
     mapped = weights.array(np.uint8, (weights.size_bytes,))
-    return tuple(_view_tensor(entries, name, mapped) for name in manifest.tensor_handles)
-
-
-def _view_tensor(entries: dict[str, TensorEntry], name: str, mapped: npt.NDArray[np.uint8]) -> WeightTensor:
-    entry = entries[name]  # the manifest was validated: every handle names a tensor
-    if entry.dtype != "I8":
-        return WeightTensor(name, _view(entry, mapped))
-    scale = entries.get(name + SCALE_SUFFIX)
-    if scale is None or scale.dtype != "F32" or scale.shape != entry.shape[:1]:
-        raise ManifestMalformed(f"tensor {name!r} is int8 and has no float32 scales of shape {entry.shape[:1]}")
-    return WeightTensor(name, _view(entry, mapped), _view(scale, mapped))
+    return tuple(
+        WeightTensor(entry.name, _view(entry, mapped), None if scale is None else _view(scale, mapped))
+        for entry, scale in stored
+    )
 
 
 def _view(entry: TensorEntry, mapped: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
