@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 from redis.exceptions import RedisError
 
-from scheduler.contract.errors import DISPOSITIONS, ErrorCode, ErrorInfo, GlowplugError
+from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
 
 #: OpenAI's clients obey ``Retry-After`` only up to this.
 MAX_RETRY_AFTER_S: Final = 120
@@ -128,15 +128,6 @@ async def redis_within(limit_s: float, doing: str) -> AsyncIterator[None]:
     except (RedisError, TimeoutError) as error:
         raise GlowplugError(
             ErrorCode.BACKEND_UNAVAILABLE,
-            f"the queue did not answer within {limit_s:g} s while {doing} ({type(error).__name__}); try again shortly",
+            f"the queue failed or did not answer within {limit_s:g} s while {doing} ({type(error).__name__}); try again shortly",
             retry_after_s=2,
         ) from error
-
-
-def error_status(error: BaseException) -> int:
-    """The HTTP status that ``error`` becomes."""
-    if isinstance(error, GlowplugError):
-        return error.info.disposition.status
-    if isinstance(error, HttpError):
-        return error.status
-    return DISPOSITIONS[ErrorCode.INTERNAL].status

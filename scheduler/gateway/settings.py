@@ -38,6 +38,7 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     request_limit_s: float = 600.0
     cold_start_limit_s: float = 120.0
     wake_comment_every_s: float = 0.9  # promised: at least one a second
+    silent_comment_every_s: float = 5.0  # in the middle of a stream, when its worker died and is replaced
     drain_grace_s: float = 30.0
     redis_limit_s: float = 5.0
     max_queued: int = 512  # requests of a model queued or running; a model's own policy wins

@@ -20,8 +20,6 @@ from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.responses import build_usage
 from scheduler.gateway.traces import COLD_START_NAMES, format_server_timing
 
-#: A stream that is silent in the middle (its worker died and is replaced) gets a comment this often.
-SILENT_COMMENT_EVERY_S: Final = 5.0
 FIRST_STAGE: Final = "queued"
 
 
@@ -75,15 +73,14 @@ class StreamedCall:
     async def _wait(self) -> None:
         """Until the exchange is done; comments meanwhile, so that no proxy or client gives up."""
         exchange, settings = self._exchange, self._gateway.settings
-        while not await exchange.wait_done(
-            SILENT_COMMENT_EVERY_S if exchange.has_frames else settings.wake_comment_every_s
-        ):
+        silent_s = settings.silent_comment_every_s
+        while not await exchange.wait_done(silent_s if exchange.has_frames else settings.wake_comment_every_s):
             overdue = await exchange.find_overdue(streamed=True)
             if overdue is not None:
                 exchange.fail(overdue)
             elif not exchange.has_frames:
                 self._stream.push(self._waking_comment())
-            elif time.monotonic() - exchange.last_frame_mono_s >= SILENT_COMMENT_EVERY_S:
+            elif time.monotonic() - exchange.last_frame_mono_s >= silent_s:
                 self._stream.push(sse.comment(f"waiting model={self._model}"))
 
     def _on_step(self, part: Part, frame: StepFrame) -> None:

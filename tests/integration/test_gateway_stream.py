@@ -106,6 +106,27 @@ async def test_comments_go_on_until_the_first_token_and_show_the_newest_stage(re
         assert any('"late"' in line for line in seen)
 
 
+async def test_a_silence_in_the_middle_is_filled_with_comments(redis_url: str, tmp_path: Path) -> None:
+    """A worker that died is replaced and goes on; until then the client sees that somebody is there."""
+    go_on = asyncio.Event()
+
+    async def script(request: GenerateRequest, publish: Any) -> None:
+        publish(StepFrame((TokenEvent(0, 1, "before"),), time.monotonic_ns()))
+        await go_on.wait()
+        await say(" after")(request, publish)
+
+    async with run_gateway(
+        redis_url, tmp_path, script, wake_comment_every_s=0.01, silent_comment_every_s=0.02
+    ) as gateway:
+        seen = ""
+        async with gateway.client.post(gateway.url + CHAT, json=chat_body(stream=True)) as response:
+            async for line in response.content:
+                seen += line.decode()
+                if seen.count(": waiting model=tiny") == 2:
+                    go_on.set()
+        assert seen.index("before") < seen.index(": waiting") < seen.index(" after") < seen.index("[DONE]")
+
+
 async def test_a_worker_error_after_the_headers_is_an_event_and_then_the_end(gateway: GatewayHarness) -> None:
     """No DONE after an error: a client must not take the answer for complete."""
     error = ErrorInfo(ErrorCode.WORKER_FAILED, "it broke")
