@@ -128,6 +128,6 @@ async def redis_within(limit_s: float, doing: str) -> AsyncIterator[None]:
     except (RedisError, TimeoutError) as error:
         raise GlowplugError(
             ErrorCode.BACKEND_UNAVAILABLE,
-            f"the queue failed or did not answer within {limit_s:g} s while {doing} ({type(error).__name__}); try again shortly",
+            f"the queue failed or gave no answer in {limit_s:g} s while {doing} ({type(error).__name__}); try again",
             retry_after_s=2,
         ) from error
