@@ -113,9 +113,10 @@ class EngineHarness:
         max_running: int = 8,
         kv_budget_bytes: int = 1 << 24,
         config: LlamaConfig = TINY,
+        plan: ModelPlan | None = None,
         bound: BoundModel | None = None,
     ) -> None:
-        plan: ModelPlan = random_plan(config)
+        plan = plan or random_plan(config)
         self.text = FakeText()
         self.bound = bound or NumpyBackend().bind(plan)
         self.outcomes: dict[str, Outcome] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -143,6 +144,17 @@ def test_reused_slot_shows_nothing_of_its_former_sequence(backend: Backend) -> N
     np.testing.assert_array_equal(run_tokens(bound, [1, 2, 3], [3])[0], first)
     assert bound.statistics()["num_open_slots"] == 0
     assert bound.statistics()["kv_spare_bytes"] > 0
+
+
+def test_closed_model_lets_go_of_its_weights(backend: Backend) -> None:
+    """After close nothing refers to the weights any more, so that their mapping can be closed too."""
+    plan = random_plan(TINY)
+    watched = weakref.ref(plan.tensors[3].data)
+    bound = backend.bind(plan)
+    run_tokens(bound, [1, 2, 3], [3])
+    bound.close()
+    del plan
+    assert watched() is None
 
 
 def test_weights_are_read_in_place_and_never_written() -> None:

@@ -125,6 +125,7 @@ class NumKongModel:
         }
 
     def close(self) -> None:
+        self._programs.clear()  # with them every reference to a weight
         self._shares.clear()
         self._slots.close_all()
 

@@ -118,6 +118,7 @@ class NumpyModel:
         }
 
     def close(self) -> None:
+        self._calls.clear()  # with them every reference to a weight
         self._slots.close_all()
 
     def _gather(self, inputs: tuple[SequenceInput, ...], num_values: int) -> _Step:
