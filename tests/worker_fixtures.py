@@ -119,6 +119,10 @@ class Host:
         assert found is not None
         return found
 
+    async def wait_logged(self, event: str) -> None:
+        """Wait for a line of that event in the agent's log."""
+        await eventually(lambda: f'"event": "{event}"' in self.log.read_text(), what=f"log line {event}")
+
     # --- as the scheduler ---------------------------------------------------------------------------------------------
 
     async def order(self, command: AgentCommand) -> None:

@@ -18,7 +18,7 @@ import uvloop
 from redis.asyncio import Redis
 
 from scheduler.contract import codec, keys
-from scheduler.contract.connection import CONNECTION_ERRORS, connect
+from scheduler.contract.connection import connect
 from scheduler.contract.environment import SettingsError
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
 from scheduler.contract.messages import (
@@ -38,7 +38,7 @@ from snapshots.manifest import BlobRef
 from snapshots.store import SnapshotStore
 from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
-from worker.reports import RETRY_AFTER_S, Reports, keep_trying, make_node_report, read_memory_total_bytes
+from worker.reports import REDIS_TROUBLE, RETRY_AFTER_S, Reports, keep_trying, make_node_report, read_memory_total_bytes
 from worker.sealed_cache import SealedCache, SealedFile
 from worker.spawn_order import WorkerExited
 from worker.worker_processes import WorkerProcesses
@@ -138,7 +138,7 @@ class NodeAgent:
             self._cache.close()
         try:
             await asyncio.wait_for(self._reports.node_gone(), self._settings.drain_grace_s)
-        except (TimeoutError, *CONNECTION_ERRORS):
+        except (TimeoutError, *REDIS_TROUBLE):
             self._log.warning("node_not_unregistered", remedy="its report expires by itself")
         self._log.info("agent_stopped")
 
@@ -164,11 +164,14 @@ class NodeAgent:
         for raw_id in await self._members(keys.WORKERS):
             worker_id = raw_id.decode()
             data = await self._redis.get(keys.worker(worker_id))
-            if data is None:
+            report: WorkerReport | None = None
+            try:
+                report = codec.decode(data, WorkerReport) if data else None
+            except ContractError as error:
+                self._log.error("worker_report_refused", worker_id=worker_id, error=str(error))
+            if report is None:
                 await self._reports.worker_gone(worker_id)  # its report ran out: nobody keeps it alive
-                continue
-            report: WorkerReport = codec.decode(data, WorkerReport)
-            if report.node_id == self._node_id:
+            elif report.node_id == self._node_id:
                 await self._release_leases(report.model, worker_id)
                 await self._reports.worker_gone(worker_id)
                 await self._reports.worker_changed(worker_id, report.model, SlotState.COLD, exited=True)
@@ -229,7 +232,7 @@ class NodeAgent:
         while True:
             try:
                 batch = await self._redis.xread({stream: last_id}, block=COMMAND_BLOCK_MS)
-            except CONNECTION_ERRORS as error:
+            except REDIS_TROUBLE as error:
                 self._log.warning("redis_unreachable", doing="waiting for orders", error=str(error))
                 await asyncio.sleep(RETRY_AFTER_S)
                 continue

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from scheduler.contract import codec, keys
 from scheduler.contract.connection import CONNECTION_ERRORS
@@ -30,12 +31,14 @@ from scheduler.contract.telemetry import SECURITY_EVENT
 #: Stage of an event that concerns no wake: the set of models changed (the model is empty then).
 STAGE_MODELS_CHANGED: Final = "models"
 RETRY_AFTER_S: Final = 0.5
+#: What an absent, loading or overfull server looks like: all of it passes, so whoever loops goes on.
+REDIS_TROUBLE: Final = (*CONNECTION_ERRORS, RedisError)
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
 
 class Reports:
-    """Writes to Redis in the name of one node. Event loop only; every method may raise ``CONNECTION_ERRORS``."""
+    """Writes to Redis in the name of one node. Event loop only; every method may raise ``REDIS_TROUBLE``."""
 
     def __init__(self, redis: Redis, node_id: str) -> None:
         self._redis = redis
@@ -103,7 +106,7 @@ async def keep_trying(action: Callable[[], Awaitable[None]], what: str) -> None:
     while True:
         try:
             return await action()
-        except CONNECTION_ERRORS as error:
+        except REDIS_TROUBLE as error:
             structlog.get_logger().warning("redis_unreachable", doing=what, error=str(error))
             await asyncio.sleep(RETRY_AFTER_S)
 

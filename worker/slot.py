@@ -22,7 +22,7 @@ import uvloop
 from redis.asyncio import Redis
 
 from guests.runtime import GuestEngine
-from scheduler.contract.connection import CONNECTION_ERRORS, connect
+from scheduler.contract.connection import connect
 from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import WorkerReport
 from scheduler.contract.states import SlotState
@@ -32,7 +32,7 @@ from worker.engine.types import RequestStep
 from worker.engine_thread import EngineThread, describe_failure
 from worker.jobs import ClaimingWorker
 from worker.publisher import TokenPublisher
-from worker.reports import Reports, keep_trying, read_private_bytes
+from worker.reports import REDIS_TROUBLE, Reports, keep_trying, read_private_bytes
 from worker.request_runner import RequestRunner, WakeRecord
 from worker.restore import prepare_restore
 from worker.spawn_order import EXIT_REPORTED, SpawnedFds, SpawnOrder
@@ -203,7 +203,7 @@ class WorkerSlot:
         while True:
             try:
                 await self._reports.worker_alive(self._report())
-            except CONNECTION_ERRORS as error:
+            except REDIS_TROUBLE as error:
                 self._log.warning("redis_unreachable", doing="heartbeat", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
 

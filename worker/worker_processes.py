@@ -133,6 +133,7 @@ class WorkerProcesses:
         if process is None:
             return
         process.is_stopping = True
+        self._log.info("worker_drain_ordered", worker_id=worker_id, model=process.model, grace_s=grace_s)
         if process.kill_timer is not None:
             process.kill_timer.cancel()
         process.kill_timer = asyncio.get_running_loop().call_later(grace_s + KILL_MARGIN_S, self._kill, worker_id)

@@ -14,7 +14,7 @@ import pytest
 
 from scheduler.contract import keys
 from scheduler.contract.errors import ErrorCode
-from scheduler.contract.messages import StepFrame
+from scheduler.contract.messages import ForgetModel, StepFrame
 from scheduler.contract.states import Tier
 from scheduler.contract.telemetry import COLD_PHASES, Mark
 from snapshots.keyring import KeyRing
@@ -171,6 +171,33 @@ async def test_sigterm_drains_and_unregisters(host: Host) -> None:
     assert host.agent.returncode == 0
     assert not any(map(is_running, (worker.pid, node.zygote_pid)))
     assert await host.node_report() is None
+
+
+async def test_second_sigterm_ends_at_once(host: Host) -> None:
+    """An agent whose drain hangs (a stopped worker) ends on the second signal, and takes everything with it."""
+    worker = await host.spawn("w1")
+    node = await host.wait_registered()
+    os.kill(worker.pid, signal.SIGSTOP)
+    host.agent.send_signal(signal.SIGTERM)
+    await host.wait_logged("worker_drain_ordered")
+    host.agent.send_signal(signal.SIGTERM)
+    await eventually(lambda: host.agent.poll() is not None, within_s=4, what="agent's end")
+    await wait_gone(worker.pid, node.zygote_pid)
+
+
+async def test_forgotten_model_wakes_from_disk_again(host: Host) -> None:
+    """The sealed bytes of a model go on order, but not under a running worker."""
+    await host.spawn("w1")
+    await host.order(ForgetModel(MODEL, host.fencing_token))
+    await host.wait_logged("model_in_use")
+    await host.order_drain("w1")
+    await host.wait_change("w1", "cold", exited=True)
+    await host.order(ForgetModel(MODEL, host.fencing_token))
+    await host.wait_logged("model_forgotten")
+    await host.dispatcher.enqueue(make_request("r1", marks={Mark.ACCEPTED: time.monotonic_ns()}))
+    await host.order_spawn("w2")
+    _, terminal = await host.wait_answer("r1")
+    assert terminal.cold_tier is Tier.DISK
 
 
 async def test_orders_of_a_deposed_leader_are_ignored(host: Host) -> None:
