@@ -107,7 +107,7 @@ class GatewayServer:
         import jinja2.sandbox  # noqa: F401  (imported for its side effect: the next import is a look-up)
 
     async def _warm_up(self) -> None:
-        """Load the queue's scripts and compile the models' chat templates, so that no first request pays for it."""
+        """Read the models (which compiles their chat templates) and load the queue's scripts before they are needed."""
         try:
             await self.gateway.directory.refresh()
             async with redis_within(self._settings.redis_limit_s, "loading the queue's scripts"):
@@ -115,12 +115,6 @@ class GatewayServer:
                     await self._redis.script_load(script)
         except GlowplugError as error:  # Redis went away again; the first request will load them
             _log.warning("warm_up_incomplete", error=error.info.message)
-        for card in self.gateway.directory.cards.values():
-            if card.chat_template is not None:
-                try:
-                    self.gateway.templates.ensure_compiled(card)
-                except GlowplugError as error:  # its requests get this error; other models serve
-                    _log.error("chat_template_refused", model=card.name, error=error.info.message)
 
     def _announce(self) -> None:
         """Tell the parent process where we listen: one JSON line on the descriptor it gave us."""

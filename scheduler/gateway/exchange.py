@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import msgspec
 import structlog
 from redis.exceptions import RedisError
 
@@ -184,6 +185,12 @@ class Exchange:
             self.error = error
         self.done.set()
 
+    def _name_field(self, error: ErrorInfo) -> ErrorInfo:
+        """The worker knows that a prompt is too long, not which field it came in."""
+        if error.code is not ErrorCode.CONTEXT_LENGTH_EXCEEDED or error.param is not None:
+            return error
+        return msgspec.structs.replace(error, param=self.call.endpoint.prompt_field)
+
     # --- frames -------------------------------------------------------------------------------------------------
 
     def _make_callback(self, part: Part) -> Callable[[StepFrame | TerminalFrame], None]:
@@ -209,7 +216,7 @@ class Exchange:
         part.terminal = frame
         self._unfinished -= 1
         if frame.error is not None:
-            self.fail(frame.error)
+            self.fail(self._name_field(frame.error))
         elif self._unfinished == 0:
             self.done.set()
 

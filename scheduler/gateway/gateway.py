@@ -11,7 +11,8 @@ from aiohttp import web
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from scheduler.contract.messages import GenerateRequest
+from scheduler.contract.errors import GlowplugError
+from scheduler.contract.messages import GenerateRequest, ModelCard
 from scheduler.dispatch import Dispatcher
 from scheduler.gateway.chat_template import ChatTemplates
 from scheduler.gateway.hub import Hub
@@ -41,13 +42,21 @@ class Gateway:
         self.dispatcher = Dispatcher(redis)
         self.gateway_id = gateway_id
         self.queue_limit_of = queue_limit_of or (lambda model: settings.max_queued)
-        self.directory = ModelDirectory(redis, settings.redis_limit_s)
         self.templates = ChatTemplates()
+        self.directory = ModelDirectory(redis, settings.redis_limit_s, on_card=self._on_card)
         self.metrics = GatewayMetrics()
         self.traces = TraceStore(redis)
         self.draining = False
         self._background: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
+
+    def _on_card(self, card: ModelCard) -> None:
+        """Compile a new model's chat template now, mostly in a health probe, so that its first request does not pay."""
+        if card.chat_template is not None and card.refused is None:
+            try:
+                self.templates.ensure_compiled(card)
+            except GlowplugError as error:  # its requests get this error; other models serve
+                self._log.error("chat_template_refused", model=card.name, error=error.info.message)
 
     def cancel_in_background(self, request: GenerateRequest) -> None:
         """Tell queue and workers that nobody waits for ``request`` any more. Returns at once; never raises."""

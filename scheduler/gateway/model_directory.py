@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
@@ -25,10 +26,14 @@ MAX_NAMES_IN_ERROR: Final = 20
 
 
 class ModelDirectory:
-    """Cards by name and the newest status report. Event loop only; written only by :meth:`refresh`."""
+    """Cards by name and the newest status report. Event loop only; written only by :meth:`refresh`.
 
-    def __init__(self, redis: Redis, redis_limit_s: float) -> None:
+    ``on_card`` is called for each card that is new or has changed. It must not raise.
+    """
+
+    def __init__(self, redis: Redis, redis_limit_s: float, on_card: Callable[[ModelCard], None]) -> None:
         self._redis = redis
+        self._on_card = on_card
         self._redis_limit_s = redis_limit_s
         self._cards: dict[str, ModelCard] = {}
         self._raw_cards: dict[bytes, bytes] = {}
@@ -129,6 +134,8 @@ class ModelDirectory:
                 self._log.error("model_card_refused", model=name.decode("utf-8", "replace"), error=str(error))
                 continue
             cards[card.name] = card
+            if self._cards.get(card.name) != card:
+                self._on_card(card)
         self._raw_cards, self._cards = raw_cards, cards
 
     def _take_status(self, data: bytes | None) -> None:

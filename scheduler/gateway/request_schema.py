@@ -36,6 +36,11 @@ class Endpoint(StrEnum):
     CHAT = "chat"
     COMPLETIONS = "completions"
 
+    @property
+    def prompt_field(self) -> str:
+        """The request field that holds the prompt."""
+        return "messages" if self is Endpoint.CHAT else "prompt"
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -118,7 +123,7 @@ def _build_call(
     if len(prompts) * num_choices > MAX_CHOICES:
         raise bad_field("n", f"{len(prompts)} prompts times n {num_choices}; at most {MAX_CHOICES} choices in a call")
     for prompt in prompts:
-        check_prompt_length(prompt, card, param="messages" if endpoint is Endpoint.CHAT else "prompt")
+        check_prompt_length(prompt, card, param=endpoint.prompt_field)
     return Call(
         endpoint=endpoint,
         card=card,

@@ -189,9 +189,7 @@ async def test_a_refused_snapshot_answers_with_its_refusal(gateway: GatewayHarne
 
 async def test_an_error_of_the_worker_becomes_the_answer(gateway: GatewayHarness) -> None:
     """The exact prompt length is found by the worker; an out-of-memory asks to come back."""
-    gateway.worker.script = say(
-        "x", terminal=end(error=ErrorInfo(ErrorCode.CONTEXT_LENGTH_EXCEEDED, "3000 > 2048", "messages"))
-    )
+    gateway.worker.script = say("x", terminal=end(error=ErrorInfo(ErrorCode.CONTEXT_LENGTH_EXCEEDED, "3000 > 2048")))
     await assert_error(await gateway.post(CHAT, chat_body()), 400, "context_length_exceeded", "messages")
     gateway.worker.script = say("x", terminal=end(error=ErrorInfo(ErrorCode.OUT_OF_MEMORY, "no room")))
     answer = await gateway.post(CHAT, chat_body())
@@ -235,6 +233,16 @@ async def test_a_model_built_while_serving_is_found(gateway: GatewayHarness) -> 
     redis: Any = gateway.redis
     await redis.hset(keys.MODELS, "late", codec.encode(make_card("late")))
     assert (await gateway.post(CHAT, chat_body(model="late")))[0] == 200
+
+
+async def test_a_broken_template_or_card_harms_its_own_model_only(gateway: GatewayHarness) -> None:
+    """A template that does not compile is a 500 for its model; a card that does not decode is left out."""
+    redis: Any = gateway.redis
+    await redis.hset(keys.MODELS, "garbled", b"\xc1\xff")
+    await redis.hset(keys.MODELS, "broken", codec.encode(make_card("broken", chat_template="{% if %}")))
+    await assert_error(await gateway.post(CHAT, chat_body(model="broken")), 500, "internal_error")
+    await assert_error(await gateway.post(CHAT, chat_body(model="garbled")), 404, "model_not_found", "model")
+    assert (await gateway.post(CHAT, chat_body()))[0] == 200
 
 
 async def test_readiness_needs_a_fresh_report_and_a_node(gateway: GatewayHarness) -> None:
