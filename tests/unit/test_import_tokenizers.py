@@ -134,7 +134,7 @@ def _sentencepiece(**fields: Any) -> TokenizerSpec:
 
 
 @pytest.mark.parametrize(
-    ("fields", "prefix"),
+    ("fields", "prefix"),  # prefix: added at all, only once, only where there is no space
     [
         (
             {
@@ -146,21 +146,19 @@ def _sentencepiece(**fields: Any) -> TokenizerSpec:
                     ],
                 }
             },
-            True,
+            (True, False, False),
         ),
-        ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}}, False),
-        ({"pre_tokenizer": {**METASPACE, "prepend_scheme": "first"}}, True),
-        (
-            {"pre_tokenizer": {**METASPACE, "prepend_scheme": "never"}},
-            False,
-        ),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}}, (False, False, False)),
+        ({"pre_tokenizer": {**METASPACE, "prepend_scheme": "first"}}, (True, True, True)),
+        ({"pre_tokenizer": {**METASPACE, "prepend_scheme": "always"}}, (True, False, True)),
+        ({"pre_tokenizer": {**METASPACE, "prepend_scheme": "never"}}, (False, False, False)),
     ],
 )
-def test_sentencepiece_style_files_are_recognised(fields: dict[str, Any], prefix: bool) -> None:
+def test_sentencepiece_style_files_are_recognised(fields: dict[str, Any], prefix: tuple[bool, bool, bool]) -> None:
     """Llama-2 style BPE: spaces marked by normaliser or Metaspace, bytes as fallback."""
     spec = _sentencepiece(**fields)
     assert spec.kind is TokenizerKind.SENTENCEPIECE_BPE
-    assert spec.add_space_prefix is prefix
+    assert (spec.add_space_prefix, spec.space_prefix_once, spec.space_prefix_if_missing) == prefix
     assert spec.tokens[3] == b"\n"
     assert spec.kinds[3] is TokenKind.BYTE
     assert spec.merges == [(4, 5)]

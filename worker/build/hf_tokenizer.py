@@ -28,6 +28,7 @@ log = structlog.get_logger()
 
 MAX_VOCABULARY_ENTRIES: Final = 4_000_000
 SPACE_MARK: Final = "\u2581"
+PREPEND_SCHEMES: Final = ("first", "always", "never")  # of Metaspace
 
 _CONTRACTIONS: Final = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL: Final = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -86,12 +87,21 @@ class SpecialIds:
 
 
 @dataclass(frozen=True, slots=True)
+class _SpacePrefix:
+    """Where SentencePiece-style text gets a space in front; see the fields of ``TokenizerSpec``."""
+
+    add: bool = False
+    once: bool = False
+    if_missing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class _Algorithm:
     """How text becomes pieces, as normaliser and pre-tokeniser spell it."""
 
     kind: TokenizerKind
     pre_tokenizer: PreTokenizer
-    add_space_prefix: bool = False
+    space_prefix: _SpacePrefix = _SpacePrefix()
 
 
 def read_hf_tokenizer(data: bytes, special: SpecialIds, vocab_size: int) -> TokenizerSpec:
@@ -129,7 +139,9 @@ def read_hf_tokenizer(data: bytes, special: SpecialIds, vocab_size: int) -> Toke
         eos_ids=collect_end_ids(preferred, texts, kinds),
         unk_id=ids.get(model.unk_token or "", -1),
         add_bos=prompt_start is not None,
-        add_space_prefix=algorithm.add_space_prefix,
+        add_space_prefix=algorithm.space_prefix.add,
+        space_prefix_once=algorithm.space_prefix.once,
+        space_prefix_if_missing=algorithm.space_prefix.if_missing,
         ignore_merges=model.ignore_merges,
     )
     return fit_to_vocabulary(spec, vocab_size)
@@ -247,8 +259,8 @@ def _identify_split(splitters: Sequence[dict[str, Any]]) -> PreTokenizer:
     raise UnsupportedModelError(f"pre-tokeniser {_describe(splitters)}: supported are {SUPPORTED}")
 
 
-def _identify_space_prefix(normalizers: Sequence[dict[str, Any]], splitters: Sequence[dict[str, Any]]) -> bool:
-    """Whether SentencePiece-style text gets a space in front.
+def _identify_space_prefix(normalizers: Sequence[dict[str, Any]], splitters: Sequence[dict[str, Any]]) -> _SpacePrefix:
+    """Where SentencePiece-style text gets a space in front.
 
     Raises:
         UnsupportedModelError: spaces are marked in neither of the two known ways.
@@ -258,14 +270,15 @@ def _identify_space_prefix(normalizers: Sequence[dict[str, Any]], splitters: Seq
         normalizers[-1].get("pattern") == {"String": " "} and normalizers[-1].get("content") == SPACE_MARK
     )
     if not splitters and kinds == ["Prepend", "Replace"] and replaces and normalizers[0].get("prepend") == SPACE_MARK:
-        return True
+        return _SpacePrefix(add=True)
     if not splitters and kinds == ["Replace"] and replaces:
-        return False
+        return _SpacePrefix()
     if not normalizers and [step.get("type") for step in splitters] == ["Metaspace"]:
         step = splitters[0]
         scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-        if step.get("replacement") == SPACE_MARK and step.get("split", True) is False:
-            return bool(scheme != "never")
+        if step.get("replacement") == SPACE_MARK and step.get("split", True) is False and scheme in PREPEND_SCHEMES:
+            add = scheme in ("first", "always")
+            return _SpacePrefix(add=add, once=scheme == "first", if_missing=add)
     raise UnsupportedModelError(
         f"normaliser {_describe(normalizers)} with pre-tokeniser {_describe(splitters)}: supported are {SUPPORTED}"
     )

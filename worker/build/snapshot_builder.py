@@ -8,6 +8,7 @@ removes them, and its next opening sweeps the temporary files.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, writ
 from worker.build.errors import BuildError, MalformedModelError
 from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
 from worker.build.source import ModelSource, SourceTensor
+from worker.build.weight_layout import ROPE_TENSOR
 from worker.tensor_names import SCALE_SUFFIX
 
 #: The part of a worker's private memory that does not depend on the model: interpreter, guest, scratch.
@@ -110,7 +112,7 @@ def build_snapshot(
         snapshot_id=manifest.snapshot_id,
         architecture=source.architecture,
         weight_format=weight_format,
-        num_parameters=sum(int(np.prod(tensor.shape)) for tensor in source.tensors),
+        num_parameters=sum(math.prod(tensor.shape) for tensor in source.tensors if tensor.name != ROPE_TENSOR),
         weights_bytes=blobs[WEIGHTS].size_bytes,
         guest_bytes=blobs[GUEST_CWASM].size_bytes + blobs[GUEST_WASM].size_bytes,
         wall_s=time.monotonic() - started_s,
@@ -135,8 +137,8 @@ def _initialise(source: ModelSource) -> InitialisedGuest:
     Raises:
         BuildError: the guest refuses the model.
     """
-    assets = {CONFIG_ASSET: pack_config(source.config), TOKENIZER_ASSET: pack_tokenizer(source.tokenizer)}
     try:
+        assets = {CONFIG_ASSET: pack_config(source.config), TOKENIZER_ASSET: pack_tokenizer(source.tokenizer)}
         return initialise_guest(llama_wasm(), assets, [tensor.name for tensor in source.tensors])
     except GuestError as error:
         raise BuildError(f"the guest refuses this model: {error}") from error
