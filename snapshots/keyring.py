@@ -1,52 +1,30 @@
-"""Signing keys: HMAC-SHA256 with key ids, so that keys can be rotated without rebuilding every snapshot.
+"""Keys in use: HMAC-SHA256 with key ids, so that keys can be rotated without rebuilding every snapshot.
 
-The key file is text, one key a line: ``key-id hex-secret created status``. ``status`` is ``active`` (signs and
-verifies; the last active line signs) or ``verify`` (verifies only: rotated out). A revoked key's line is deleted.
+Signing and encryption keys share the key file (see key_file) and nothing else: a signing key is replaced in a second
+(``glowplug resign``) and its secret destroyed when revoked, while an encryption key must live as long as its blobs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import os
-import re
-import secrets
-import stat
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
+from snapshots import key_file
 from snapshots.errors import KeyRingError, SignatureInvalid
-from snapshots.regular_files import open_regular_file
-
-KeyStatus = Literal["active", "verify"]
+from snapshots.key_file import Key, KeyStatus
 
 MAC_BYTES: Final = 32
-SECRET_BYTES: Final = 32
-MAX_SECRET_BYTES: Final = 128
-MAX_KEY_FILE_BYTES: Final = 256 * 1024
 MAX_KEY_ID_BYTES: Final = 64
-_KEY_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_CREATED: Final = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
-_HEADER: Final = "# glowplug snapshot keys: key-id hex-secret created status(active|verify). Keep this file private.\n"
-
-
-@dataclass(frozen=True, slots=True)
-class SigningKey:
-    """One HMAC key. The secret never shows in ``repr``."""
-
-    key_id: str
-    secret: bytes = field(repr=False)
-    created: str  # ISO 8601, UTC
-    status: KeyStatus = "active"
+_ENVIRONMENT_DATE: Final = "1970-01-01T00:00:00Z"
 
 
 class KeyRing:
-    """Keys that sign and verify manifests. Immutable; safe to use from any thread."""
+    """Keys that sign and verify manifests, and those that encrypt blobs. Immutable; safe to use from any thread."""
 
-    def __init__(self, keys: Sequence[SigningKey]) -> None:
+    def __init__(self, keys: Sequence[Key]) -> None:
         """
         Raises:
             KeyRingError: no key, or two keys with one id.
@@ -57,6 +35,7 @@ class KeyRing:
         if len(self._keys) != len(keys):
             raise KeyRingError("two keys with the same id; every line needs its own")
         self._signer = next((key for key in reversed(keys) if key.status == "active"), None)
+        self._encrypter = next((key for key in reversed(keys) if key.status == "encrypt"), None)
 
     def __repr__(self) -> str:
         return f"KeyRing(key_ids={list(self._keys)})"
@@ -67,9 +46,19 @@ class KeyRing:
         return tuple(self._keys)
 
     @property
+    def statuses(self) -> dict[str, KeyStatus]:
+        """What each key may do, in file order."""
+        return {key.key_id: key.status for key in self._keys.values()}
+
+    @property
     def signing_key_id(self) -> str | None:
         """Id of the key that signs, None when every key only verifies."""
         return self._signer.key_id if self._signer else None
+
+    @property
+    def encryption_key_id(self) -> str | None:
+        """Id of the key that encrypts new blobs, None where there is none."""
+        return self._encrypter.key_id if self._encrypter else None
 
     def sign(self, data: bytes) -> tuple[str, bytes]:
         """Key id and MAC (32 bytes) over ``data``. HMAC-SHA256, RFC 2104.
@@ -79,8 +68,9 @@ class KeyRing:
         Raises:
             KeyRingError: no active key.
         """
-        key = self._require_signer()
-        return key.key_id, _mac(key, data)
+        if self._signer is None:
+            raise KeyRingError("no active key to sign with: make one with `glowplug keys new`")
+        return self._signer.key_id, _mac(self._signer, data)
 
     def sign_with(self, key_id: str, data: bytes) -> bytes:
         """MAC over ``data`` by one named active key.
@@ -97,10 +87,14 @@ class KeyRing:
         """Check ``mac`` in constant time.
 
         Raises:
-            SignatureInvalid: unknown key id, or the MAC does not match.
+            SignatureInvalid: unknown or revoked key id, or the MAC does not match.
         """
         key = self._keys.get(key_id)
-        if key is None:
+        if key is not None and key.status == "revoked":
+            raise SignatureInvalid(
+                f"signed with key {key_id!r}, which is revoked: whatever it signed is refused; build the snapshot again"
+            )
+        if key is None or key.status not in ("active", "verify"):
             raise SignatureInvalid(
                 f"signed with key {key_id[:MAX_KEY_ID_BYTES]!r}, which is not in the key ring "
                 f"({', '.join(self._keys)}); add that key, or build the snapshot again"
@@ -108,10 +102,19 @@ class KeyRing:
         if not hmac.compare_digest(_mac(key, data), mac):
             raise SignatureInvalid(f"signature by key {key_id!r} does not match the content: it was changed")
 
-    def _require_signer(self) -> SigningKey:
-        if self._signer is None:
-            raise KeyRingError("no active key to sign with: make one with `glowplug keys new`")
-        return self._signer
+    def encryption_secret(self, key_id: str) -> bytes:
+        """Secret that a blob's own key is derived from; for snapshots.encryption alone.
+
+        Raises:
+            KeyRingError: no such encryption key.
+        """
+        key = self._keys.get(key_id)
+        if key is None or key.status not in ("encrypt", "decrypt"):
+            raise KeyRingError(
+                f"no encryption key {key_id[:MAX_KEY_ID_BYTES]!r} in the key ring ({', '.join(self._keys)}); add its "
+                "line to the key file, or build the snapshot again"
+            )
+        return key.secret
 
     @classmethod
     def from_file(cls, path: Path) -> KeyRing:
@@ -121,136 +124,55 @@ class KeyRing:
             KeyRingError: missing, a symlink, readable or writable by group or others, owned by another user, too
                 large, or malformed (the message names the line, never the secret).
         """
-        return cls(_parse(_read_private(path), str(path)))
+        return cls(key_file.read_keys(path))
 
     @classmethod
     def from_text(cls, text: str) -> KeyRing:
-        """One key given as ``key-id:hex``, as in an environment variable; several separated by commas, last signs.
+        """Keys given as ``key-id:hex`` or ``key-id:hex:status``, as in an environment variable.
+
+        Several are separated by commas; the last active one signs. Without a status a key is active.
 
         Raises:
             KeyRingError: malformed.
         """
         keys = []
         for number, part in enumerate(text.split(","), start=1):
-            key_id, colon, hex_secret = part.strip().partition(":")
+            key_id, colon, rest = part.strip().partition(":")
+            hex_secret, _, status = rest.partition(":")
             if not colon:
                 raise KeyRingError(f"key {number} of the key text: expected KEY-ID:HEX, e.g. main:{'5f' * 4}...")
-            keys.append(_make_key(key_id, hex_secret, "1970-01-01T00:00:00Z", "active", f"key {number}"))
+            keys.append(key_file.make_key(key_id, hex_secret, _ENVIRONMENT_DATE, status or "active", f"key {number}"))
         return cls(keys)
 
     @classmethod
     def generate_file(cls, path: Path, *, key_id: str | None = None) -> KeyRing:
-        """Make a fresh key in a new file of mode 0600 (its folder is made with 0700 if missing).
+        """Make a fresh signing key in a new file of mode 0600 (its folder is made with 0700 if missing).
 
         Raises:
-            KeyRingError: the file exists (use :meth:`add_key` to rotate), or it cannot be written.
+            KeyRingError: the file exists (use :meth:`rotate`), or it cannot be written.
         """
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        key = generate_key(key_id)
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except FileExistsError:
-            raise KeyRingError(f"{path} exists already: remove it first, or add a key to it to rotate") from None
-        except OSError as error:
-            raise KeyRingError(f"cannot write key file {path}: {error.strerror}") from error
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(_HEADER + _format(key))
-            file.flush()
-            os.fsync(file.fileno())
+        key = key_file.generate_key(key_id)
+        key_file.create_key_file(path, key)
         return cls([key])
 
     @classmethod
-    def add_key(cls, path: Path, *, key_id: str | None = None) -> KeyRing:
-        """Append a fresh key to a key file: it signs from now on, older keys go on verifying.
+    def rotate(cls, path: Path, *, key_id: str | None = None, encryption: bool = False) -> KeyRing:
+        """Add a fresh key to a key file: it signs (or encrypts) from now on, those before it only verify (or decrypt).
 
         Raises:
-            KeyRingError: as :meth:`from_file`; or the id is taken.
+            KeyRingError: as :meth:`from_file`; the id is taken; or the file cannot be written.
         """
-        text = _read_private(path)
-        keys = _parse(text, str(path))
-        key = generate_key(key_id)
-        ring = cls([*keys, key])
-        separator = "" if text.endswith("\n") else "\n"
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(fd, "a", encoding="ascii") as file:
-            file.write(separator + _format(key))
-            file.flush()
-            os.fsync(file.fileno())
-        return ring
+        return cls(key_file.rotate_key(path, key_file.generate_key(key_id, "encrypt" if encryption else "active")))
+
+    @classmethod
+    def revoke(cls, path: Path, key_id: str) -> KeyRing:
+        """Revoke a signing key of a key file: whatever it signed is refused from now on. Idempotent.
+
+        Raises:
+            KeyRingError: as :meth:`from_file`; no such key, or one that encrypts.
+        """
+        return cls(key_file.revoke_key(path, key_id))
 
 
-def generate_key(key_id: str | None = None) -> SigningKey:
-    """A fresh random key; its id is ``k-`` and 8 hex digits unless given.
-
-    Raises:
-        KeyRingError: the id is not ``[A-Za-z0-9][A-Za-z0-9._-]{0,63}``.
-    """
-    key_id = key_id if key_id is not None else f"k-{secrets.token_hex(4)}"
-    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return _make_key(key_id, secrets.token_hex(SECRET_BYTES), created, "active", "new key")
-
-
-def _mac(key: SigningKey, data: bytes) -> bytes:
+def _mac(key: Key, data: bytes) -> bytes:
     return hmac.digest(key.secret, data, hashlib.sha256)
-
-
-def _read_private(path: Path) -> str:
-    try:
-        fd, status = open_regular_file(path)
-    except FileNotFoundError:
-        raise KeyRingError(f"no key file {path}: make one with `glowplug keys new`") from None
-    except OSError as error:
-        raise KeyRingError(f"cannot open key file {path} (symlinks are not followed): {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
-        if status.st_mode & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
-            raise KeyRingError(f"key file {path} has mode {mode:04o}: others must not read it; chmod 600 {path}")
-        if status.st_uid not in (os.geteuid(), 0):
-            raise KeyRingError(f"key file {path} belongs to user {status.st_uid}, expected {os.geteuid()} or root")
-        data = file.read(MAX_KEY_FILE_BYTES + 1)
-    if len(data) > MAX_KEY_FILE_BYTES:
-        raise KeyRingError(f"key file {path} is larger than {MAX_KEY_FILE_BYTES} bytes")
-    try:
-        return data.decode("ascii")
-    except UnicodeDecodeError:
-        raise KeyRingError(f"key file {path} is not ASCII text") from None
-
-
-def _parse(text: str, source: str) -> list[SigningKey]:
-    keys = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        fields = line.split()
-        if len(fields) != 4:
-            raise KeyRingError(
-                f"{source} line {number}: {len(fields)} fields, expected 4: key-id hex-secret created status"
-            )
-        keys.append(_make_key(fields[0], fields[1], fields[2], fields[3], f"{source} line {number}"))
-    if not keys:
-        raise KeyRingError(f"{source} holds no key: make one with `glowplug keys new`")
-    return keys
-
-
-def _make_key(key_id: str, hex_secret: str, created: str, status: str, place: str) -> SigningKey:
-    if not _KEY_ID.fullmatch(key_id):
-        raise KeyRingError(f"{place}: the key id must be a letter or digit, then up to 63 of [A-Za-z0-9._-]")
-    try:
-        secret = bytes.fromhex(hex_secret)
-    except ValueError:
-        # "from None": the cause's text would quote a part of the secret.
-        raise KeyRingError(f"{place}: the secret of key {key_id!r} is not hexadecimal") from None
-    if not SECRET_BYTES <= len(secret) <= MAX_SECRET_BYTES:
-        raise KeyRingError(
-            f"{place}: the secret of key {key_id!r} has {len(secret)} bytes, "
-            f"expected {SECRET_BYTES} to {MAX_SECRET_BYTES}"
-        )
-    if not _CREATED.fullmatch(created):
-        raise KeyRingError(f"{place}: created must look like 2026-01-31T12:00:00Z")
-    if status not in ("active", "verify"):
-        raise KeyRingError(f"{place}: status must be active or verify")
-    return SigningKey(key_id, secret, created, "active" if status == "active" else "verify")
-
-
-def _format(key: SigningKey) -> str:
-    return f"{key.key_id} {key.secret.hex()} {key.created} {key.status}\n"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from snapshots import chunks
-from snapshots.keyring import KeyRing, SigningKey
+from snapshots.key_file import Key
+from snapshots.keyring import KeyRing
 from snapshots.manifest import (
     GUEST_CWASM,
     GUEST_WASM,
@@ -32,9 +33,9 @@ SPECS = (
 )
 
 
-def make_key(key_id: str = "test-1", byte: int = 0x5A) -> SigningKey:
+def make_key(key_id: str = "test-1", byte: int = 0x5A) -> Key:
     """A fixed key; only for tests."""
-    return SigningKey(key_id, bytes([byte]) * 32, "2026-01-01T00:00:00Z", "active")
+    return Key(key_id, bytes([byte]) * 32, "2026-01-01T00:00:00Z", "active")
 
 
 def make_keyring() -> KeyRing:

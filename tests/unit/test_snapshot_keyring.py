@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snapshots.errors import KeyRingError, SignatureInvalid
-from snapshots.keyring import KeyRing, SigningKey, generate_key
+from snapshots.key_file import Key, generate_key
+from snapshots.keyring import KeyRing
 
 SECRET = "5a" * 32
 LINE = f"main {SECRET} 2026-01-31T12:00:00Z active\n"
@@ -27,7 +28,7 @@ def write_private(path: Path, text: str) -> Path:
 
 def test_hmac_is_the_one_of_rfc_4231() -> None:
     """Test case 6 of RFC 4231 (a key longer than a block), so that any HMAC-SHA256 can check our signatures."""
-    ring = KeyRing([SigningKey("rfc", b"\xaa" * 131, "2026-01-31T12:00:00Z")])
+    ring = KeyRing([Key("rfc", b"\xaa" * 131, "2026-01-31T12:00:00Z")])
     key_id, mac = ring.sign(b"Test Using Larger Than Block-Size Key - Hash Key First")
     assert key_id == "rfc"
     assert mac.hex() == "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54"
@@ -62,7 +63,7 @@ def test_rotation_signs_with_the_new_key_and_verifies_both(tmp_path: Path) -> No
     path = tmp_path / "k"
     old = KeyRing.generate_file(path, key_id="old")
     signed_by_old = _signed(old, b"x")
-    KeyRing.add_key(path, key_id="new")
+    KeyRing.rotate(path, key_id="new")
     ring = KeyRing.from_file(path)
     assert ring.signing_key_id == "new"
     ring.verify(*signed_by_old)
@@ -73,14 +74,14 @@ def test_adding_a_taken_id_is_refused_and_changes_nothing(tmp_path: Path) -> Non
     """An id can stand for one key only."""
     path = write_private(tmp_path / "k", LINE)
     with pytest.raises(KeyRingError, match="same id"):
-        KeyRing.add_key(path, key_id="main")
+        KeyRing.rotate(path, key_id="main")
     assert path.read_text() == LINE
 
 
 def test_a_last_line_without_newline_is_not_glued_to_the_new_key(tmp_path: Path) -> None:
     """A file edited by hand may lack its last newline."""
     path = write_private(tmp_path / "k", LINE.rstrip())
-    KeyRing.add_key(path, key_id="new")
+    KeyRing.rotate(path, key_id="new")
     assert KeyRing.from_file(path).key_ids == ("main", "new")
 
 

@@ -102,7 +102,7 @@ def new_key(state_dir: Path | None, key_file: Path | None, key_id: str | None, r
     with _errors_exit():
         path = _key_path(state_dir, key_file)
         if rotate:
-            keyring = KeyRing.add_key(path, key_id=key_id)
+            keyring = KeyRing.rotate(path, key_id=key_id)
         elif path.exists():
             _fail(f"{path} exists already: use --rotate to add a key to it, or --key-file for another file")
         else:
