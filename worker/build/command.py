@@ -28,8 +28,7 @@ from worker.build.snapshot_builder import BuildReport, build_snapshot, validate_
 @click.option(
     "--quantize",
     type=click.Choice(["int8"]),
-    help="Store matrices as int8: weight-only, symmetric, one scale for each output channel. "
-    "About half the bytes of bf16; activations stay in floating point.",
+    help="Store matrices as int8: weight-only, symmetric, one scale for each output channel; half the bytes of bf16.",
 )
 @click.option(
     "--dtype",

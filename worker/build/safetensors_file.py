@@ -185,7 +185,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
         path = (root / name).resolve(strict=True)
         is_regular = stat.S_ISREG(path.stat().st_mode)
     except (OSError, RuntimeError) as error:  # RuntimeError: a symlink loop
-        raise MalformedModelError(f"{folder / name} cannot be opened: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise MalformedModelError(f"{folder / name} cannot be opened: {reason}") from error
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
