@@ -10,9 +10,7 @@ import pytest
 from snapshots.keyring import KeyRing
 from snapshots.manifest import Manifest
 from snapshots.store import SnapshotStore
-from worker.build.gguf_source import open_gguf
 from worker.build.package_source import PACKAGES
-from worker.build.snapshot_builder import build_snapshot
 
 SMOLLM2 = "smollm2"
 CACHE_DIR = Path(__file__).resolve().parent.parent / ".cache" / "models"
@@ -59,6 +57,10 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_built(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> BuiltState:
     """A state folder with the bf16 snapshot ``smollm2``. Shared by the session: copy before changing anything."""
+    # Imported here: this module is a plugin of every test run, and most need neither gguf nor Wasmtime.
+    from worker.build.gguf_source import open_gguf
+    from worker.build.snapshot_builder import build_snapshot
+
     built = new_state(tmp_path_factory.mktemp("smollm2") / "state")
     with open_gguf(smollm2_gguf) as source:
         build_snapshot(source, SMOLLM2, built.store, built.keyring)
