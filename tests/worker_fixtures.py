@@ -76,7 +76,7 @@ def make_request(request_id: str, *, max_tokens: int = 12, **fields: Any) -> Gen
 class Host:
     """One agent process and the Redis it uses; plays scheduler and gateway. Close with ``async with``."""
 
-    def __init__(self, redis_url: str, state_dir: Path) -> None:
+    def __init__(self, redis_url: str, state_dir: Path, **env: str) -> None:
         self.redis: Redis = connect(redis_url)
         self.state_dir = state_dir
         self.log = state_dir / "agent.log"
@@ -89,6 +89,7 @@ class Host:
             "GLOWPLUG_NODE_ID": NODE,
             "GLOWPLUG_DRAIN_GRACE_S": "5",
             "GLOWPLUG_THREADS": "1",
+            **env,
         }
         self.agent = self.start_agent()
 

@@ -209,11 +209,12 @@ class RequestRunner:
 
     def _say_farewell(self, running: _Running) -> None:
         """Write the terminal frame of a request whose client went away, after its job has ended."""
-        step = _cancelled_step(running.request.request_id)
-        if running.run.is_finished or running.run.is_fenced:
+        if running.run.is_fenced:
             return
-        running.is_saying_farewell = True
-        self._publisher.publish([(step.request_id, self._make_terminal(running, step))])
+        step = _cancelled_step(running.request.request_id)
+        running.is_saying_farewell = True  # even where the engine's own last frame only waits to be written
+        if not running.run.is_finished:
+            self._publisher.publish([(step.request_id, self._make_terminal(running, step))])
         task = self._loop.create_task(self._finish_farewell(running.run), name=f"farewell {step.request_id}")
         self._farewells.add(task)
         task.add_done_callback(self._farewells.discard)

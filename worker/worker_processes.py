@@ -27,7 +27,7 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import SpawnWorker
 from scheduler.contract.states import SlotState, Tier
 from scheduler.contract.telemetry import Mark
-from snapshots.errors import SnapshotError
+from snapshots.errors import BlobCorrupt, MappingError, SnapshotError
 from worker.agent_settings import AgentSettings
 from worker.model_catalogue import CatalogueEntry, describe_refusal
 from worker.reports import Reports, describe_exit, keep_trying
@@ -87,13 +87,17 @@ class WorkerProcesses:
         process = self._processes[command.worker_id] = _Process(command.worker_id, command.model)
         try:
             await self._spawn(process, command, entry, received_mono_ns)
-        except SnapshotError as error:
+        except BlobCorrupt as error:
             await self._on_corrupt(entry, error)
             await self._refuse(process, describe_refusal(error))
-        except NoRoom as error:
+        except (NoRoom, MappingError) as error:
             await self._refuse(process, ErrorInfo(ErrorCode.OUT_OF_MEMORY, str(error)))
         except SpawnFailed as error:
             await self._refuse(process, ErrorInfo(ErrorCode.WAKE_FAILED, f"no worker could be started: {error}"))
+        except Exception as error:  # an order must not end in silence: the scheduler would wait for its worker
+            self._log.exception("spawn_failed", worker_id=process.worker_id)
+            message = f"no worker could be started: {type(error).__name__}; see the agent's log"
+            await self._refuse(process, ErrorInfo(ErrorCode.WAKE_FAILED, message))
 
     async def _spawn(
         self, process: _Process, command: SpawnWorker, entry: CatalogueEntry, received_mono_ns: int
@@ -103,7 +107,7 @@ class WorkerProcesses:
         card = entry.card
         is_warm = self._cache.holds(card.snapshot_id)
         if not is_warm:
-            await self._reports.stage(card.name, "verifying")
+            self._start_task(self._reports.stage(card.name, "verifying"), f"stage of {card.name}")
         fds = await self._cache.acquire(card.snapshot_id, entry.manifest, process.worker_id)
         order = SpawnOrder(
             worker_id=process.worker_id,

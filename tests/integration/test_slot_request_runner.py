@@ -228,6 +228,26 @@ async def test_client_that_leaves_in_mid_stream_gets_one_terminal_frame(bench: B
     assert bench.publisher.statistics().num_runs == 0
 
 
+async def test_client_that_leaves_while_the_end_is_being_written_changes_nothing(bench: Bench) -> None:
+    """The engine's own terminal frame is already on its way: it is written, and no second one."""
+    run = asyncio.create_task(bench.runner.run(request(), 1))
+    await bench.wait_submitted()
+    bench.steps(step(5))
+    await eventually(lambda: bench.publisher.statistics().frames_logged == 1)
+    await bench.redis.execute_command("CLIENT", "PAUSE", 150, "WRITE")
+    bench.steps(step(6, finished=True, usage=Usage(3, 2)))
+    await eventually(lambda: bench.publisher.statistics().backlog_bytes > 0)
+    bench.gone_clients.add("r1")
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    await bench.runner.aclose()
+    *_, terminal = await bench.log()
+    assert isinstance(terminal, TerminalFrame)
+    assert (terminal.error, terminal.usage) == (None, Usage(3, 2))
+    assert len(await bench.log()) == 3
+
+
 async def test_worker_that_closes_writes_no_end(bench: Bench) -> None:
     """Without a client that left, a cancelled run leaves the log open for the next attempt."""
     run = asyncio.create_task(bench.runner.run(request(), 1))

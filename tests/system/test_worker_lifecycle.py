@@ -258,6 +258,20 @@ async def test_bad_signature_is_refused_before_anything_is_sealed(host: Host) ->
     assert report.sealed_bytes == {}
 
 
+async def test_model_that_does_not_fit_is_refused_but_not_its_card(redis_url: str, short_tmp_path: Path) -> None:
+    """Lack of memory fails the wake with both numbers; the snapshot itself stays good."""
+    state_dir = copy_state_dir(short_tmp_path / "state")
+    async with Host(redis_url, state_dir, GLOWPLUG_SEALED_LIMIT_BYTES="1000") as host:
+        await host.order_spawn("w1")
+        refused = await host.wait_change("w1", "failed", exited=True)
+        assert refused.error is not None
+        assert refused.error.code is ErrorCode.OUT_OF_MEMORY
+        assert "the limit is 1000" in refused.error.message
+        card = await host.card()
+        assert card is not None
+        assert card.refused is None
+
+
 async def test_models_come_and_go_with_their_files(host: Host) -> None:
     """Removing a snapshot takes its card away; an order for a model that is not there fails by name."""
     SnapshotStore(host.state_dir / "store").remove(MODEL)
