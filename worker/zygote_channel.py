@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, Generic, TypeVar
 
 from scheduler.contract.codec import decode, encode
+from scheduler.contract.errors import ContractError
 
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 MAX_FDS_PER_READ: Final = 64
@@ -87,7 +88,11 @@ class PacketReader(Generic[T]):
             if num_fds > len(self._fds):
                 raise ChannelBroken(f"message with {num_fds} file descriptors, {len(self._fds)} arrived")
             fds = tuple(self._fds.popleft() for _ in range(num_fds))
-            yield decode(body, self._kind), fds
+            try:
+                message: T = decode(body, self._kind)
+            except ContractError as error:
+                raise ChannelBroken(str(error)) from error
+            yield message, fds
 
     def close(self) -> None:
         """Close descriptors that no message claimed."""
