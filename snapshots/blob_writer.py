@@ -7,11 +7,16 @@ import os
 import secrets
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from snapshots import chunks
 from snapshots.errors import StoreError
-from snapshots.manifest import MAX_BLOB_BYTES, BlobRef
+from snapshots.fs_verity import VerityHasher
+from snapshots.keyring import KeyRing
+from snapshots.manifest import MAX_BLOB_BYTES, BlobEncryption, BlobRef
+
+if TYPE_CHECKING:  # cryptography is loaded only where a blob is encrypted
+    from snapshots.encryption import BlobCipher
 
 TMP_PREFIX: Final = "writing-"
 _FILE_MODE: Final = 0o444
@@ -24,20 +29,94 @@ class BlobFolder(Protocol):
         """Move the finished file to its address, durably."""
 
 
-class BlobWriter:
-    """A streaming writer; a context manager. A clean exit publishes the blob and sets :attr:`ref`; an exception
-    removes the temporary file. The file is locked while written, so that a sweep can tell it from a leftover.
+class BlobFile:
+    """A blob's file while it is written: temporary, and locked so that a sweep can tell it from a leftover. A context
+    manager: what was not published when the block ends is removed.
     """
 
-    def __init__(self, tmp_folder: Path, store: BlobFolder, chunk_bytes: int) -> None:
+    def __init__(self, tmp_folder: Path, store: BlobFolder) -> None:
         self._store = store
-        self._chunk_bytes = chunk_bytes
         self._path = tmp_folder / f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        self._fd = create_locked_file(self._path)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+        self._fd = -1
+        self._path.unlink(missing_ok=True)  # gone already where it was published
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``. Blocks on the disk.
+
+        Raises:
+            StoreError: the disk refused it.
+        """
+        try:
+            write_fully(self._fd, data)
+        except OSError as error:
+            raise StoreError(f"cannot write {len(data)} bytes to {self._path}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Make what was written durable, still without a name.
+
+        Raises:
+            StoreError: the disk refused it.
+        """
+        try:
+            os.fchmod(self._fd, _FILE_MODE)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise StoreError(f"cannot finish blob {self._path}: {error.strerror}") from error
+
+    def publish(self, ref: BlobRef) -> None:
+        """Move the file, synced, to its address.
+
+        Raises:
+            StoreError: the disk refused it.
+        """
+        try:
+            self._store.publish_blob(self._path, ref)
+        except OSError as error:
+            raise StoreError(f"cannot publish blob {self._path}: {error.strerror}") from error
+
+
+class BlobWriter:
+    """A streaming writer; a context manager. A clean exit publishes the blob and sets :attr:`ref`; an exception
+    removes the temporary file. ``encrypt_with`` encrypts chunk by chunk, so that no plain byte reaches the disk;
+    ``with_verity`` computes the file's fs-verity digest.
+    """
+
+    def __init__(
+        self,
+        tmp_folder: Path,
+        store: BlobFolder,
+        chunk_bytes: int,
+        *,
+        encrypt_with: KeyRing | None = None,
+        with_verity: bool = False,
+    ) -> None:
+        """
+        Raises:
+            KeyRingError: no key to encrypt with.
+        """
+        self._file = BlobFile(tmp_folder, store)
+        self._chunk_bytes = chunk_bytes
+        self._encryption: BlobEncryption | None = None
+        self._cipher: BlobCipher | None = None
+        if encrypt_with is not None:
+            from snapshots.encryption import start_encryption
+
+            self._encryption, self._cipher = start_encryption(encrypt_with)
+        self._verity = VerityHasher() if with_verity else None
         self._buffer = bytearray()
         self._digests = bytearray()
         self._size_bytes = 0
         self._ref: BlobRef | None = None
-        self._fd = -1
 
     @property
     def size_bytes(self) -> int:
@@ -56,7 +135,7 @@ class BlobWriter:
         return self._ref
 
     def __enter__(self) -> Self:
-        self._fd = create_locked_file(self._path)
+        self._file.__enter__()
         return self
 
     def __exit__(
@@ -65,12 +144,8 @@ class BlobWriter:
         try:
             if kind is None:
                 self._publish()
-        except OSError as os_error:
-            raise StoreError(f"cannot finish blob {self._path}: {os_error.strerror}") from os_error
         finally:
-            os.close(self._fd)
-            self._fd = -1
-            self._path.unlink(missing_ok=True)  # gone already where it was published
+            self._file.__exit__(kind, error, trace)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append ``data``; its length. Blocks on the disk.
@@ -81,39 +156,48 @@ class BlobWriter:
         view = memoryview(data).cast("B")
         if self._size_bytes + len(view) > MAX_BLOB_BYTES:
             raise StoreError(f"blob larger than {MAX_BLOB_BYTES} bytes")
-        self._digest(view)
-        try:
-            write_fully(self._fd, view)
-        except OSError as error:
-            raise StoreError(f"cannot write {len(view)} bytes to {self._path}: {error.strerror}") from error
         self._size_bytes += len(view)
-        return len(view)
-
-    def _digest(self, view: memoryview) -> None:
-        """Digest whole chunks where they lie; only a chunk's remainder is copied to the buffer."""
         start = 0
         if self._buffer:
             start = min(self._chunk_bytes - len(self._buffer), len(view))
             self._buffer += view[:start]
             if len(self._buffer) < self._chunk_bytes:
-                return
-            self._digests += chunks.digest_chunk(self._buffer)
+                return len(view)
+            self._take_chunks(memoryview(bytes(self._buffer)))
             self._buffer.clear()
         end = start + (len(view) - start) // self._chunk_bytes * self._chunk_bytes
-        self._digests += chunks.digest_chunks(view[start:end], self._chunk_bytes)
+        self._take_chunks(view[start:end])  # whole chunks where they lie; only a remainder is copied
         self._buffer += view[end:]
+        return len(view)
+
+    def _take_chunks(self, view: memoryview) -> None:
+        """Digest chunks (the last may be shorter), encrypt them if need be, and write them."""
+        first = len(self._digests) // chunks.DIGEST_BYTES
+        digests = chunks.digest_chunks(view, self._chunk_bytes)
+        self._digests += digests
+        if self._cipher is None:
+            self._write_stored(view)
+            return
+        for number, (start, end) in enumerate(chunks.iterate_chunks(len(view), self._chunk_bytes)):
+            digest = digests[number * chunks.DIGEST_BYTES : (number + 1) * chunks.DIGEST_BYTES]
+            self._write_stored(memoryview(self._cipher.encrypt(view[start:end], digest, first + number)))
+
+    def _write_stored(self, stored: memoryview) -> None:
+        self._file.write(stored)
+        if self._verity is not None:
+            self._verity.update(stored)
 
     def _publish(self) -> None:
         if self._buffer:
-            self._digests += chunks.digest_chunk(self._buffer)
+            self._take_chunks(memoryview(self._buffer))
         if self._size_bytes == 0:
             raise StoreError("an empty blob cannot be stored: nothing was written")
         digests = bytes(self._digests)
         digest = chunks.digest_blob(self._size_bytes, self._chunk_bytes, digests)
-        ref = BlobRef(digest, self._size_bytes, self._chunk_bytes, digests)
-        os.fchmod(self._fd, _FILE_MODE)
-        os.fsync(self._fd)
-        self._store.publish_blob(self._path, ref)
+        verity = self._verity.hexdigest() if self._verity is not None else None
+        ref = BlobRef(digest, self._size_bytes, self._chunk_bytes, digests, self._encryption, verity)
+        self._file.sync()
+        self._file.publish(ref)
         self._ref = ref
 
 

@@ -20,6 +20,7 @@ DEFAULT_CHUNK_BYTES: Final = 1024 * 1024
 MIN_CHUNK_BYTES: Final = 64 * 1024
 MAX_CHUNK_BYTES: Final = 64 * 1024 * 1024
 _BLOB_CONTEXT: Final = "glowplug 2026 snapshot blob digest v1"
+_ENCRYPTED_CONTEXT: Final = "glowplug 2026 encrypted blob address v1"
 _PREFIX: Final = struct.Struct("<QQ")
 
 
@@ -37,6 +38,12 @@ def digest_blob(size_bytes: int, chunk_bytes: int, chunk_digests: bytes) -> str:
     """The blob's address (64 hex digits), from its packed chunk digests."""
     hasher = blake3(_PREFIX.pack(size_bytes, chunk_bytes), derive_key_context=_BLOB_CONTEXT)
     return hasher.update(chunk_digests).hexdigest()
+
+
+def digest_encrypted(digest: str, key_id: str, salt: bytes) -> str:
+    """Address (64 hex digits) of the encrypted file of a blob: another for every salt."""
+    hasher = blake3(digest.encode() + salt, derive_key_context=_ENCRYPTED_CONTEXT)
+    return hasher.update(key_id.encode()).hexdigest()
 
 
 def digest_chunks(

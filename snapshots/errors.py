@@ -51,6 +51,22 @@ class Incompatible(SnapshotError):
         )
 
 
+class RolledBack(SnapshotError):
+    """An authentic manifest that is older than one already seen under its name: somebody put it back."""
+
+    def __init__(self, name: str, created_at_s: float, newest_at_s: float, newest_id: str) -> None:
+        super().__init__(
+            f"snapshot {name!r} was made at {created_at_s:.3f} s, but a newer one ({newest_id}, {newest_at_s:.3f} s) "
+            "was seen here: an old manifest was put back. Build it again; or, to go back on purpose, `glowplug import "
+            "FILE --allow-older`"
+        )
+        self.name = name
+
+
+class TransportError(SnapshotError):
+    """A transport file cannot be read as one: framing, caps, truncated, extended, or frames that lie."""
+
+
 class KeyRingError(SnapshotError):
     """A key file or key text is missing, malformed or readable by others. Never holds a secret."""
 

@@ -3,10 +3,6 @@
 ``seal_blob`` copies a blob's file into an anonymous memory file and digests every chunk *there*, then seals it:
 from that moment nobody, not even its owner, can write, shrink or grow it. A node agent keeps the descriptor, workers
 inherit it and map it shared, so that one verification and one copy serve every worker on the host.
-
-Huge pages: the memory file is filled through a mapping aligned to 2 MiB. Where the kernel gives shared memory huge
-pages on advice it does so; where its setting is ``never``, MADV_COLLAPSE still makes them, extent by extent, before
-the bytes are copied in. Failing both, the 4 KiB pages are as right and only slower.
 """
 
 from __future__ import annotations
@@ -17,32 +13,29 @@ import fcntl
 import mmap
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from snapshots import chunks
+from snapshots import sealing
 from snapshots.dtypes import NUMPY_DTYPES
-from snapshots.errors import BlobCorrupt, MappingError
+from snapshots.errors import MappingError
+from snapshots.keyring import KeyRing
 from snapshots.manifest import BlobRef, TensorEntry
+from snapshots.sealing import HUGE_PAGE_BYTES
+from snapshots.stored_chunks import StoredChunks
 from snapshots.verification import open_blob_file
 
-HUGE_PAGE_BYTES: Final = 2 * 1024 * 1024
 PAGE_BYTES: Final = mmap.PAGESIZE
 SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-#: Work of one thread at a time while sealing: long enough that MADV_COLLAPSE's fixed cost (it drains the page lists
-#: of all cores) does not matter, short enough that the cores finish together.
-PIECE_BYTES: Final = 16 * 1024 * 1024
 MADV_POPULATE_READ: Final = 22  # Linux 5.14; missing from the mmap module of Python 3.11
-MADV_COLLAPSE: Final = 25  # Linux 6.1
 MFD_NOEXEC_SEAL: Final = 0x0008  # Linux 6.3
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)  # CDLL: calls release the GIL
@@ -87,10 +80,11 @@ def seal_blob(
     ref: BlobRef,
     *,
     label: str | None = None,
+    keyring: KeyRing | None = None,
     num_threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SealedBlob:
-    """Copy the file at ``path`` into sealed memory and verify every chunk of it there.
+    """Copy the file at ``path`` into sealed memory, decrypt it there if need be, and verify every chunk of it there.
 
     Requires: ``ref`` from a verified manifest. On success: the caller owns a descriptor of memory whose content is
     ``ref``'s. On failure: nothing is left, no byte was usable by anyone. Blocks; run it on a thread. Takes
@@ -99,14 +93,16 @@ def seal_blob(
     Raises:
         BlobCorrupt: the file is missing, not regular, of another size, or a chunk differs (the message names it).
         MappingError: no memory for it, or the kernel refuses memory files or seals.
+        KeyRingError: the blob is encrypted and ``keyring`` does not hold its key.
     """
     label = label or ref.digest[:16]
+    stored = StoredChunks(ref, label, keyring)
     source_fd = open_blob_file(path, ref, label)
     try:
         memory_fd = _create_memory_file(ref)
         try:
             with _aligned_mapping(memory_fd, ref.size_bytes, mmap.PROT_READ | mmap.PROT_WRITE) as target:
-                _fill_and_verify(source_fd, target, ref, label, num_threads or chunks.available_cores(), on_progress)
+                sealing.fill_and_verify(source_fd, memory_fd, target, stored, num_threads, on_progress)
             fcntl.fcntl(memory_fd, fcntl.F_ADD_SEALS, SEALS)
             # Reopened read-only: kernels before 6.7 refuse shared mappings of a write-sealed file otherwise.
             read_fd = os.open(f"/proc/self/fd/{memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
@@ -138,76 +134,6 @@ def _create_memory_file(ref: BlobRef) -> int:
     return fd
 
 
-def _fill_and_verify(
-    source_fd: int,
-    target: memoryview,
-    ref: BlobRef,
-    label: str,
-    num_threads: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    piece_bytes = max(PIECE_BYTES, ref.chunk_bytes)
-    stop = threading.Event()
-    done_bytes = 0
-    corrupt: list[BlobCorrupt] = []
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="seal") as pool:
-        pieces = [
-            pool.submit(_fill_piece, source_fd, target, start, end, ref, label, stop)
-            for start, end in chunks.iterate_chunks(ref.size_bytes, piece_bytes)
-        ]
-        for piece in as_completed(pieces):
-            try:
-                done_bytes += piece.result()
-            except BlobCorrupt as error:
-                stop.set()
-                corrupt.append(error)
-            except BaseException:
-                stop.set()
-                raise
-            if on_progress is not None:
-                on_progress(done_bytes, ref.size_bytes)
-    if corrupt:
-        raise min(corrupt, key=lambda error: error.offset or 0)
-
-
-def _fill_piece(
-    source_fd: int, target: memoryview, start: int, end: int, ref: BlobRef, label: str, stop: threading.Event
-) -> int:
-    """Copy one piece chunk by chunk and digest each while it is in the core's cache; bytes done."""
-    if stop.is_set():
-        return 0
-    _back_with_huge_pages(source_fd, target, start, end)
-    for position in range(start, end, ref.chunk_bytes):
-        with target[position : min(position + ref.chunk_bytes, end)] as chunk:
-            index = position // ref.chunk_bytes
-            _read_fully(source_fd, chunk, position, label, index)
-            if chunks.digest_chunk(chunk) != ref.chunk_digest(index):
-                raise BlobCorrupt(label, "its bytes are not the signed ones", chunk=index, offset=position)
-    return end - start
-
-
-def _read_fully(fd: int, into: memoryview, position: int, label: str, index: int) -> None:
-    # preadv rather than a copy in user space: when memory runs out it fails with EFAULT, where a store to the
-    # mapping would be a SIGBUS.
-    done = 0
-    while done < len(into):
-        count = os.preadv(fd, [into[done:]], position + done)
-        if count == 0:
-            raise BlobCorrupt(label, "the file became shorter while it was read", chunk=index, offset=position + done)
-        done += count
-
-
-def _back_with_huge_pages(source_fd: int, target: memoryview, start: int, end: int) -> None:
-    """Make the whole 2 MiB extents of this piece huge pages, if the kernel will. Best effort."""
-    end -= end % HUGE_PAGE_BYTES
-    if start % HUGE_PAGE_BYTES or end <= start:
-        return
-    for extent in range(start, end, HUGE_PAGE_BYTES):
-        # An extent without any page cannot be collapsed, so its first byte comes now (again with its chunk).
-        os.preadv(source_fd, [target[extent : extent + 1]], extent)
-    _libc.madvise(_address(target) + start, end - start, MADV_COLLAPSE)
-
-
 @contextmanager
 def _aligned_mapping(fd: int, size_bytes: int, protection: int) -> Iterator[memoryview]:
     mapping, lead = _map_aligned(fd, size_bytes, protection)
@@ -236,10 +162,6 @@ def _map_aligned(fd: int, size_bytes: int, protection: int) -> tuple[mmap.mmap, 
     return owner, lead
 
 
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, np.uint8).ctypes.data)
-
-
 @dataclass(frozen=True, slots=True)
 class MappingStatistics:
     """Memory of one mapping as this process sees it, in bytes."""
@@ -249,6 +171,18 @@ class MappingStatistics:
     proportional_bytes: int  # resident, each page divided by the processes that map it
     private_bytes: int
     huge_bytes: int  # mapped by 2 MiB entries
+
+
+def verify_sealed(fd: int, ref: BlobRef, *, label: str | None = None) -> None:
+    """Digest the bytes of sealed memory once more, where they lie. Blocks; 20 ms for 269 MB on two cores.
+
+    Raises:
+        BlobCorrupt: they are not ``ref``'s any more: the machine's memory is faulty.
+        MappingError: not sealed, or not of the blob's size.
+    """
+    stored = StoredChunks(msgspec.structs.replace(ref, encryption=None), label or ref.digest[:16])
+    with map_sealed(fd, ref.size_bytes) as mapped, mapped.view() as view:
+        sealing.verify_in_place(view, stored)
 
 
 def map_sealed(fd: int, size_bytes: int) -> MappedBytes:

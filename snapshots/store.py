@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from snapshots import chunks, verification
-from snapshots.blob_writer import TMP_PREFIX, BlobWriter, create_locked_file, write_fully
+from snapshots.blob_writer import TMP_PREFIX, BlobFile, BlobWriter, create_locked_file, write_fully
 from snapshots.errors import SnapshotError, SnapshotNotFound, StoreError
 from snapshots.keyring import KeyRing
 from snapshots.manifest import MAX_MANIFEST_BYTES, NAME, BlobRef, Manifest, open_manifest, seal_manifest
 from snapshots.regular_files import open_regular_file
+from snapshots.rollback import NewestSeen
 from snapshots.verification import Problem
 
 MANIFEST_SUFFIX: Final = ".gpsnap"
@@ -56,8 +57,11 @@ class SnapshotStore:
     All methods block on the disk. Symlinks inside the store are never followed.
     """
 
-    def __init__(self, root: Path, *, tmp_stale_after_s: float = TMP_STALE_AFTER_S) -> None:
-        """
+    def __init__(
+        self, root: Path, *, tmp_stale_after_s: float = TMP_STALE_AFTER_S, newest: NewestSeen | None = None
+    ) -> None:
+        """``newest`` refuses manifests older than those seen before; None takes any that is signed.
+
         Raises:
             StoreError: the folders cannot be made, or one of them is a symlink.
         """
@@ -65,6 +69,7 @@ class SnapshotStore:
         self._blobs = self.root / "blobs"
         self._manifests = self.root / "manifests"
         self._tmp = self.root / "tmp"
+        self._newest = newest
         for folder in (self.root, self._blobs, self._manifests, self._tmp):
             _ensure_folder(folder, may_be_symlink=folder == self.root)
         self._sweep_tmp(tmp_stale_after_s)
@@ -74,22 +79,43 @@ class SnapshotStore:
 
     # Blobs.
 
-    def add_blob(self, *, chunk_bytes: int = chunks.DEFAULT_CHUNK_BYTES) -> BlobWriter:
+    def add_blob(
+        self,
+        *,
+        chunk_bytes: int = chunks.DEFAULT_CHUNK_BYTES,
+        encrypt_with: KeyRing | None = None,
+        with_verity: bool = False,
+    ) -> BlobWriter:
         """A streaming writer: ``with store.add_blob() as writer: writer.write(...)``, then ``writer.ref``.
 
         On success the blob is durable at its address (a damaged file there is replaced). On failure nothing is left.
-        """
-        return BlobWriter(self._tmp, self, chunk_bytes)
 
-    def add_blob_bytes(self, data: bytes, *, chunk_bytes: int = chunks.DEFAULT_CHUNK_BYTES) -> BlobRef:
+        Raises:
+            KeyRingError: ``encrypt_with`` has no key that encrypts.
+        """
+        return BlobWriter(self._tmp, self, chunk_bytes, encrypt_with=encrypt_with, with_verity=with_verity)
+
+    def add_blob_bytes(
+        self,
+        data: bytes,
+        *,
+        chunk_bytes: int = chunks.DEFAULT_CHUNK_BYTES,
+        encrypt_with: KeyRing | None = None,
+        with_verity: bool = False,
+    ) -> BlobRef:
         """Store ``data`` as a blob.
 
         Raises:
             StoreError: empty, too large, or the disk refused it.
+            KeyRingError: ``encrypt_with`` has no key that encrypts.
         """
-        with self.add_blob(chunk_bytes=chunk_bytes) as writer:
+        with self.add_blob(chunk_bytes=chunk_bytes, encrypt_with=encrypt_with, with_verity=with_verity) as writer:
             writer.write(data)
         return writer.ref
+
+    def add_blob_file(self) -> BlobFile:
+        """A file for stored bytes whose reference is known: the caller verifies them, syncs, and publishes."""
+        return BlobFile(self._tmp, self)
 
     def blob_path(self, ref: BlobRef) -> Path:
         """Where the blob's file is or would be. Nothing says that its bytes are right: see mapping.seal_blob.
@@ -99,7 +125,8 @@ class SnapshotStore:
         """
         if not _DIGEST.fullmatch(ref.digest):
             raise StoreError(f"blob digest {ref.digest[:70]!r} is not 64 lower-case hex digits")
-        return self._blobs / ref.digest[:2] / ref.digest
+        address = ref.address
+        return self._blobs / address[:2] / address
 
     def publish_blob(self, tmp_path: Path, ref: BlobRef) -> None:
         """Move a finished, fsynced file to its address. For BlobWriter."""
@@ -115,15 +142,20 @@ class SnapshotStore:
     def write_manifest(self, manifest: Manifest, keyring: KeyRing) -> Path:
         """Sign ``manifest`` and publish it under its name, replacing an older one atomically.
 
-        Requires: all its blobs are in the store. On success: the snapshot is durable and visible. On failure:
-        whatever had that name before is unchanged.
+        Requires: all its blobs are in the store. On success: the snapshot is durable and visible, and the newest of
+        its name. On failure: whatever had that name before is unchanged.
 
         Raises:
             StoreError: a blob is missing or has another size; the disk refused the file.
             ManifestMalformed: the manifest contradicts itself.
             KeyRingError: no active key.
         """
-        data = seal_manifest(manifest, keyring)
+        return self.publish_manifest(seal_manifest(manifest, keyring), manifest)
+
+    def publish_manifest(self, data: bytes, manifest: Manifest) -> Path:
+        """Publish a container file as it is. Requires: it was verified to hold ``manifest``. Otherwise as
+        :meth:`write_manifest`.
+        """
         target = self._manifest_path(manifest.name)
         tmp_path = self._tmp / f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
         fd = create_locked_file(tmp_path)
@@ -140,6 +172,8 @@ class SnapshotStore:
         finally:
             os.close(fd)
             tmp_path.unlink(missing_ok=True)
+        if self._newest is not None:
+            self._newest.accept(manifest)
         return target
 
     def read_manifest(self, name: str, keyring: KeyRing) -> Manifest:
@@ -148,6 +182,19 @@ class SnapshotStore:
         Raises:
             SnapshotNotFound: no such snapshot.
             SignatureInvalid, ManifestMalformed, Incompatible: see manifest.open_manifest.
+            RolledBack: a newer one was seen.
+            StoreError: a bad name, or not a regular file.
+        """
+        manifest = open_manifest(self.read_container(name), keyring, name=name)
+        if self._newest is not None:
+            self._newest.admit(manifest)
+        return manifest
+
+    def read_container(self, name: str) -> bytes:
+        """The manifest file of ``name`` as it is: nothing of it is verified.
+
+        Raises:
+            SnapshotNotFound: no such snapshot.
             StoreError: a bad name, or not a regular file.
         """
         path = self._manifest_path(name)
@@ -160,8 +207,21 @@ class SnapshotStore:
         except OSError as error:
             raise StoreError(f"cannot open {path} (symlinks are not followed): {error.strerror}") from error
         with os.fdopen(fd, "rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)  # one more than allowed: open_manifest refuses it by its size
-        return open_manifest(data, keyring, name=name)
+            return file.read(MAX_MANIFEST_BYTES + 1)  # one more than allowed: open_manifest refuses it by its size
+
+    def admit(self, manifest: Manifest) -> None:
+        """Check a verified manifest from elsewhere against what was seen here under its name.
+
+        Raises:
+            RolledBack: a newer one was seen.
+        """
+        if self._newest is not None:
+            self._newest.admit(manifest)
+
+    def choose_created_at_s(self, name: str) -> float:
+        """Time of a new build of ``name``: now, but after every earlier one that was seen."""
+        now_s = time.time()
+        return now_s if self._newest is None else self._newest.choose_created_at_s(name, now_s)
 
     def list_names(self) -> list[str]:
         """Names of all snapshots, sorted; whether they verify is another question."""
@@ -207,7 +267,7 @@ class SnapshotStore:
         except SnapshotError as error:
             return [Problem("manifest", str(error))]
         files = [(role, self.blob_path(ref), ref) for role, ref in manifest.blobs.items()]
-        return verification.verify_blobs(files, on_progress, num_threads=num_threads)
+        return verification.verify_blobs(files, on_progress, keyring=keyring, num_threads=num_threads)
 
     def remove(self, name: str) -> None:
         """Delete the manifest of ``name``; its blobs go with the next collection. Running workers are unaffected.
@@ -234,7 +294,7 @@ class SnapshotStore:
         with self._locked(exclusive=True):
             needed: set[str] = set()
             for name in self.list_names():
-                needed.update(ref.digest for ref in self.read_manifest(name, keyring).blobs.values())
+                needed.update(ref.address for ref in self.read_manifest(name, keyring).blobs.values())
             oldest_kept_at_s = time.time() - grace_s
             for path in self._blobs.glob("[0-9a-f][0-9a-f]/*"):
                 status = path.lstat()
@@ -260,8 +320,8 @@ class SnapshotStore:
                 raise StoreError(
                     f"blob {role} ({ref.digest}) is not in the store: add it before its manifest"
                 ) from None
-            if not stat.S_ISREG(status.st_mode) or status.st_size != ref.size_bytes:
-                raise StoreError(f"blob {role} ({ref.digest}) is not a regular file of {ref.size_bytes} bytes")
+            if not stat.S_ISREG(status.st_mode) or status.st_size != ref.file_bytes:
+                raise StoreError(f"blob {role} ({ref.digest}) is not a regular file of {ref.file_bytes} bytes")
 
     @contextlib.contextmanager
     def _locked(self, *, exclusive: bool) -> Iterator[None]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from snapshots import chunks
-from snapshots.errors import BlobCorrupt
+from snapshots.errors import BlobCorrupt, KeyRingError
+from snapshots.fs_verity import compare_verity, measure_verity
+from snapshots.keyring import KeyRing
 from snapshots.manifest import BlobRef
 from snapshots.regular_files import open_regular_file
+from snapshots.stored_chunks import StoredChunks
 
 
 class Problem(NamedTuple):
@@ -31,9 +35,9 @@ def open_blob_file(path: Path, ref: BlobRef, label: str) -> int:
         fd, status = open_regular_file(path)
     except OSError as error:
         raise BlobCorrupt(label, f"cannot open {path}: {error.strerror}") from error
-    if status.st_size != ref.size_bytes:
+    if status.st_size != ref.file_bytes:
         os.close(fd)
-        raise BlobCorrupt(label, f"has {status.st_size} bytes, the manifest says {ref.size_bytes}")
+        raise BlobCorrupt(label, f"has {status.st_size} bytes, the manifest says {ref.file_bytes}")
     return fd
 
 
@@ -41,51 +45,66 @@ def verify_blobs(
     files: Sequence[tuple[str, Path, BlobRef]],
     on_progress: Callable[[int, int], None] | None = None,
     *,
+    keyring: KeyRing | None = None,
     num_threads: int | None = None,
 ) -> list[Problem]:
-    """Problems of all ``(label, path, ref)``, in order; ``on_progress(done_bytes, total_bytes)`` per chunk. Blocks."""
+    """Problems of all ``(label, path, ref)``, in order; ``on_progress(done_bytes, total_bytes)`` per chunk. Blocks.
+
+    ``keyring`` holds the keys of encrypted blobs. Memory: a chunk for each thread.
+    """
     total_bytes = sum(ref.size_bytes for _, _, ref in files)
     problems: list[Problem] = []
     done_bytes = 0
     with ThreadPoolExecutor(num_threads or chunks.available_cores(), thread_name_prefix="verify") as pool:
         for label, path, ref in files:
             try:
+                stored = StoredChunks(ref, label, keyring)
                 fd = open_blob_file(path, ref, label)
             except BlobCorrupt as error:
                 problems.append(Problem(label, error.what))
                 continue
+            except KeyRingError as error:
+                problems.append(Problem(label, f"cannot be checked: {error}"))
+                continue
             try:
-                spans = list(chunks.iterate_chunks(ref.size_bytes, ref.chunk_bytes))
-                digests = pool.map(lambda span, fd=fd: _digest_span(fd, *span), spans)
-                for index, ((start, end), digest) in enumerate(zip(spans, digests, strict=True)):
-                    if digest != ref.chunk_digest(index):
-                        problems.append(
-                            Problem(f"{label}, chunk {index} at byte {start}", "its bytes are not the signed ones")
-                        )
-                    done_bytes += end - start
+                for found, num_bytes in pool.map(partial(_verify_chunk, stored, fd), stored):
+                    problems += found
+                    done_bytes += num_bytes
                     if on_progress is not None:
                         on_progress(done_bytes, total_bytes)
+                problems += _verify_verity(fd, ref, label)
             finally:
                 os.close(fd)
     return problems
 
 
-def verify_blob(path: Path, ref: BlobRef, label: str, *, num_threads: int | None = None) -> None:
+def _verify_chunk(stored: StoredChunks, fd: int, index: int) -> tuple[list[Problem], int]:
+    start, end = stored.plain_span(index)
+    try:
+        stored.open(stored.read(fd, index), index)
+    except BlobCorrupt as error:
+        return [Problem(f"{stored.label}, chunk {index} at byte {start}", error.what)], end - start
+    return [], end - start
+
+
+def _verify_verity(fd: int, ref: BlobRef, label: str) -> list[Problem]:
+    """The kernel's digest of the file, where it has one, must be the signed one."""
+    try:
+        finding = compare_verity(measure_verity(fd), ref)
+    except OSError:
+        return []  # not offered here
+    return [Problem(label, f"its fs-verity digest is {finding.detail}")] if finding.state == "differs" else []
+
+
+def verify_blob(
+    path: Path, ref: BlobRef, label: str, *, keyring: KeyRing | None = None, num_threads: int | None = None
+) -> None:
     """Check one blob file on disk, for blobs that are kept but not used (what is used is verified in memory). Blocks.
 
     Raises:
         BlobCorrupt: missing, not regular, of another size, or a chunk differs.
     """
     os.close(open_blob_file(path, ref, label))  # its own errors say more than a finding does
-    problems = verify_blobs([(label, path, ref)], num_threads=num_threads)
+    problems = verify_blobs([(label, path, ref)], keyring=keyring, num_threads=num_threads)
     if problems:
         raise BlobCorrupt(label, f"{problems[0].where.removeprefix(label + ', ')}: {problems[0].what}")
-
-
-def _digest_span(fd: int, start: int, end: int) -> bytes:
-    """Digest of bytes ``start`` to ``end``; a file that has shrunk since gives another digest, hence a problem."""
-    parts = []
-    while start < end and (part := os.pread(fd, end - start, start)):
-        parts.append(part)
-        start += len(part)
-    return chunks.digest_chunk(parts[0] if len(parts) == 1 else b"".join(parts))

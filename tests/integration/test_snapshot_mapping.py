@@ -14,13 +14,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from snapshots import mapping
+from snapshots import mapping, sealing
 from snapshots.errors import BlobCorrupt, MappingError
 from snapshots.manifest import BlobRef
-from snapshots.mapping import HUGE_PAGE_BYTES, SealedBlob, map_sealed, seal_blob
+from snapshots.mapping import SealedBlob, map_sealed, seal_blob
+from snapshots.sealing import HUGE_PAGE_BYTES
 from tests.snapshot_fixtures import CHUNK_BYTES, blob_ref, build_snapshot, flip_byte
 
-SIZE_BYTES = 2 * mapping.PIECE_BYTES + 3 * HUGE_PAGE_BYTES + 12_345
+SIZE_BYTES = 2 * sealing.PIECE_BYTES + 3 * HUGE_PAGE_BYTES + 12_345
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_without_huge_pages_the_bytes_are_the_same(
 ) -> None:
     """A kernel that knows neither MADV_COLLAPSE nor MFD_NOEXEC_SEAL only costs time."""
     path, ref, data = blob
-    monkeypatch.setattr(mapping, "MADV_COLLAPSE", 9999)
+    monkeypatch.setattr(sealing, "MADV_COLLAPSE", 9999)
     monkeypatch.setattr(mapping, "MFD_NOEXEC_SEAL", 0x4000_0000)
     with seal_blob(path, ref) as sealed:
         assert os.pread(sealed.fd, SIZE_BYTES, 0) == data

@@ -1,0 +1,122 @@
+"""How a blob's chunks lie in its file: as they are, or encrypted with a tag behind each. The one place that knows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from snapshots import chunks
+from snapshots.errors import BlobCorrupt, KeyRingError
+from snapshots.keyring import KeyRing
+from snapshots.manifest import TAG_BYTES, BlobRef
+
+if TYPE_CHECKING:  # cryptography is loaded only where a blob is encrypted: it costs a start 20 ms
+    from snapshots.encryption import BlobCipher
+
+NOT_SIGNED: Final = "its bytes are not the signed ones"
+NOT_AUTHENTIC: Final = "its encrypted bytes are not those that the key holder wrote"
+
+
+class StoredChunks:
+    """Chunks of one blob in their stored form. ``label`` is for errors. Safe from any thread."""
+
+    def __init__(self, ref: BlobRef, label: str, keyring: KeyRing | None = None) -> None:
+        """
+        Raises:
+            KeyRingError: the blob is encrypted and ``keyring`` does not hold its key.
+        """
+        self.ref = ref
+        self.label = label
+        self._cipher = _open_cipher(ref, label, keyring)
+        self._tag_bytes = 0 if self._cipher is None else TAG_BYTES
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.ref.num_chunks))
+
+    def plain_span(self, index: int) -> tuple[int, int]:
+        """First byte of chunk ``index`` and the byte behind it, of the blob."""
+        start = index * self.ref.chunk_bytes
+        return start, min(start + self.ref.chunk_bytes, self.ref.size_bytes)
+
+    def stored_span(self, index: int) -> tuple[int, int]:
+        """The same, of the file."""
+        start, end = self.plain_span(index)
+        return start + index * self._tag_bytes, end + (index + 1) * self._tag_bytes
+
+    def read(self, fd: int, index: int) -> bytes:
+        """Chunk ``index`` in its stored form, as it is in the file: not verified yet.
+
+        Raises:
+            BlobCorrupt: the file ends early.
+        """
+        start, end = self.stored_span(index)
+        parts = []
+        while start < end and (part := os.pread(fd, end - start, start)):
+            parts.append(part)
+            start += len(part)
+        if start < end:
+            raise self.corrupt(index, "the file became shorter while it was read")
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, fd: int, index: int, into: memoryview) -> None:
+        """Read chunk ``index``, decrypt it if need be, and verify its digest in ``into``, where it stays.
+
+        Raises:
+            BlobCorrupt: ``into`` then holds nothing of use.
+        """
+        if self._cipher is None:
+            self._read_fully(fd, index, into)
+        else:
+            self._decrypt(self.read(fd, index), index, into)
+        if chunks.digest_chunk(into) != self.ref.chunk_digest(index):
+            raise self.corrupt(index, NOT_SIGNED)
+
+    def open(self, stored: bytes, index: int) -> bytes | bytearray:
+        """Plain, verified bytes of chunk ``index`` out of its stored form.
+
+        Raises:
+            BlobCorrupt: they are not the signed ones.
+        """
+        plain: bytes | bytearray = stored
+        if self._cipher is not None:
+            start, end = self.plain_span(index)
+            plain = bytearray(end - start)
+            self._decrypt(stored, index, memoryview(plain))
+        if chunks.digest_chunk(plain) != self.ref.chunk_digest(index):
+            raise self.corrupt(index, NOT_SIGNED)
+        return plain
+
+    def corrupt(self, index: int, what: str) -> BlobCorrupt:
+        """The error for chunk ``index``."""
+        return BlobCorrupt(self.label, what, chunk=index, offset=self.plain_span(index)[0])
+
+    def _decrypt(self, stored: bytes, index: int, into: memoryview) -> None:
+        from snapshots.encryption import ChunkNotAuthentic
+
+        assert self._cipher is not None
+        try:
+            self._cipher.decrypt_into(stored, self.ref.chunk_digest(index), index, into)
+        except ChunkNotAuthentic:
+            raise self.corrupt(index, NOT_AUTHENTIC) from None
+
+    def _read_fully(self, fd: int, index: int, into: memoryview) -> None:
+        # preadv rather than a copy in user space: when memory runs out it fails with EFAULT, where a store to a
+        # mapping would be a SIGBUS.
+        start, _ = self.stored_span(index)
+        done = 0
+        while done < len(into):
+            count = os.preadv(fd, [into[done:]], start + done)
+            if count == 0:
+                raise self.corrupt(index, "the file became shorter while it was read")
+            done += count
+
+
+def _open_cipher(ref: BlobRef, label: str, keyring: KeyRing | None) -> BlobCipher | None:
+    if ref.encryption is None:
+        return None
+    if keyring is None:
+        raise KeyRingError(f"blob {label} is encrypted with key {ref.encryption.key_id!r}, and no key ring is at hand")
+    from snapshots.encryption import open_cipher
+
+    return open_cipher(ref.encryption, keyring)
