@@ -18,9 +18,12 @@ def main(arguments: list[str]) -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     match arguments:
         case ["agent"]:
+            from worker.zygote_process import start_zygote_process
+
+            zygote = start_zygote_process()  # its imports take as long as the agent's: let them run side by side
             from worker.agent import main as run_agent
 
-            return run_agent()
+            return run_agent(zygote)
         case ["zygote", fd] if fd.isdecimal():
             from worker.zygote import main as run_zygote
 

@@ -43,6 +43,7 @@ from worker.sealed_cache import SealedCache, SealedFile
 from worker.spawn_order import WorkerExited
 from worker.worker_processes import WorkerProcesses
 from worker.zygote_client import ZygoteClient
+from worker.zygote_process import ZygoteProcess
 
 HEARTBEAT_S: Final = 2.0
 SCAN_S: Final = 1.0
@@ -53,7 +54,9 @@ EXIT_SETTINGS: Final = 78  # EX_CONFIG
 class NodeAgent:
     """One a host. Event loop only."""
 
-    def __init__(self, settings: AgentSettings, keyring: KeyRing, redis: Redis) -> None:
+    def __init__(
+        self, settings: AgentSettings, keyring: KeyRing, redis: Redis, zygote: ZygoteProcess | None = None
+    ) -> None:
         from guests.compile import guest_identity  # wasmtime: only now, so that a refused start is quick
 
         self._settings = settings
@@ -64,7 +67,7 @@ class NodeAgent:
         store = SnapshotStore(settings.store_root)
         self._catalogue = ModelCatalogue(store, keyring, guest_identity())
         self._cache = SealedCache(store.blob_path, _seal_blob, settings.sealed_limit_bytes)
-        self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost)
+        self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost, started=zygote)
         self._workers = WorkerProcesses(
             zygote=self._zygote,
             cache=self._cache,
@@ -334,10 +337,10 @@ def _load_sealing() -> None:
     import worker.jobs  # noqa: F401  # likewise: for the end of the first worker
 
 
-async def run_agent(settings: AgentSettings, keyring: KeyRing) -> None:
+async def run_agent(settings: AgentSettings, keyring: KeyRing, zygote: ZygoteProcess | None = None) -> None:
     """Run a node agent until SIGTERM or SIGINT; a second signal ends it without draining."""
     redis = connect(settings.process.redis_url)
-    agent = NodeAgent(settings, keyring, redis)
+    agent = NodeAgent(settings, keyring, redis, zygote)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)
@@ -347,8 +350,8 @@ async def run_agent(settings: AgentSettings, keyring: KeyRing) -> None:
         await redis.aclose()
 
 
-def main() -> int:
-    """Entry point of ``python -m worker agent``; exit code."""
+def main(zygote: ZygoteProcess | None = None) -> int:
+    """Entry point of ``python -m worker agent``; exit code. Takes over ``zygote``, if one was started already."""
     try:
         settings = read_agent_settings(read_memory_total_bytes())
         configure_logging(component="agent", level=settings.process.log_level)
@@ -356,5 +359,5 @@ def main() -> int:
     except (SettingsError, KeyRingError) as error:
         print(f"glowplug agent: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    uvloop.run(run_agent(settings, keyring))
+    uvloop.run(run_agent(settings, keyring, zygote))
     return 0

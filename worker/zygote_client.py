@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -27,9 +26,8 @@ from worker.spawn_order import (
     ZygoteReady,
 )
 from worker.zygote_channel import ChannelBroken, PacketReader, encode_packet, send_packet
+from worker.zygote_process import ZYGOTE_COMMAND, ZygoteProcess, start_zygote_process
 
-#: Command line of a zygote; the number of its channel's descriptor is appended.
-ZYGOTE_COMMAND: Final = (sys.executable, "-m", "worker", "zygote")
 RESTART_BACKOFF_S: Final = (0.05, 0.2, 1.0, 5.0)  # by deaths in a row
 LONG_LIFE_S: Final = 10.0  # a zygote that lived this long did not die of its start
 SPAWN_TIMEOUT_S: Final = 20.0  # covers the start of a new zygote
@@ -44,6 +42,7 @@ class ZygoteClient:
     """One zygote at a time. Event loop only.
 
     ``on_exit`` hears of every reaped worker; ``on_lost`` gets the ids of the workers that died with their zygote.
+    ``started`` is the first zygote, if the caller has started it already.
     """
 
     def __init__(
@@ -52,10 +51,12 @@ class ZygoteClient:
         on_exit: Callable[[WorkerExited], None],
         on_lost: Callable[[list[str]], None],
         command: Sequence[str] = ZYGOTE_COMMAND,
+        started: ZygoteProcess | None = None,
     ) -> None:
         self._on_exit = on_exit
         self._on_lost = on_lost
         self._command = tuple(command)
+        self._started = started
         self._log = structlog.get_logger()
         self._channel: socket.socket | None = None
         self._gone = asyncio.Event()
@@ -131,10 +132,8 @@ class ZygoteClient:
 
     async def _run_one(self) -> int:
         """Run one zygote until it ends; its exit code. On cancellation it is ended first."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        with theirs:
-            process = _start_process(self._command, theirs.fileno())
+        started, self._started = self._started or start_zygote_process(self._command), None
+        process, ours = started
         self._channel, self.pid = ours, process.pid
         self._gone.clear()
         reader: PacketReader[FromZygote] = PacketReader(FromZygote)
@@ -227,16 +226,6 @@ async def _wait_writable(channel: socket.socket) -> None:
         await writable.wait()
     finally:
         loop.remove_writer(channel)
-
-
-def _start_process(command: Sequence[str], channel_fd: int) -> subprocess.Popen[bytes]:
-    """Start a zygote (1 ms). Not by asyncio's subprocess: uvloop's lets inheritable descriptors through.
-
-    It gets its own session: Ctrl-C in a terminal reaches the agent alone, which then drains the workers.
-    """
-    return subprocess.Popen(
-        [*command, str(channel_fd)], pass_fds=(channel_fd,), stdin=subprocess.DEVNULL, start_new_session=True
-    )
 
 
 async def _wait_or_kill(process: subprocess.Popen[bytes]) -> int:
