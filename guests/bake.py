@@ -37,6 +37,7 @@ from guests.wasm_format import (
 )
 
 HOST_PAGE_BYTES: Final = 4_096
+ZERO_PAGE: Final = bytes(HOST_PAGE_BYTES)
 START_EXPORT: Final = f"{STATE_PREFIX}start"
 END: Final = b"\x0b"
 
@@ -70,8 +71,9 @@ def prepare(module: WasmModule) -> bytes:
         added.append((START_EXPORT, ExternKind.FUNCTION, module.start))
     entries = [(export.name, export.kind, export.index) for export in module.exports] + added
     exports = encode_vector([encode_name(name) + bytes([kind]) + encode_u32(index) for name, kind, index in entries])
-    kept = [s for s in module.sections if s.id not in (SectionId.EXPORT, SectionId.START)]
-    return join_sections([*kept, Section(SectionId.EXPORT, exports)])
+    dropped = (SectionId.EXPORT, SectionId.START, SectionId.CUSTOM)
+    kept = [s for s in module.sections if s.id not in dropped]
+    return join_sections([*kept, Section(SectionId.EXPORT, exports), *_name_sections(module)])
 
 
 def capture(module: WasmModule, instance: GuestInstance) -> CapturedState:
@@ -159,12 +161,16 @@ def bake(module: WasmModule, state: CapturedState) -> bytes:
     if SectionId.DATA_COUNT in bodies:
         bodies[SectionId.DATA_COUNT] = encode_u32(1)
     bodies[SectionId.DATA] = _bake_memory(state.memory)
-    names = [s for s in module.sections if s.id is SectionId.CUSTOM and _is_name_section(s)]
-    return join_sections([*(Section(number, body) for number, body in bodies.items()), *names])
+    return join_sections([*(Section(number, body) for number, body in bodies.items()), *_name_sections(module)])
 
 
-def _is_name_section(section: Section) -> bool:
-    return Reader(section.body, "custom section").name() == "name"  # function names for backtraces
+def _name_sections(module: WasmModule) -> list[Section]:
+    """Function names for backtraces. No other custom section reaches the compiler."""
+    return [
+        section
+        for section in module.sections
+        if section.id is SectionId.CUSTOM and Reader(section.body, "custom section").name() == "name"
+    ]
 
 
 def _encode_limits(limits: Limits) -> bytes:
@@ -174,11 +180,13 @@ def _encode_limits(limits: Limits) -> bytes:
 
 
 def _bake_memory(memory: bytes) -> bytes:
-    end = len(memory.rstrip(b"\0"))
-    start = (end - len(memory[:end].lstrip(b"\0"))) // HOST_PAGE_BYTES * HOST_PAGE_BYTES
-    end = -(-end // HOST_PAGE_BYTES) * HOST_PAGE_BYTES
+    start, end = 0, len(memory)
+    while end > 0 and memory[end - HOST_PAGE_BYTES : end] == ZERO_PAGE:
+        end -= HOST_PAGE_BYTES
+    while start < end and memory[start : start + HOST_PAGE_BYTES] == ZERO_PAGE:
+        start += HOST_PAGE_BYTES
     offset = b"\x41" + encode_signed(start) + END  # i32.const; memory is capped below 2 GiB
-    return encode_u32(1) + encode_u32(0) + offset + encode_u32(end - start) + memory[start:end]
+    return b"".join([encode_u32(1), encode_u32(0), offset, encode_u32(end - start), memoryview(memory)[start:end]])
 
 
 def _bake_globals(module: WasmModule, state: CapturedState) -> bytes:

@@ -186,6 +186,10 @@ module_serialize = _bind("wasmtime_module_serialize", c_void_p, c_void_p, POINTE
 module_deserialize_file = _bind("wasmtime_module_deserialize_file", c_void_p, c_void_p, c_char_p, POINTER(c_void_p))
 module_delete = _bind("wasmtime_module_delete", None, c_void_p)
 
+component_new = _bind("wasmtime_component_new", c_void_p, c_void_p, c_char_p, c_size_t, POINTER(c_void_p))
+component_serialize = _bind("wasmtime_component_serialize", c_void_p, c_void_p, POINTER(ByteVector))
+component_delete = _bind("wasmtime_component_delete", None, c_void_p)
+
 linker_new = _bind("wasmtime_linker_new", c_void_p, c_void_p)
 linker_delete = _bind("wasmtime_linker_delete", None, c_void_p)
 linker_define_func_unchecked = _bind(

@@ -26,6 +26,10 @@ class GuestContractError(GuestError):
     """The guest returned something outside the ABI: a pointer out of range, an unknown handle, an error code."""
 
 
+class GuestProcessError(GuestError):
+    """The process that compiles or initialises a guest crashed, ran into a limit or answered with nonsense."""
+
+
 class GuestIncompatible(GuestError):
     """A compiled guest was made by another Wasmtime version, configuration or CPU; it must be compiled again."""
 

@@ -36,6 +36,8 @@ class Linker:
 
     def __init__(self, engine: int, functions: Mapping[str, HostFunction]) -> None:
         self._raised: dict[int, BaseException] = {}  # by thread: what a host function raised under its guest call
+        #: Memory of each live instance, by its context: a host call finds it without asking Wasmtime four things.
+        self.memories: Final[dict[int, GuestMemory]] = {}
         self._callbacks = []  # Wasmtime keeps their addresses, so they must live as long as the linker
         self._linker: int | None = binding.linker_new(engine)
         for name, signature in IMPORTS.items():
@@ -62,12 +64,17 @@ class Linker:
     ) -> Callable[[int | None, int, int, int], int | None]:
         layout = parameters_struct(signature)
         slots = ctypes.c_char * (binding.VAL_RAW_BYTES * max(1, len(signature.params)))
+        ranges, memories = signature.ranges, self.memories
         pack_result = None if signature.result is None else Struct("<" + RESULT_FORMATS[signature.result]).pack_into
 
         def call(_environment: int | None, caller: int, values: int, _num_values: int) -> int | None:
             try:
                 buffer = slots.from_address(values)
-                result = function(caller_memory(caller), *layout.unpack_from(buffer))
+                arguments = layout.unpack_from(buffer)
+                memory = memories.get(binding.caller_context(caller)) or caller_memory(caller)
+                for pointer, length in ranges:
+                    memory.check(arguments[pointer], arguments[length])
+                result = function(memory, *arguments)
                 if pack_result is not None:
                     pack_result(buffer, 0, result)
                 return None
@@ -104,7 +111,7 @@ class Linker:
 
 
 def caller_memory(caller: int) -> GuestMemory:
-    """Memory of the guest that is calling.
+    """Memory of a guest that calls before its instance is made (from a start function).
 
     Raises:
         GuestContractError: it exports none.

@@ -24,6 +24,15 @@ class GuestMemory:
         self._base: int = binding.memory_data(context, byref(memory)) or 0
         self._size_bytes: int = binding.memory_data_size(context, byref(memory))
 
+    def check(self, pointer: int, size: int) -> None:
+        """Make sure that ``size`` bytes at ``pointer`` exist.
+
+        Raises:
+            GuestContractError: out of range, or the instance is gone.
+        """
+        if pointer < 0 or size < 0 or pointer + size > self._size_bytes:
+            self._recheck(pointer, size)
+
     def read(self, pointer: int, size: int) -> bytes:
         """Copy of ``size`` bytes at ``pointer``.
 

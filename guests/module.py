@@ -2,8 +2,8 @@
 
 A snapshot holds linear memory, mutable numeric globals and funcref tables, so a guest has exactly one own memory,
 imports nothing but the ABI's functions, and has no passive segments (whether one was dropped cannot be observed),
-tags or other references. Sizes are capped before anything is built from them. Function bodies are not read here:
-Wasmtime validates them with every unneeded proposal switched off.
+tags or other references. Sizes are capped before anything is built from them. Of function bodies only sizes and
+locals are read here: Wasmtime validates the code, with every unneeded proposal switched off.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from guests.signatures import EXPORTS, IMPORTS, LIFECYCLE_EXPORTS, TOKENIZER_EXP
 from guests.wasm_format import ExternKind, Reader, Section, SectionId, ValueType, split_sections
 
 MAX_MODULE_BYTES: Final = 64 << 20  # before its memory is baked in
+MAX_BAKED_BYTES: Final = MAX_MODULE_BYTES + (512 << 20)
+MAX_FUNCTION_BYTES: Final = 4 << 20
+MAX_LOCALS: Final = 10_000  # of a function: its frame, and what the compiler spends on it
+MAX_CUSTOM_BYTES: Final = 16 << 20  # all custom sections of a module
 MAX_TYPES: Final = 10_000
 MAX_IMPORTS: Final = 1_000
 MAX_FUNCTIONS: Final = 100_000
@@ -114,14 +118,14 @@ class WasmModule:
         return self.exported_function("gp_tokenize") is not None
 
 
-def parse_module(wasm: bytes) -> WasmModule:
-    """Parse ``wasm`` and refuse what cannot be snapshotted.
+def parse_module(wasm: bytes, *, max_bytes: int = MAX_MODULE_BYTES) -> WasmModule:
+    """Parse ``wasm`` and refuse what cannot be snapshotted. ``max_bytes``: MAX_BAKED_BYTES for a baked module.
 
     Raises:
         GuestModuleRefused: malformed, over a limit, or not restorable; the message names section and reason.
     """
-    if len(wasm) > MAX_MODULE_BYTES:
-        raise GuestModuleRefused(f"module of {len(wasm)} bytes: at most {MAX_MODULE_BYTES}")
+    if len(wasm) > max_bytes:
+        raise GuestModuleRefused(f"module of {len(wasm)} bytes: at most {max_bytes}")
     module = WasmModule(split_sections(wasm))
     parsers = {
         SectionId.TYPE: _parse_types,
@@ -133,6 +137,7 @@ def parse_module(wasm: bytes) -> WasmModule:
         SectionId.EXPORT: _parse_exports,
         SectionId.START: _parse_start,
         SectionId.ELEMENT: _parse_elements,
+        SectionId.CODE: _parse_code,
         SectionId.DATA: _parse_data,
     }
     for section in module.sections:
@@ -144,16 +149,18 @@ def parse_module(wasm: bytes) -> WasmModule:
             reader.expect_end()
     if module.memory is None:
         raise GuestModuleRefused("the module has no memory of its own")
+    if sum(len(section.body) for section in module.sections if section.id is SectionId.CUSTOM) > MAX_CUSTOM_BYTES:
+        raise GuestModuleRefused(f"custom sections of more than {MAX_CUSTOM_BYTES} bytes")
     return module
 
 
-def parse_guest(wasm: bytes) -> WasmModule:
+def parse_guest(wasm: bytes, *, max_bytes: int = MAX_MODULE_BYTES) -> WasmModule:
     """:func:`parse_module`, and check imports and exports against the guest ABI.
 
     Raises:
         GuestModuleRefused: see :func:`parse_module`; or a missing, unknown or wrongly typed function.
     """
-    module = parse_module(wasm)
+    module = parse_module(wasm, max_bytes=max_bytes)
     for function in module.imports:
         _validate_import(function)
     if not any(e.name == "memory" and e.kind is ExternKind.MEMORY for e in module.exports):
@@ -309,10 +316,34 @@ def _parse_element_expression(reader: Reader, module: WasmModule) -> None:
         module.declared_functions.add(_function_index(expression, module, "element"))
 
 
+def _parse_code(reader: Reader, module: WasmModule) -> None:
+    own = len(module.functions) - len(module.imports)
+    if reader.count(MAX_FUNCTIONS, "function bodies") != own:
+        raise reader.refuse(f"another number of bodies than the {own} functions that are declared")
+    for index in range(own):
+        size = reader.u32()
+        if size > MAX_FUNCTION_BYTES:
+            raise reader.refuse(f"body {index} of {size} bytes: at most {MAX_FUNCTION_BYTES}")
+        start = reader.position
+        num_locals = sum(_skip_locals(reader) for _ in range(reader.count(MAX_LOCALS, "groups of locals")))
+        if num_locals > MAX_LOCALS:
+            raise reader.refuse(f"body {index} with {num_locals} locals: at most {MAX_LOCALS}")
+        rest = size - (reader.position - start)
+        if rest < 1:
+            raise reader.refuse(f"body {index} ends within its locals")
+        reader.skip(rest)
+
+
+def _skip_locals(reader: Reader) -> int:
+    number = reader.u32()
+    reader.value_type()
+    return number
+
+
 def _parse_data(reader: Reader, module: WasmModule) -> None:
     for _ in range(reader.count(MAX_SEGMENTS, "data segments")):
         flags = reader.u32()
         if flags != 0:
             raise reader.refuse("a passive data segment, or one of another memory, cannot be snapshotted")
         reader.constant_expression()
-        reader.take(reader.u32())
+        reader.skip(reader.u32())

@@ -24,51 +24,33 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, NamedTuple, NoReturn, Self
 
-import structlog
-
 from guests import binding
 from guests.compile import compile_module, new_engine
 from guests.errors import GuestContractError, GuestError, GuestIncompatible, GuestTrap
 from guests.linker import RESULT_FORMATS, HostFunction, Linker, parameters_struct
 from guests.memory import GuestMemory
 from guests.module import MAX_TABLES
-from guests.signatures import EXPORTS, IMPORTS
+from guests.serving_host import serving_functions
+from guests.signatures import EXPORTS
 
 MEBIBYTE: Final = 1 << 20
 TICK_MS: Final = 10  # resolution of call deadlines
 REQUIRED_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 TRAP_INTERRUPT: Final = 10  # wasmtime_trap_code_enum of an expired epoch deadline
 
-log = structlog.get_logger()
-
 
 @dataclass(frozen=True, slots=True)
 class InstanceLimits:
-    """What one instance may take. ``call_deadline_ms`` counts only while the engine's ticker runs."""
+    """What one instance may take. ``call_deadline_ms`` counts only while the engine's ticker runs; ``result_bytes``
+    is what the host copies of one result at most."""
 
     memory_bytes: int = 512 * MEBIBYTE
     table_elements: int = 65_536
     call_deadline_ms: int = 5_000
+    result_bytes: int = 16 * MEBIBYTE
 
 
 DEFAULT_LIMITS: Final = InstanceLimits()
-
-
-def _log_while_serving(memory: GuestMemory, level: int, pointer: int, length: int) -> None:
-    # The text is left out: while serving, a guest sees prompts, and prompts are not logged.
-    log.debug("guest_log", level=level, length_bytes=length)
-
-
-def _refuse_while_serving(name: str) -> HostFunction:
-    def refuse(_memory: GuestMemory, *_arguments: int) -> int:
-        raise GuestContractError(f"{name} is available only while gp_init runs")
-
-    return refuse
-
-
-SERVING_FUNCTIONS: Final[Mapping[str, HostFunction]] = {
-    name: _log_while_serving if name == "log" else _refuse_while_serving(name) for name in IMPORTS
-}
 
 
 class GuestEngine:
@@ -77,9 +59,10 @@ class GuestEngine:
     Create it before fork: it starts no thread until :meth:`start_ticker`. Shareable between threads.
     """
 
-    def __init__(self, functions: Mapping[str, HostFunction] = SERVING_FUNCTIONS) -> None:
+    def __init__(self, functions: Mapping[str, HostFunction] | None = None) -> None:
+        """``functions`` answer the guests' imports; default: those of serving."""
         self._engine: int | None = new_engine()
-        self.linker: Final = Linker(self._engine, functions)
+        self.linker: Final = Linker(self._engine, serving_functions() if functions is None else functions)
         self._ticker: threading.Thread | None = None
         self._stop_ticker = threading.Event()
 
@@ -237,6 +220,7 @@ class GuestInstance:
             if memory is None or memory.kind != binding.EXTERN_MEMORY:
                 raise GuestContractError("the guest exports no memory")
             self.memory: Final = GuestMemory(self._context, memory.of.memory)
+            module.engine.linker.memories[self._context] = self.memory
         except BaseException:
             self._delete_store()
             raise
@@ -372,6 +356,7 @@ class GuestInstance:
 
     def _delete_store(self) -> None:
         if self._store is not None:
+            self._module.engine.linker.memories.pop(self._context, None)  # before another store may get that address
             binding.store_delete(self._store)
             self._store = None
 

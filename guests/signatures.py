@@ -11,10 +11,14 @@ from guests.binding import KIND_I32, KIND_I64
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """Value kinds of a function: :data:`~guests.binding.KIND_I32` or :data:`~guests.binding.KIND_I64`."""
+    """Value kinds of a function: :data:`~guests.binding.KIND_I32` or :data:`~guests.binding.KIND_I64`.
+
+    ``ranges`` of an import are checked by :mod:`guests.linker` before its host function runs.
+    """
 
     params: tuple[int, ...] = ()
     result: int | None = None
+    ranges: tuple[tuple[int, int], ...] = ()  # (pointer, length) pairs among an import's parameters, by index
 
     @property
     def results(self) -> tuple[int, ...]:
@@ -28,11 +32,11 @@ class Signature:
 
 
 IMPORTS: Final = {
-    "log": Signature((KIND_I32, KIND_I32, KIND_I32)),
-    "asset_size": Signature((KIND_I32, KIND_I32), KIND_I64),
-    "asset_read": Signature((KIND_I32, KIND_I32, KIND_I64, KIND_I32, KIND_I32), KIND_I32),
-    "tensor": Signature((KIND_I32, KIND_I32), KIND_I32),
-    "program": Signature((KIND_I32, KIND_I32), KIND_I32),
+    "log": Signature((KIND_I32, KIND_I32, KIND_I32), None, ((1, 2),)),
+    "asset_size": Signature((KIND_I32, KIND_I32), KIND_I64, ((0, 1),)),
+    "asset_read": Signature((KIND_I32, KIND_I32, KIND_I64, KIND_I32, KIND_I32), KIND_I32, ((0, 1), (3, 4))),
+    "tensor": Signature((KIND_I32, KIND_I32), KIND_I32, ((0, 1),)),
+    "program": Signature((KIND_I32, KIND_I32), KIND_I32, ((0, 1),)),
 }
 
 LIFECYCLE_EXPORTS: Final = {

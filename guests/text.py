@@ -15,7 +15,10 @@ from guests.push_result import PushResult
 from guests.runtime import DEFAULT_LIMITS, GuestInstance, GuestModule, InstanceLimits
 
 PUSH_RESULT: Final = struct.Struct("<III")  # text pointer, text bytes, finish
+MAX_IDS_PER_BYTE: Final = 16  # compatibility decomposition makes up to 11 bytes of one, and special tokens come on top
+SPARE_IDS: Final = 1_024
 FAILED: Final = -1
+FINISHES: Final = {end.value: end for end in SequenceEnd}
 LOW_32: Final = 0xFFFF_FFFF
 
 
@@ -69,7 +72,8 @@ class GuestText:
         data = _encode(text)
         packed = instance.call("gp_tokenize", _put(instance, data), len(data), flags)
         ids = array("I")
-        ids.frombytes(_take(instance, "gp_tokenize", packed, item_bytes=4))
+        max_ids = min(MAX_IDS_PER_BYTE * len(data) + SPARE_IDS, self._limits.result_bytes // 4)
+        ids.frombytes(_take(instance, "gp_tokenize", packed, max_ids, item_bytes=4))
         return ids.tolist()
 
     def detokenize(self, token_ids: list[int], *, show_special: bool = False) -> str:
@@ -86,7 +90,7 @@ class GuestText:
             raise GuestContractError("a token id is not an unsigned 32-bit number") from error
         flags = SequenceFlag.SHOW_SPECIAL if show_special else 0
         packed = instance.call("gp_detokenize", _put(instance, data), len(token_ids), flags)
-        return _take(instance, "gp_detokenize", packed).decode(errors="replace")
+        return _take(instance, "gp_detokenize", packed, self._limits.result_bytes).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Raw bytes of one token.
@@ -96,7 +100,8 @@ class GuestText:
             GuestContractError: see :meth:`detokenize`.
         """
         instance = self._open_instance()
-        return _take(instance, "gp_token_bytes", instance.call("gp_token_bytes", token_id))
+        packed = instance.call("gp_token_bytes", token_id)
+        return _take(instance, "gp_token_bytes", packed, self._limits.result_bytes)
 
     def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> GuestSequence:
         """State for one choice.
@@ -115,7 +120,7 @@ class GuestText:
         handle = instance.call("gp_sequence_open", _put(instance, encoded), len(encoded), flags)
         if handle < 0:
             raise GuestContractError(f"gp_sequence_open failed with code {handle}")
-        return GuestSequence(instance, handle)
+        return GuestSequence(instance, handle, self._limits.result_bytes)
 
     def close(self) -> None:
         """Close the instance; the text and its sequences raise from then on. Idempotent."""
@@ -126,10 +131,11 @@ class GuestText:
 class GuestSequence:
     """Incremental detokeniser and stop rules of one choice. Engine thread only; closed by its owner."""
 
-    __slots__ = ("_handle", "_instance")
+    __slots__ = ("_handle", "_instance", "_max_bytes")
 
-    def __init__(self, instance: GuestInstance, handle: int) -> None:
+    def __init__(self, instance: GuestInstance, handle: int, max_bytes: int = DEFAULT_LIMITS.result_bytes) -> None:
         self._instance = instance
+        self._max_bytes = max_bytes  # of text that one call releases
         self._handle: int | None = handle
 
     def push(self, token_id: int) -> PushResult:
@@ -141,13 +147,16 @@ class GuestSequence:
         """
         instance = self._instance
         packed = instance.call("gp_sequence_push", self._open_handle(), token_id)
-        pointer, length, finish = PUSH_RESULT.unpack(_take(instance, "gp_sequence_push", packed))
+        result = _take(instance, "gp_sequence_push", packed, PUSH_RESULT.size)
+        if len(result) != PUSH_RESULT.size:
+            raise _break_off(instance, f"gp_sequence_push: a result of {len(result)} bytes, not {PUSH_RESULT.size}")
+        pointer, length, finish = PUSH_RESULT.unpack(result)
+        if finish not in FINISHES:
+            raise _break_off(instance, f"gp_sequence_push: unknown finish {finish}")
+        if length > self._max_bytes:
+            raise _break_off(instance, f"gp_sequence_push: a text of {length} bytes: at most {self._max_bytes}")
         text = _read(instance, pointer, length).decode(errors="replace") if length else ""
-        try:
-            return PushResult(text, SequenceEnd(finish))
-        except ValueError as error:
-            instance.close()
-            raise GuestContractError(f"gp_sequence_push: unknown finish {finish}") from error
+        return PushResult(text, FINISHES[finish])
 
     def flush(self) -> str:
         """Text still held back; incomplete characters become U+FFFD.
@@ -157,7 +166,7 @@ class GuestSequence:
             GuestContractError: see :meth:`push`.
         """
         packed = self._instance.call("gp_sequence_flush", self._open_handle())
-        return _take(self._instance, "gp_sequence_flush", packed).decode(errors="replace")
+        return _take(self._instance, "gp_sequence_flush", packed, self._max_bytes).decode(errors="replace")
 
     def close(self) -> None:
         """Free the guest's state. Idempotent.
@@ -195,21 +204,31 @@ def _put(instance: GuestInstance, data: bytes) -> int:
     try:
         instance.write(pointer, data)
     except GuestContractError:
-        instance.close()  # a guest that gives bad pointers is not to be trusted with the next call
+        instance.close()  # see _break_off
         raise
     return pointer
 
 
-def _take(instance: GuestInstance, name: str, packed: int, *, item_bytes: int = 1) -> bytes:
-    """Copy of what a packed result points to: (pointer << 32 | number of items)."""
+def _take(instance: GuestInstance, name: str, packed: int, max_items: int, *, item_bytes: int = 1) -> bytes:
+    """Copy of what a packed result points to: (pointer << 32 | number of items). A guest that lies about the number
+    makes the host copy no more than ``max_items``."""
     if packed == FAILED:
         raise GuestContractError(f"{name} failed")
+    if packed & LOW_32 > max_items:
+        raise _break_off(instance, f"{name}: a result of {packed & LOW_32} items: at most {max_items}")
     return _read(instance, packed >> 32 & LOW_32, (packed & LOW_32) * item_bytes)
+
+
+def _break_off(instance: GuestInstance, reason: str) -> GuestContractError:
+    """The error to raise; the instance is closed, as a guest that breaks the ABI is not to be trusted with the next
+    call."""
+    instance.close()
+    return GuestContractError(reason)
 
 
 def _read(instance: GuestInstance, pointer: int, size: int) -> bytes:
     try:
         return instance.read(pointer, size)
     except GuestContractError:
-        instance.close()  # as in _put
+        instance.close()  # see _break_off
         raise

@@ -117,6 +117,12 @@ class Reader:
         self.position += size
         return self._data[start : self.position]
 
+    def skip(self, size: int) -> None:
+        """Pass over ``size`` bytes."""
+        if size > self.remaining:
+            raise self.refuse(f"{size} bytes wanted, {self.remaining} left")
+        self.position += size
+
     def u32(self) -> int:
         """An unsigned LEB128 number of at most 32 bits."""
         value = shift = 0

@@ -15,6 +15,7 @@ import wasmtime
 
 from guests.abi import NO_TENSOR, NO_VALUE, Opcode, ProgramKind
 from guests.build import compile_c
+from guests.compile import compile_guest
 from guests.initialise import InitialisedGuest, initialise_guest
 from guests.program import Operation, Program, encode_program
 from guests.shipped import toy_wasm
@@ -32,6 +33,13 @@ def bytes_guest() -> InitialisedGuest:
         return initialise_guest(output.read_bytes(), {}, [])
 
 
+@functools.cache
+def compiled(baked_wasm: bytes) -> bytes:
+    """compile_guest, once for each module: every compilation takes a process of its own."""
+    return compile_guest(baked_wasm)
+
+
+@functools.cache
 def toy_guest(vocabulary: int = 100) -> InitialisedGuest:
     """The example guest after its init."""
     config = {"config": struct.pack("<I", vocabulary)}

@@ -101,6 +101,7 @@ class EngineThread:
         backend.warm()
         self.marks[Mark.DEVICE_READY] = time.monotonic_ns()
         manifest: Manifest = codec.decode(order.manifest, Manifest)
+        self._guest_engine.start_ticker()  # first: without it no deadline holds, and restoring calls the guest
         restored = self._restored = restore_model(
             manifest, self._fds.weights_fd, self._fds.guest_fd, self._guest_engine, seed=secrets.randbits(63)
         )
@@ -114,7 +115,6 @@ class EngineThread:
             kv_budget_bytes=order.kv_budget_bytes,
             on_steps=self._on_steps,
         )
-        self._guest_engine.start_ticker()
         self.marks[Mark.RESTORED] = time.monotonic_ns()
         return engine
 

@@ -46,7 +46,8 @@ GP_EXPORT("gp_tokenize") int64_t gp_tokenize(const char *value, int32_t length, 
     if (starts_with(value, length, "fail!")) return -1;
     if (starts_with(value, length, "wild!")) return gp_pack((void *)0x7fffff00, 64);
     if (starts_with(value, length, "host!")) gp_tensor("x", 1);
-    if (starts_with(value, length, "log!")) gp_log(GP_LOG_INFO, (const char *)0x7fffff00, 64);
+    if (starts_with(value, length, "log!")) gp_log(GP_LOG_INFO, value, (uint32_t)length);
+    if (starts_with(value, length, "logwild!")) gp_log(GP_LOG_INFO, (const char *)0x7fffff00, 64);
     if (starts_with(value, length, "deep!")) return recurse(1);
     if (starts_with(value, length, "spin!")) for (volatile uint32_t n = 0;; n++) {}
     if (starts_with(value, length, "grow!")) {

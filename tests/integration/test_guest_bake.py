@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from guest_fixtures import output_program, sealed, toy_guest, wat_guest
+from guest_fixtures import compiled, output_program, sealed, toy_guest, wat_guest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guests.abi import NO_VALUE, Opcode, ProgramKind
 from guests.bake import CapturedState, bake
-from guests.compile import compile_guest
+from guests.compile import compile_guest, compile_in_process
 from guests.errors import GuestContractError, GuestModuleRefused, GuestTrap, ProgramError
 from guests.initialise import LogLevel, initialise_guest
 from guests.module import parse_module
@@ -95,7 +95,7 @@ ANSWERS: Mapping[int, int] = {
 @contextmanager
 def restored(baked_wasm: bytes) -> Iterator[GuestInstance]:
     """An instance from a sealed, compiled file, as a worker makes it."""
-    with sealed(compile_guest(baked_wasm)) as path, GuestEngine() as engine:
+    with sealed(compiled(baked_wasm)) as path, GuestEngine() as engine:
         module = engine.load(path)
         with module.instantiate() as instance:
             yield instance
@@ -114,7 +114,7 @@ def test_all_kinds_of_state_survive_the_bake() -> None:
 def test_restored_instances_do_not_share_state() -> None:
     """What one restored instance writes is seen by no other and by no later one."""
     guest = initialise_guest(STATEFUL, {}, [])
-    with sealed(compile_guest(guest.baked_wasm)) as path, GuestEngine() as engine:
+    with sealed(compiled(guest.baked_wasm)) as path, GuestEngine() as engine:
         module = engine.load(path)
         with module.instantiate() as first, module.instantiate() as second:
             assert [first.call("gp_token_bytes", 11) for _ in range(3)] == [-4, -3, -2]
@@ -142,7 +142,7 @@ def test_memory_is_mapped_out_of_the_sealed_file_and_not_copied() -> None:
       (drop (memory.grow (i32.const 512)))
       (memory.fill (i32.const 65536) (i32.const 90) (i32.const 33554432))"""
     guest = initialise_guest(wat_guest(init=touch_all), {}, [])
-    with sealed(compile_guest(guest.baked_wasm)) as path, GuestEngine() as engine:
+    with sealed(compiled(guest.baked_wasm)) as path, GuestEngine() as engine:
         module = engine.load(path)
         with module.instantiate() as instance:
             assert instance.read(20 * MEBIBYTE, 4) == b"ZZZZ"
@@ -165,8 +165,12 @@ def test_any_memory_content_survives_the_bake(writes: dict[int, bytes]) -> None:
         end = min(position + len(data), len(memory))
         memory[position:end] = data[: end - position]
     module = parse_module(wat_guest(pages=3))
-    with restored(bake(module, CapturedState(bytes(memory), {}, []))) as instance:
-        assert instance.read(0, len(memory)) == bytes(memory)
+    baked = bake(module, CapturedState(bytes(memory), {}, []))
+    with sealed(compile_in_process(baked)) as path, GuestEngine() as engine:  # a process for each would be 0.1 s
+        loaded = engine.load(path)
+        with loaded.instantiate() as instance:
+            assert instance.read(0, len(memory)) == bytes(memory)
+        loaded.close()
 
 
 def test_the_toy_guest_records_its_programs_and_restores() -> None:

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from guest_fixtures import bytes_guest, sealed, toy_guest, wat_guest
+from guest_fixtures import bytes_guest, compiled, sealed, toy_guest, wat_guest
 
 from guests.compile import compile_guest, guest_identity
 from guests.errors import GuestContractError, GuestError, GuestIncompatible, GuestTrap
@@ -19,7 +19,7 @@ WASM_PAGE_BYTES = 65_536
 
 def load(engine: GuestEngine, baked_wasm: bytes) -> GuestModule:
     """Compile, seal and load; the mapping outlives the descriptor."""
-    with sealed(compile_guest(baked_wasm)) as path:
+    with sealed(compiled(baked_wasm)) as path:
         return engine.load(path)
 
 
@@ -162,6 +162,8 @@ def test_imports_other_than_log_are_refused_while_serving() -> None:
             tokenize(module.instantiate(), b"host!")
         with module.instantiate() as instance:
             assert tokenize(instance, b"log!") & 0xFFFF_FFFF == 4
+            with pytest.raises(GuestContractError, match="outside its memory"):
+                tokenize(instance, b"logwild!")
 
 
 def test_an_unexpected_error_of_a_host_function_travels_round_the_guest() -> None:

@@ -6,10 +6,9 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from guest_fixtures import bytes_guest, sealed, toy_guest
+from guest_fixtures import bytes_guest, compiled, sealed, toy_guest
 
 from guests.abi import SequenceEnd
-from guests.compile import compile_guest
 from guests.errors import GuestContractError, GuestTrap
 from guests.push_result import PushResult
 from guests.runtime import GuestEngine, GuestModule, InstanceLimits
@@ -23,7 +22,7 @@ STOP_TOKEN, UNKNOWN_FINISH, TRAP_TOKEN, WILD_POINTER_TOKEN = 256, 257, 258, 259
 @pytest.fixture(scope="module")
 def module() -> Iterator[GuestModule]:
     """The byte tokeniser, loaded."""
-    with GuestEngine() as engine, sealed(compile_guest(bytes_guest().baked_wasm)) as path:
+    with GuestEngine() as engine, sealed(compiled(bytes_guest().baked_wasm)) as path:
         engine.start_ticker()
         loaded = engine.load(path)
         yield loaded
@@ -164,7 +163,7 @@ def test_a_closed_text_side_stays_closed(module: GuestModule) -> None:
 
 def test_a_guest_without_a_tokeniser_says_so() -> None:
     """The toy resumes, and asking it for tokens names the missing export."""
-    with GuestEngine() as engine, sealed(compile_guest(toy_guest().baked_wasm)) as path:
+    with GuestEngine() as engine, sealed(compiled(toy_guest().baked_wasm)) as path:
         toy = engine.load(path)
         text = GuestText(toy, 1)
         with pytest.raises(GuestContractError, match="does not export the function gp_buffer"):
