@@ -9,7 +9,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from worker.backends.cpu_buffers import transpose_into
 from worker.backends.kv_slots import KvSlot
 from worker.backends.protocol import FloatArray
 
@@ -47,7 +46,9 @@ class AttentionScratch:
 
     def __init__(self) -> None:
         self._flat: FloatArray = np.empty(0, np.float32)
-        self.above_diagonal: FloatArray = np.triu(np.full((_QUERY_ROWS, _QUERY_ROWS), -np.inf, np.float32), k=1)
+        # Key j is later than query i where j > i: below the diagonal of [keys, queries].
+        self.below_diagonal: FloatArray = np.zeros((_QUERY_ROWS, _QUERY_ROWS), np.float32)
+        self.below_diagonal[np.tril_indices(_QUERY_ROWS, k=-1)] = -np.inf
 
     def scores(self, num_heads: int, num_rows: int, num_keys: int) -> FloatArray:
         """An uninitialised array of that shape; the previous one is overwritten."""
@@ -94,36 +95,29 @@ def bind_attention(
     shape: AttentionShape,
     scratch: AttentionScratch,
 ) -> Call:
-    """Causal attention of the queries in ``source`` ``[N, T]``; ``out`` is token-major ``[T, H * Dh]``."""
-    num_tokens, width = out.shape
+    """Causal attention of the queries in ``source`` ``[N, T]``; ``out`` is ``[H * Dh, T]``."""
+    width, num_tokens = out.shape
     group = shape.num_heads // shape.num_kv_heads
-    queries = np.empty((num_tokens, width), np.float32)
-    grouped_queries = queries.reshape(num_tokens, shape.num_kv_heads, group, shape.head_dim)
-    grouped_out = out.reshape(num_tokens, shape.num_kv_heads, group, shape.head_dim)
+    queries = np.empty((width, num_tokens), np.float32)
+    by_head = (shape.num_kv_heads, group, shape.head_dim, num_tokens)
+    query_heads, out_heads = queries.reshape(by_head), out.reshape(by_head)
     source_queries = source[:width]
-
-    if num_tokens == 1:
-        source_row = source_queries.reshape(grouped_queries[0].shape)
-
-        def attend_single() -> None:
-            np.multiply(source_row, shape.score_scale, grouped_queries[0])
-            _attend_one(grouped_queries[0], grouped_out[0], shares[0], shape, scratch)
-
-        return attend_single
+    result = np.empty(by_head[:3], np.float32)
+    result_column = result.reshape(width)
 
     def attend() -> None:
-        transpose_into(queries, source_queries)
-        np.multiply(queries, shape.score_scale, queries)
+        np.multiply(source_queries, shape.score_scale, queries)
         num_used = 0
         for share in shares:
-            num_used = share.first + share.num_tokens
+            first, num_used = share.first, share.first + share.num_tokens
             if share.num_tokens == 1:
-                _attend_one(grouped_queries[share.first], grouped_out[share.first], share, shape, scratch)
+                _attend_one(query_heads[..., first], result, share, shape, scratch)
+                out[:, first] = result_column
             else:
-                rows = slice(share.first, num_used)
-                _attend_many(grouped_queries[rows], grouped_out[rows], share, shape, scratch)
+                columns = slice(first, num_used)
+                _attend_many(query_heads[..., columns], out_heads[..., columns], share, shape, scratch)
         if num_used < num_tokens:
-            out[num_used:] = 0  # padding rows: finite, whatever the buffer held before
+            out[:, num_used:] = 0  # padding columns: finite, whatever the buffer held before
 
     return attend
 
@@ -138,51 +132,47 @@ def _attend_one(
     keys, values = planes[: shape.num_kv_heads, begin:end], planes[shape.num_kv_heads :, begin:end]
     scores = scratch.scores(shape.num_kv_heads, shape.num_heads // shape.num_kv_heads, end - begin)
     np.matmul(queries, keys.transpose(0, 2, 1), scores)
-    sums = _exponentiate(scores)
+    np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
+    np.exp(scores, scores)
     np.matmul(scores, values, out)
-    np.divide(out, sums, out)
+    np.divide(out, np.add.reduce(scores, -1, keepdims=True), out)
 
 
 def _attend_many(
     queries: FloatArray, out: FloatArray, share: SequenceShare, shape: AttentionShape, scratch: AttentionScratch
 ) -> None:
-    """Several queries of one sequence, in blocks: ``queries`` and ``out`` are ``[T, Hkv, G, Dh]``."""
+    """Several queries of one sequence, in blocks: ``queries`` and ``out`` are ``[Hkv, G, Dh, T]``.
+
+    Scores are ``[Hkv, G, keys, queries]``: the softmax then runs along rows, which vectorises, and queries and
+    results keep the layout of the products around them.
+    """
     total = share.start + share.num_tokens
     block_rows = max(1, min(_QUERY_ROWS, _MAX_SCORES // (shape.num_heads * total)))
-    group = shape.num_heads // shape.num_kv_heads
     planes = share.slot.layers[shape.layer]
     for first in range(0, share.num_tokens, block_rows):
         last = min(first + block_rows, share.num_tokens)
         num_rows = last - first
         position, end = share.start + first, share.start + last
         begin = max(0, position + 1 - shape.window_tokens) if shape.window_tokens else 0
-        block = np.ascontiguousarray(queries[first:last].transpose(1, 2, 0, 3)).reshape(
-            shape.num_kv_heads, group * num_rows, shape.head_dim
-        )
-        scores = scratch.scores(shape.num_kv_heads, group * num_rows, end - begin)
-        np.matmul(block, planes[: shape.num_kv_heads, begin:end].transpose(0, 2, 1), scores)
-        by_row = scores.reshape(shape.num_kv_heads, group, num_rows, end - begin)
-        by_row[..., end - begin - num_rows :] += scratch.above_diagonal[:num_rows, :num_rows]
+        num_keys = end - begin
+        keys = planes[: shape.num_kv_heads, None, begin:end]  # [Hkv, 1, keys, Dh]
+        values = planes[shape.num_kv_heads :, None, begin:end]
+        scores = scratch.scores(shape.num_heads, num_keys, num_rows)
+        scores = scores.reshape(*queries.shape[:2], num_keys, num_rows)
+        np.matmul(keys, queries[..., first:last], scores)
+        scores[:, :, num_keys - num_rows :] += scratch.below_diagonal[:num_rows, :num_rows]
         if shape.window_tokens:
-            by_row += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)
-        sums = _exponentiate(scores)
-        np.matmul(scores, planes[shape.num_kv_heads :, begin:end], block)
-        np.divide(block, sums, block)
-        out[first:last] = block.reshape(shape.num_kv_heads, group, num_rows, shape.head_dim).transpose(2, 0, 1, 3)
-
-
-def _exponentiate(scores: FloatArray) -> FloatArray:
-    """In place: ``exp(scores - row maximum)``; returns the row sums, last axis kept."""
-    np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
-    np.exp(scores, scores)
-    sums: FloatArray = np.add.reduce(scores, -1, keepdims=True)
-    return sums
+            scores += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)
+        np.subtract(scores, np.maximum.reduce(scores, 2, keepdims=True), scores)
+        np.exp(scores, scores)
+        sums = np.matmul(np.ones((1, num_keys), np.float32), scores)  # [Hkv, G, 1, queries]
+        np.divide(np.matmul(values.swapaxes(2, 3), scores), sums, out[..., first:last])
 
 
 def _mask_before_window(
     position: int, num_rows: int, begin: int, end: int, window_tokens: int
 ) -> npt.NDArray[np.float32]:
-    """``[num_rows, end - begin]``: -inf where a key lies before the row's window."""
-    query_positions = np.arange(position, position + num_rows)[:, None]
-    is_outside = np.arange(begin, end)[None, :] <= query_positions - window_tokens
+    """``[end - begin, num_rows]``: -inf where a key lies before the query's window."""
+    query_positions = np.arange(position, position + num_rows)
+    is_outside = np.arange(begin, end)[:, None] <= query_positions - window_tokens
     return np.where(is_outside, np.float32(-np.inf), np.float32(0))

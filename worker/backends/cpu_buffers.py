@@ -1,8 +1,7 @@
 """Activations of the CPU backend: which buffer a program value lives in, and views of it for a number of rows.
 
 Activations are *feature-major*, ``[width, rows]`` float32 and contiguous for the rows of the step, because the
-matmul kernel takes the weight ``[N, K]`` as it lies in the file and writes ``[N, rows]``. Only attention results are
-token-major, ``[rows, width]``: that is how attention makes them and how the next matmul wants them.
+matmul kernel takes the weight ``[N, K]`` as it lies in the file and writes ``[N, rows]``.
 """
 
 from __future__ import annotations
@@ -50,15 +49,10 @@ class RowBuffers:
         self._flat = [np.zeros(width * self._capacity_rows, np.float32) for width in self._widths]
         return True
 
-    def feature_major(self, buffer: int, num_rows: int) -> FloatArray:
+    def view(self, buffer: int, num_rows: int) -> FloatArray:
         """View ``[width, num_rows]``."""
         width = self._widths[buffer]
         return self._flat[buffer][: width * num_rows].reshape(width, num_rows)
-
-    def token_major(self, buffer: int, num_rows: int) -> FloatArray:
-        """View ``[num_rows, width]``."""
-        width = self._widths[buffer]
-        return self._flat[buffer][: width * num_rows].reshape(num_rows, width)
 
 
 def assign_buffers(program: Program, shapes: Mapping[int, ValueShape], rows: Rows) -> tuple[dict[int, int], list[int]]:

@@ -49,8 +49,8 @@ class Operand(Protocol):
 class LinearWeight(Protocol):
     """A bound weight ``[N, K]``."""
 
-    def make_operand(self, source: FloatArray, *, is_token_major: bool) -> Operand:
-        """An operand over ``source`` (``[K, T]``, or ``[T, K]`` if token-major)."""
+    def make_operand(self, source: FloatArray) -> Operand:
+        """An operand over ``source`` ``[K, T]``."""
 
     def bind(self, operand: Any, out: FloatArray) -> Call:
         """A call that writes the product with the staged ``operand`` to ``out`` ``[N, T]``."""
@@ -89,8 +89,8 @@ def _bind_product(weight: Any, operand: Any, out: Any, governor: ThreadGovernor)
 
 
 class _Float32Operand:
-    def __init__(self, source: FloatArray, *, is_token_major: bool) -> None:
-        self.columns = source.T if is_token_major else source  # [K, T]
+    def __init__(self, source: FloatArray) -> None:
+        self.columns = source  # [K, T]
 
     def stage(self) -> None:
         """Nothing to prepare."""
@@ -100,8 +100,8 @@ class _Float32Weight:
     def __init__(self, data: FloatArray) -> None:
         self._data = data
 
-    def make_operand(self, source: FloatArray, *, is_token_major: bool) -> Operand:
-        return _Float32Operand(source, is_token_major=is_token_major)
+    def make_operand(self, source: FloatArray) -> Operand:
+        return _Float32Operand(source)
 
     def bind(self, operand: Any, out: FloatArray) -> Call:
         data, columns = self._data, operand.columns
@@ -112,8 +112,8 @@ class _Float32Weight:
         return multiply
 
 
-class _Bfloat16Rows:
-    """Token-major float32 activations ``[T, K]``, rounded to bf16 and packed."""
+class _Bfloat16Row:
+    """Float32 activations of one token, ``[1, K]``, rounded to bf16 and packed."""
 
     def __init__(self, source: FloatArray) -> None:
         self.packed: Any = None
@@ -127,7 +127,7 @@ class _Bfloat16Rows:
 
 
 class _Bfloat16Columns:
-    """Feature-major float32 activations ``[K, T]``, rounded to bf16, transposed and packed."""
+    """Float32 activations ``[K, T]`` of several tokens, rounded to bf16, transposed and packed."""
 
     def __init__(self, source: FloatArray) -> None:
         columns = np.empty(source.shape, ml_dtypes.bfloat16)
@@ -151,11 +151,9 @@ class _Bfloat16Weight:
         self._tensor = wrap_array(data)
         self._governor = governor
 
-    def make_operand(self, source: FloatArray, *, is_token_major: bool) -> Operand:
-        if is_token_major:
-            return _Bfloat16Rows(source)
+    def make_operand(self, source: FloatArray) -> Operand:
         if source.shape[1] == 1:  # one token: both layouts are the same memory
-            return _Bfloat16Rows(source.reshape(1, -1))
+            return _Bfloat16Row(source.reshape(1, -1))
         return _Bfloat16Columns(source)
 
     def bind(self, operand: Any, out: FloatArray) -> Call:
@@ -171,10 +169,10 @@ class _Int8Operand:
     0.11, which is what the int8 weights themselves cost.
     """
 
-    def __init__(self, source: FloatArray, *, is_token_major: bool) -> None:
-        self._columns = None if is_token_major else source
-        num_tokens, width = source.shape if is_token_major else source.shape[::-1]
-        self._rows = source if is_token_major else np.empty((num_tokens, width), np.float32)
+    def __init__(self, source: FloatArray) -> None:
+        width, num_tokens = source.shape
+        self._columns = source
+        self._rows = np.empty((num_tokens, width), np.float32)
         self.packed: Any = None
         self.scales = np.empty((2, num_tokens), np.float32)  # value = coarse * scales[0] + fine * scales[1]
         self._parts = np.empty((2, num_tokens, width), np.float32)
@@ -186,8 +184,7 @@ class _Int8Operand:
         """Quantise what the source holds now."""
         coarse, fine = self._parts
         scales, factors = self.scales, self._factors
-        if self._columns is not None:
-            transpose_into(self._rows, self._columns)
+        transpose_into(self._rows, self._columns)
         np.abs(self._rows, coarse)
         np.maximum.reduce(coarse, 1, out=scales[0])
         np.maximum(scales[0], _TINY, out=scales[0])  # a token of zeros stays zeros
@@ -208,8 +205,8 @@ class _Int8Weight:
         self._scale = np.ascontiguousarray(scale, np.float32)[:, None]  # [N, 1]
         self._governor = governor
 
-    def make_operand(self, source: FloatArray, *, is_token_major: bool) -> Operand:
-        return _Int8Operand(source, is_token_major=is_token_major)
+    def make_operand(self, source: FloatArray) -> Operand:
+        return _Int8Operand(source)
 
     def bind(self, operand: Any, out: FloatArray) -> Call:
         weight_scale = self._scale

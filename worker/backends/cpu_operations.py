@@ -20,7 +20,7 @@ from worker.backends.protocol import BackendError, FloatArray, WeightTensor
 Call = Callable[[], None]
 
 #: Elements that an elementwise chain works on at a time: its arrays then stay in the core's own cache.
-_BLOCK_ELEMENTS: Final = 16_384
+_BLOCK_ELEMENTS: Final = 65_536
 
 
 def bind_embed(table: WeightTensor, token_ids: npt.NDArray[np.int64], out: FloatArray) -> Call:

@@ -91,7 +91,6 @@ class CpuProgram:
         for rows in Rows:
             self._buffer_of[rows], widths = assign_buffers(program, shapes, rows)
             self._buffers[rows] = RowBuffers(widths)
-        self._token_major = {op.out for op in program.operations if op.opcode is Opcode.ATTENTION}
         self._bound_tokens: dict[int, _BoundTokens] = {}
         self._bound_rows: dict[int, _BoundRows] = {}
 
@@ -223,9 +222,7 @@ class _Binder:
         """Feature-major view ``[width, rows]`` of a value."""
         buffer = self._program._buffer_of[self._rows][value]
         buffers = self._program._buffers[self._rows]
-        if value in self._program._token_major:
-            return buffers.token_major(buffer, self._num_rows).T
-        return buffers.feature_major(buffer, self._num_rows)
+        return buffers.view(buffer, self._num_rows)
 
     def _heads(self, value: int, column: int, num_heads: int, head_dim: int) -> FloatArray:
         columns = self._columns(value)[column : column + num_heads * head_dim]
@@ -262,10 +259,7 @@ class _Binder:
         key = (value, type(weight).__name__)
         operand = self._staged.get(key)
         if operand is None:
-            is_token_major = value in self._program._token_major
-            columns = self._columns(value)
-            source = columns.T if is_token_major else columns
-            operand = self._staged[key] = weight.make_operand(source, is_token_major=is_token_major)
+            operand = self._staged[key] = weight.make_operand(self._columns(value))
             self._calls.append(operand.stage)
         return operand
 
@@ -286,7 +280,7 @@ class _Binder:
     def _bind_attention(self, operation: Operation) -> Call:
         shape = AttentionShape(*operation.ints[:5], operation.floats[0])
         tokens = self._program._tokens
-        out = self._columns(operation.out).T
+        out = self._columns(operation.out)
         return bind_attention(self._columns(operation.inputs[0]), out, tokens.shares, shape, tokens.scratch)
 
     def _bind_silu_mul(self, operation: Operation) -> Call:

@@ -40,7 +40,7 @@ class NumKongBackend:
         for dtype in (ml_dtypes.bfloat16, np.int8):
             weight = WeightTensor("warm", np.ones((64, 64), dtype), np.ones(64, np.float32))
             product = bind_weight(weight, ThreadGovernor(self._num_threads))
-            operand = product.make_operand(np.ones((64, 1), np.float32), is_token_major=False)
+            operand = product.make_operand(np.ones((64, 1), np.float32))
             operand.stage()
             product.bind(operand, np.empty((64, 1), np.float32))()
 
