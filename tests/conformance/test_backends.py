@@ -251,10 +251,10 @@ def test_governor_gives_up_threads_while_products_stall() -> None:
 
     observe(stall_ns + 1, 3)
     assert (governor.num_threads, governor.num_fallbacks) == (1, 1)
-    observe(stall_ns + 1, 1_000)
+    observe(stall_ns + 1, 250)
     assert governor.num_threads == 2
     observe(stall_ns + 1, 3)
-    observe(stall_ns, 1_999)
+    observe(stall_ns, 499)
     assert governor.num_threads == 1
     observe(stall_ns, 1 + 256)
     observe(stall_ns + 1, 2)

@@ -70,6 +70,19 @@ class _BoundRows:
     result: FloatArray | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """What binding needs to know of a program, for any number of rows."""
+
+    operations: list[Operation]
+    plan: ModelPlan
+    linear_weights: dict[int, LinearWeight]
+    tokens: StepTokens
+    rows_of: dict[int, Rows]
+    buffer_of: dict[Rows, dict[int, int]]
+    buffers: dict[Rows, RowBuffers]
+
+
 class CpuProgram:
     """One compiled program. Engine thread only."""
 
@@ -81,16 +94,16 @@ class CpuProgram:
         tokens: StepTokens,
     ) -> None:
         shapes = infer_shapes(program, plan)
-        self._operations = fuse_rotations(program.operations)
-        self._plan = plan
-        self._linear_weights = linear_weights
-        self._tokens = tokens
-        self._rows_of = {value: shape.rows for value, shape in shapes.items()}
-        self._buffer_of: dict[Rows, dict[int, int]] = {}
-        self._buffers: dict[Rows, RowBuffers] = {}
-        for rows in Rows:
-            self._buffer_of[rows], widths = assign_buffers(program, shapes, rows)
-            self._buffers[rows] = RowBuffers(widths)
+        assigned = {rows: assign_buffers(program, shapes, rows) for rows in Rows}
+        self._compiled = _Compiled(
+            operations=fuse_rotations(program.operations),
+            plan=plan,
+            linear_weights=linear_weights,
+            tokens=tokens,
+            rows_of={value: shape.rows for value, shape in shapes.items()},
+            buffer_of={rows: buffer_of for rows, (buffer_of, _) in assigned.items()},
+            buffers={rows: RowBuffers(widths) for rows, (_, widths) in assigned.items()},
+        )
         self._bound_tokens: dict[int, _BoundTokens] = {}
         self._bound_rows: dict[int, _BoundRows] = {}
 
@@ -118,19 +131,19 @@ class CpuProgram:
         return None if bound.result is None else bound.result[:, : len(last_rows)]
 
     def _ensure_tokens(self, num_rows: int) -> _BoundTokens:
-        if self._buffers[Rows.TOKENS].ensure_rows(num_rows):
+        if self._compiled.buffers[Rows.TOKENS].ensure_rows(num_rows):
             self._bound_tokens.clear()
         found = self._bound_tokens.get(num_rows)
         if found is None:
-            found = self._bound_tokens[num_rows] = _Binder(self, num_rows, Rows.TOKENS).bind_tokens()
+            found = self._bound_tokens[num_rows] = _Binder(self._compiled, num_rows, Rows.TOKENS).bind_tokens()
         return found
 
     def _ensure_rows(self, num_rows: int) -> _BoundRows:
-        if self._buffers[Rows.SAMPLED].ensure_rows(num_rows):
+        if self._compiled.buffers[Rows.SAMPLED].ensure_rows(num_rows):
             self._bound_rows.clear()
         found = self._bound_rows.get(num_rows)
         if found is None:
-            found = self._bound_rows[num_rows] = _Binder(self, num_rows, Rows.SAMPLED).bind_rows()
+            found = self._bound_rows[num_rows] = _Binder(self._compiled, num_rows, Rows.SAMPLED).bind_rows()
         return found
 
 
@@ -161,8 +174,8 @@ def _continues_rotation(previous: Operation, operation: Operation) -> bool:
 class _Binder:
     """Binds one part of a program to views of ``num_rows`` rows."""
 
-    def __init__(self, program: CpuProgram, num_rows: int, rows: Rows) -> None:
-        self._program = program
+    def __init__(self, compiled: _Compiled, num_rows: int, rows: Rows) -> None:
+        self._compiled = compiled
         self._num_rows = num_rows
         self._rows = rows
         self._calls: list[Call] = []
@@ -174,8 +187,8 @@ class _Binder:
     def bind_tokens(self) -> _BoundTokens:
         """The token part."""
         bound = _BoundTokens(self._token_ids, self._positions)
-        for operation in self._program._operations:
-            source_is_token = self._program._rows_of.get(operation.inputs[0], Rows.TOKENS) is Rows.TOKENS
+        for operation in self._compiled.operations:
+            source_is_token = self._compiled.rows_of.get(operation.inputs[0], Rows.TOKENS) is Rows.TOKENS
             if operation.opcode is Opcode.LAST_ROWS:
                 bound.selections.append((self._columns(operation.inputs[0]), operation.out))
             elif operation.opcode is Opcode.OUTPUT:
@@ -188,10 +201,10 @@ class _Binder:
     def bind_rows(self) -> _BoundRows:
         """The part behind LAST_ROWS."""
         bound = _BoundRows({})
-        for operation in self._program._operations:
+        for operation in self._compiled.operations:
             if operation.opcode is Opcode.LAST_ROWS:
                 bound.targets[operation.out] = self._columns(operation.out)
-            elif self._program._rows_of.get(operation.inputs[0]) is not Rows.SAMPLED:
+            elif self._compiled.rows_of.get(operation.inputs[0]) is not Rows.SAMPLED:
                 continue
             elif operation.opcode is Opcode.OUTPUT:
                 bound.result = self._columns(operation.inputs[0])
@@ -220,8 +233,8 @@ class _Binder:
 
     def _columns(self, value: int) -> FloatArray:
         """Feature-major view ``[width, rows]`` of a value."""
-        buffer = self._program._buffer_of[self._rows][value]
-        buffers = self._program._buffers[self._rows]
+        buffer = self._compiled.buffer_of[self._rows][value]
+        buffers = self._compiled.buffers[self._rows]
         return buffers.view(buffer, self._num_rows)
 
     def _heads(self, value: int, column: int, num_heads: int, head_dim: int) -> FloatArray:
@@ -230,11 +243,11 @@ class _Binder:
 
     def _vector(self, operation: Operation, position: int = 0) -> FloatArray:
         """A one-dimensional weight as float32."""
-        data = self._program._plan.tensors[operation.tensors[position]].data
+        data = self._compiled.plan.tensors[operation.tensors[position]].data
         return np.ascontiguousarray(data, np.float32)
 
     def _bind_embed(self, operation: Operation) -> Call:
-        table = self._program._plan.tensors[operation.tensors[0]]
+        table = self._compiled.plan.tensors[operation.tensors[0]]
         return bind_embed(table, self._token_ids, self._columns(operation.out))
 
     def _bind_rms_norm(self, operation: Operation) -> Call:
@@ -246,7 +259,7 @@ class _Binder:
         return bind_head_rms_norm(heads, self._vector(operation), operation.floats[0])
 
     def _bind_linear(self, operation: Operation) -> Call | None:
-        weight = self._program._linear_weights[operation.tensors[0]]
+        weight = self._compiled.linear_weights[operation.tensors[0]]
         operand = self._stage(operation.inputs[0], weight)
         out = self._columns(operation.out)
         self._calls.append(weight.bind(operand, out))
@@ -274,12 +287,12 @@ class _Binder:
     def _bind_kv_append(self, operation: Operation) -> Call:
         layer, key_column, value_column, num_heads, head_dim = operation.ints[:5]
         columns = self._columns(operation.inputs[0])
-        shares = self._program._tokens.shares
+        shares = self._compiled.tokens.shares
         return bind_kv_append(columns, shares, layer, (key_column, value_column), (num_heads, head_dim))
 
     def _bind_attention(self, operation: Operation) -> Call:
         shape = AttentionShape(*operation.ints[:5], operation.floats[0])
-        tokens = self._program._tokens
+        tokens = self._compiled.tokens
         out = self._columns(operation.out)
         return bind_attention(self._columns(operation.inputs[0]), out, tokens.shares, shape, tokens.scratch)
 

@@ -12,7 +12,7 @@ from typing import Final
 
 _STALLS_TO_GIVE_UP: Final = 3
 _CALM_PRODUCTS: Final = 256  # this many in time forget earlier stalls
-_MIN_SINGLE_PRODUCTS: Final = 1_000
+_MIN_SINGLE_PRODUCTS: Final = 250
 _MAX_SINGLE_PRODUCTS: Final = 32_000
 
 
