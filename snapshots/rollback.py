@@ -56,15 +56,17 @@ class NewestSeen:
             if seen is None or manifest.created_at_s > seen.created_at_s:
                 self._record(manifest, only_newer=True)
 
-    def accept(self, manifest: Manifest) -> None:
-        """Make this manifest the newest of its name, whatever was seen: its owner says so.
+    def go_back_to(self, manifest: Manifest) -> None:
+        """Let an older manifest in, because its owner says so. Call it before the manifest is published.
 
         Raises:
             StoreError: the record is no record.
         """
         with self._lock:
             self._refresh()
-            self._record(manifest, only_newer=False)
+            seen = self._seen.get(manifest.name)
+            if seen is not None and manifest.created_at_s < seen.created_at_s:
+                self._record(manifest, only_newer=False)
 
     def choose_created_at_s(self, name: str, now_s: float) -> float:
         """A time for a new build of ``name``: now, or a little after what was seen if the clock went back."""

@@ -157,6 +157,8 @@ class SnapshotStore:
         :meth:`write_manifest`.
         """
         target = self._manifest_path(manifest.name)
+        if self._newest is not None:
+            self._newest.go_back_to(manifest)  # before it is visible: a watching agent reads it once
         tmp_path = self._tmp / f"{TMP_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
         fd = create_locked_file(tmp_path)
         try:
@@ -173,7 +175,7 @@ class SnapshotStore:
             os.close(fd)
             tmp_path.unlink(missing_ok=True)
         if self._newest is not None:
-            self._newest.accept(manifest)
+            self._newest.admit(manifest)
         return target
 
     def read_manifest(self, name: str, keyring: KeyRing) -> Manifest:

@@ -7,6 +7,7 @@ a device, and holds the only copy of the verification keys on the host: workers,
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import sys
 import time
@@ -35,6 +36,7 @@ from scheduler.contract.telemetry import configure_logging
 from snapshots.errors import KeyRingError, SnapshotError
 from snapshots.keyring import KeyRing
 from snapshots.manifest import BlobRef
+from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
 from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
@@ -64,9 +66,11 @@ class NodeAgent:
         self._redis = redis
         self._log = structlog.get_logger(node_id=self._node_id)
         self._reports = Reports(redis, self._node_id)
-        store = SnapshotStore(settings.store_root)
+        store = SnapshotStore(settings.store_root, newest=NewestSeen(settings.newest_record))
         self._catalogue = ModelCatalogue(store, keyring, guest_identity())
-        self._cache = SealedCache(store.blob_path, _seal_blob, settings.sealed_limit_bytes)
+        verify_again = _verify_sealed if settings.verification == "always" else None
+        seal = functools.partial(_seal_blob, keyring)
+        self._cache = SealedCache(store.blob_path, seal, settings.sealed_limit_bytes, verify_again)
         self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost, started=zygote)
         self._workers = WorkerProcesses(
             zygote=self._zygote,
@@ -325,11 +329,17 @@ class NodeAgent:
         await release_worker(self._redis, model, worker_id)
 
 
-def _seal_blob(path: Path, ref: BlobRef) -> SealedFile:
+def _seal_blob(keyring: KeyRing, path: Path, ref: BlobRef) -> SealedFile:
     # Imported late: it loads NumPy, without which an agent is registered 60 ms sooner.
     from snapshots.mapping import seal_blob
 
-    return seal_blob(path, ref)
+    return seal_blob(path, ref, keyring=keyring)
+
+
+def _verify_sealed(fd: int, ref: BlobRef) -> None:
+    from snapshots.mapping import verify_sealed  # as above: NumPy
+
+    verify_sealed(fd, ref)
 
 
 def _load_sealing() -> None:

@@ -13,14 +13,18 @@ import structlog
 from scheduler.contract import environment
 from scheduler.contract.environment import ProcessSettings, SettingsError, read_positive_float
 from snapshots.keyring import KeyRing
+from snapshots.rollback import RECORD_NAME
 
 BACKEND: Final = "GLOWPLUG_BACKEND"
 THREADS: Final = "GLOWPLUG_THREADS"
 SEALED_LIMIT_BYTES: Final = "GLOWPLUG_SEALED_LIMIT_BYTES"
 DRAIN_GRACE_S: Final = "GLOWPLUG_DRAIN_GRACE_S"
+VERIFY: Final = "GLOWPLUG_VERIFY"
 DEV: Final = "GLOWPLUG_DEV"
 
 BACKENDS: Final = ("numkong", "numpy")
+#: ``once``: bytes are verified as they enter sealed memory, where they cannot change. ``always``: before each wake too.
+VERIFICATION_POLICIES: Final = ("once", "always")
 DEFAULT_DRAIN_GRACE_S: Final = 10.0
 SEALED_MEMORY_FRACTION: Final = 0.8
 
@@ -33,10 +37,16 @@ class AgentSettings(msgspec.Struct, frozen=True):
     num_threads: int
     sealed_limit_bytes: int
     drain_grace_s: float
+    verification: str = VERIFICATION_POLICIES[0]
 
     @property
     def store_root(self) -> Path:
         return self.process.state_dir / "store"
+
+    @property
+    def newest_record(self) -> Path:
+        """Where the newest manifests that were seen are kept, so that none older is served."""
+        return newest_record(self.process.state_dir)
 
 
 def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.environ) -> AgentSettings:
@@ -48,6 +58,9 @@ def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.env
     backend = env.get(BACKEND) or BACKENDS[0]
     if backend not in BACKENDS:
         raise SettingsError(f'{BACKEND}="{backend}": expected one of {", ".join(BACKENDS)}')
+    verification = env.get(VERIFY) or VERIFICATION_POLICIES[0]
+    if verification not in VERIFICATION_POLICIES:
+        raise SettingsError(f'{VERIFY}="{verification}": expected one of {", ".join(VERIFICATION_POLICIES)}')
     num_cores = len(os.sched_getaffinity(0))
     return AgentSettings(
         process=environment.read_process_settings(env),
@@ -57,7 +70,13 @@ def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.env
             read_positive_float(SEALED_LIMIT_BYTES, memory_total_bytes * SEALED_MEMORY_FRACTION, env)
         ),
         drain_grace_s=read_positive_float(DRAIN_GRACE_S, DEFAULT_DRAIN_GRACE_S, env),
+        verification=verification,
     )
+
+
+def newest_record(state_dir: Path) -> Path:
+    """The rollback record of a state folder: beside its keys, not in its store (see snapshots.rollback)."""
+    return state_dir / "keys" / RECORD_NAME
 
 
 def load_keyring(state_dir: Path, env: Mapping[str, str] = os.environ) -> KeyRing:

@@ -19,7 +19,9 @@ from scheduler.contract.messages import ModelCard
 from snapshots.errors import (
     BlobCorrupt,
     Incompatible,
+    KeyRingError,
     ManifestMalformed,
+    RolledBack,
     SignatureInvalid,
     SnapshotError,
     SnapshotNotFound,
@@ -33,11 +35,14 @@ SECURITY_KINDS: Final[dict[type[SnapshotError], str]] = {
     SignatureInvalid: "signature_invalid",
     ManifestMalformed: "manifest_malformed",
     BlobCorrupt: "blob_corrupt",
+    RolledBack: "rolled_back",
 }
 
 _CODES: Final[dict[type[SnapshotError], ErrorCode]] = {
     SignatureInvalid: ErrorCode.SNAPSHOT_SIGNATURE_INVALID,
+    RolledBack: ErrorCode.SNAPSHOT_SIGNATURE_INVALID,
     Incompatible: ErrorCode.SNAPSHOT_INCOMPATIBLE,
+    KeyRingError: ErrorCode.SNAPSHOT_INCOMPATIBLE,  # no key for an encrypted blob on this node
     SnapshotNotFound: ErrorCode.MODEL_NOT_FOUND,
 }
 

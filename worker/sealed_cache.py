@@ -31,6 +31,8 @@ class SealedFile(Protocol):
 
 #: Copies a blob file into sealed memory while verifying every chunk. Runs in a thread; raises SnapshotError.
 SealBlob = Callable[[Path, BlobRef], SealedFile]
+#: Digests what a sealed descriptor holds once more. Runs in a thread; raises SnapshotError.
+VerifySealed = Callable[[int, BlobRef], None]
 
 
 class NoRoom(Exception):
@@ -49,9 +51,17 @@ class _Held:
 class SealedCache:
     """Sealed blobs by digest, snapshots in order of use. Event loop only; sealing itself runs in a thread."""
 
-    def __init__(self, blob_path: Callable[[BlobRef], Path], seal_blob: SealBlob, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        blob_path: Callable[[BlobRef], Path],
+        seal_blob: SealBlob,
+        limit_bytes: int,
+        verify_again: VerifySealed | None = None,
+    ) -> None:
+        """``verify_again`` is the policy "always": it is called for every worker that starts from held memory."""
         self._blob_path = blob_path
         self._seal_blob = seal_blob
+        self._verify_again = verify_again
         self._limit_bytes = limit_bytes
         self._blobs: dict[str, SealedFile] = {}
         self._snapshots: OrderedDict[str, _Held] = OrderedDict()  # by snapshot id, least recently used first
@@ -69,12 +79,15 @@ class SealedCache:
             SnapshotError: a blob is missing or corrupt; nothing of it is kept.
             NoRoom: it cannot fit.
         """
-        if snapshot_id not in self._snapshots:
+        is_fresh = snapshot_id not in self._snapshots
+        if is_fresh:
             async with self._sealing:
                 if snapshot_id not in self._snapshots:
                     await self._seal(snapshot_id, manifest)
         self._snapshots[snapshot_id].workers.add(worker_id)
         self._snapshots.move_to_end(snapshot_id)
+        if self._verify_again is not None and not is_fresh:
+            await self._verify(manifest, worker_id, self._verify_again)
         return SpawnedFds(self._blobs[manifest.weights.digest].fd, self._blobs[manifest.guest_cwasm.digest].fd)
 
     def release(self, worker_id: str) -> None:
@@ -136,6 +149,16 @@ class SealedCache:
             raise
         self._blobs.update(fresh)
         self._snapshots[snapshot_id] = _Held(manifest.name, tuple(refs))
+
+    async def _verify(self, manifest: Manifest, worker_id: str, verify_again: VerifySealed) -> None:
+        """Verify held memory; the worker is counted already, so that nobody closes the descriptors meanwhile."""
+        loop = asyncio.get_running_loop()
+        try:
+            for ref in (manifest.weights, manifest.guest_cwasm):
+                await loop.run_in_executor(None, verify_again, self._blobs[ref.digest].fd, ref)
+        except BaseException:
+            self.release(worker_id)
+            raise
 
     def _make_room(self, needed_bytes: int, model: str) -> None:
         for snapshot_id, held in list(self._snapshots.items()):
