@@ -92,6 +92,8 @@ class WorkerProcesses:
             await self._refuse(process, describe_refusal(error))
         except (NoRoom, MappingError) as error:
             await self._refuse(process, ErrorInfo(ErrorCode.OUT_OF_MEMORY, str(error)))
+        except SnapshotError as error:  # no sign of tampering, so the card stays: a key that is missing here, the disk
+            await self._refuse(process, describe_refusal(error))
         except SpawnFailed as error:
             await self._refuse(process, ErrorInfo(ErrorCode.WAKE_FAILED, f"no worker could be started: {error}"))
         except Exception as error:  # an order must not end in silence: the scheduler would wait for its worker
