@@ -66,10 +66,11 @@ class NumKongModel:
                 handle = operation.tensors[0]
                 if operation.opcode is Opcode.LINEAR and handle not in weights:
                     weights[handle] = bind_weight(plan.tensors[handle], self._governor)
-        self._programs = {
-            ProgramKind.PREFILL: CpuProgram(plan.prefill, plan, weights, tokens),
-            ProgramKind.DECODE: CpuProgram(plan.decode, plan, weights, tokens),
-        }
+        prefill = CpuProgram(plan.prefill, plan, weights, tokens)
+        # Guests usually record the same operations twice: compiled once, the two share buffers and bound shapes.
+        is_same = plan.decode.operations == plan.prefill.operations
+        decode = prefill if is_same else CpuProgram(plan.decode, plan, weights, tokens)
+        self._programs = {ProgramKind.PREFILL: prefill, ProgramKind.DECODE: decode}
         self._slots = KvSlots(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
         self._vocab_size = plan.vocab_size
         self._logits: FloatArray = np.empty((0, plan.vocab_size), np.float32)
