@@ -183,8 +183,8 @@ def seal_manifest(manifest: Manifest, keyring: KeyRing) -> bytes:
     return signed + keyring.sign_with(key_id, signed)
 
 
-def open_manifest(data: bytes, keyring: KeyRing, *, name: str) -> Manifest:
-    """Verify and parse a container file that was found under ``name``.
+def open_manifest(data: bytes, keyring: KeyRing, *, name: str | None) -> Manifest:
+    """Verify and parse a container file that was found under ``name`` (None: not under a name, as in transport).
 
     Order: caps and framing, then the MAC, then the version, then the body. Nothing unauthenticated is parsed.
 
@@ -195,7 +195,9 @@ def open_manifest(data: bytes, keyring: KeyRing, *, name: str) -> Manifest:
     """
     version, body = verify_container(data, keyring)
     if version != FORMAT_VERSION:
-        raise Incompatible(name, [f"manifest format version {version}, this software reads version {FORMAT_VERSION}"])
+        raise Incompatible(
+            name or "?", [f"manifest format version {version}, this software reads version {FORMAT_VERSION}"]
+        )
     try:
         manifest = _decoder.decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -203,7 +205,7 @@ def open_manifest(data: bytes, keyring: KeyRing, *, name: str) -> Manifest:
     if encode_body(manifest) != body:
         raise ManifestMalformed("manifest body is not in canonical form")
     validate_manifest(manifest)
-    if manifest.name != name:
+    if name is not None and manifest.name != name:
         raise SignatureInvalid(
             f"this manifest is signed for name {manifest.name!r} but was found as {name!r}: "
             "files were renamed or exchanged; build the snapshot under the name it shall have"

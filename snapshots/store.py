@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from snapshots import chunks, verification
+from snapshots import chunks, fs_verity, verification
 from snapshots.blob_writer import TMP_PREFIX, BlobFile, BlobWriter, create_locked_file, write_fully
 from snapshots.errors import SnapshotError, SnapshotNotFound, StoreError
 from snapshots.keyring import KeyRing
@@ -167,6 +167,9 @@ class SnapshotStore:
             os.fsync(fd)
             with self._locked(exclusive=False):
                 self._require_blobs(manifest)
+                for ref in manifest.blobs.values():
+                    if ref.verity_sha256 is not None:
+                        fs_verity.enable_verity(self.blob_path(ref))
                 tmp_path.rename(target)
                 _sync_folder(self._manifests)
         except OSError as error:

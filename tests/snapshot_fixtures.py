@@ -20,6 +20,7 @@ from snapshots.manifest import (
     Programs,
     SnapshotCard,
 )
+from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, plan_weights, write_weights
 
@@ -36,6 +37,11 @@ SPECS = (
 def make_key(key_id: str = "test-1", byte: int = 0x5A) -> Key:
     """A fixed key; only for tests."""
     return Key(key_id, bytes([byte]) * 32, "2026-01-01T00:00:00Z", "active")
+
+
+def make_encryption_key(key_id: str = "e-test", byte: int = 0xC3) -> Key:
+    """A fixed key that encrypts; only for tests."""
+    return Key(key_id, bytes([byte]) * 32, "2026-01-01T00:00:00Z", "encrypt")
 
 
 def make_keyring() -> KeyRing:
@@ -86,23 +92,35 @@ def make_tensors(seed: int = 7) -> tuple[np.ndarray, ...]:
     return tuple(np.frombuffer(random.bytes(spec.size_bytes), np.uint8) for spec in SPECS)
 
 
-def build_snapshot(root: Path, name: str = "tiny", *, seed: int = 7) -> SyntheticSnapshot:
+def build_snapshot(
+    root: Path,
+    name: str = "tiny",
+    *,
+    seed: int = 7,
+    created_at_s: float = 1_790_000_000.5,
+    keyring: KeyRing | None = None,
+    encrypt: bool = False,
+    with_verity: bool = False,
+    newest: NewestSeen | None = None,
+) -> SyntheticSnapshot:
     """Write a complete snapshot into a store at ``root``."""
-    store, keyring, random = SnapshotStore(root), make_keyring(), np.random.default_rng(seed + 1)
+    store, random = SnapshotStore(root, newest=newest), np.random.default_rng(seed + 1)
+    keyring = keyring or make_keyring()
+    encrypt_with = keyring if encrypt else None
     tensors = make_tensors(seed)
     layout = plan_weights(SPECS)
-    with store.add_blob(chunk_bytes=CHUNK_BYTES) as writer:
+
+    def add(data: bytes) -> BlobRef:
+        return store.add_blob_bytes(data, chunk_bytes=CHUNK_BYTES, encrypt_with=encrypt_with, with_verity=with_verity)
+
+    with store.add_blob(chunk_bytes=CHUNK_BYTES, encrypt_with=encrypt_with, with_verity=with_verity) as writer:
         write_weights(writer, layout, tensors)
     manifest = Manifest(
         name=name,
-        created_at_s=1_790_000_000.5,
+        created_at_s=created_at_s,
         identity=IDENTITY,
         card=make_card(),
-        blobs={
-            WEIGHTS: writer.ref,
-            GUEST_CWASM: store.add_blob_bytes(random.bytes(100_000), chunk_bytes=CHUNK_BYTES),
-            GUEST_WASM: store.add_blob_bytes(random.bytes(5_000), chunk_bytes=CHUNK_BYTES),
-        },
+        blobs={WEIGHTS: writer.ref, GUEST_CWASM: add(random.bytes(100_000)), GUEST_WASM: add(random.bytes(5_000))},
         tensors=layout.entries,
         tensor_handles=("layers.0.qkv.weight", "embed.weight", "layers.0.attn_norm.weight"),
         programs=Programs(prefill=b"GPRG-prefill", decode=b"GPRG-decode"),
