@@ -37,7 +37,7 @@ def run_verb(*words: str) -> None:
 def memory_line(server: Server) -> str:
     """What the processes hold now."""
     workers = server.worker_pids()
-    worker_bytes = sum(memory_bytes(pid, "Private_Dirty") for pid in workers)
+    worker_bytes = sum(memory_bytes(pid, "Pss_Anon") for pid in workers)
     rest = [pid for pid in descendants(server.process.pid) if pid not in workers]
     rest_bytes = sum(memory_bytes(pid) for pid in rest if command_name(pid))
     status = server.model_status(MODEL)
@@ -63,7 +63,8 @@ def tell(state_dir: Path, *, keep: bool) -> None:
     say("1. Build the model into a signed snapshot")
     run_verb("build", SOURCE, "--name", MODEL, "--state-dir", state, "--dev")
     say("2. Serve: queue, gateway, scheduler and node agent; no model process")
-    with Server(state_dir, "--idle-timeout-s", str(IDLE_TIMEOUT_S)) as server:
+    log = state_dir / "serve.log"
+    with Server(state_dir, "--idle-timeout-s", str(IDLE_TIMEOUT_S), log=log) as server:
         server.wait_ready()
         server.wait_listed(MODEL)
         run_verb("ps", "--state-dir", state)
@@ -77,6 +78,7 @@ def tell(state_dir: Path, *, keep: bool) -> None:
         say("5. The next request wakes it again, from sealed memory")
         ask(server, state, QUESTIONS[1])
         if keep:
+            print(f"log: {log}")
             _keep(server)
     say("Done: the server was stopped and left no process behind.")
 

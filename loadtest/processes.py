@@ -112,8 +112,9 @@ class Server:
         )
 
     def worker_pids(self) -> list[int]:
-        """Processes of ours that are workers (children of the zygote)."""
-        return [pid for pid in descendants(self.process.pid) if command_name(pid).startswith("gp-worker")]
+        """Processes of ours that are workers: they call themselves ``gp:MODEL``."""
+        names = {pid: command_name(pid) for pid in descendants(self.process.pid)}
+        return [pid for pid, name in names.items() if name.startswith("gp:") and name != "gp:zygote"]
 
     def stop(self) -> int:
         """SIGTERM and wait; the exit status."""

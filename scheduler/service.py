@@ -135,11 +135,12 @@ class Scheduler:
         """Wait for news (at most until the next timer), take it in, decide, act, publish."""
         batch = await self._redis.xread({keys.INBOX: self._last_inbox_id}, count=INBOX_BATCH, block=self._block_ms())
         seen_mono_ns = time.monotonic_ns()
+        has_demand = False
         for _, entries in batch or ():
             for entry_id, fields in entries:
                 self._last_inbox_id = entry_id
-                await self._on_message(fields.get(keys.FIELD.encode(), b""))
-        if batch:
+                has_demand |= await self._on_message(fields.get(keys.FIELD.encode(), b""))
+        if has_demand:
             await self._act(seen_mono_ns)  # a demand is answered before any bookkeeping
         await self._read_queues(self._fleet.awake_or_waiting())
         if time.monotonic() - self._nodes_s > NODES_EVERY_S:
@@ -158,12 +159,13 @@ class Scheduler:
         wait_s = min(wait_s, self._renewed_s + RENEW_EVERY_S - now_s)
         return int(max(MIN_BLOCK_S, wait_s) * 1000)
 
-    async def _on_message(self, data: bytes) -> None:
+    async def _on_message(self, data: bytes) -> bool:
+        """Take one message in; whether it was a demand (news of workers must not act on an old queue length)."""
         try:
             message: InboxMessage = codec.decode(data, InboxMessage)
         except ContractError as error:
             self._log.error("inbox_message_refused", error=str(error))
-            return
+            return False
         now_s = time.monotonic()
         match message:
             case Demand(model=model):
@@ -177,6 +179,7 @@ class Scheduler:
             case ModelsChanged():  # also an agent's first word: its node may be new
                 await self._read_cards()
                 await self._read_nodes()
+        return isinstance(message, Demand)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
