@@ -19,7 +19,12 @@ from scheduler.contract import environment
 VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "build": ("worker.build.command", "build", "Turn a model into a signed snapshot."),
     "verify": ("worker.build.store_commands", "verify", "Re-hash a snapshot and say what is wrong, and where."),
-    "keys": ("worker.build.store_commands", "keys", "Manage the keys that sign snapshots."),
+    "inspect": ("worker.build.inspect_command", "inspect_command", "Show what a snapshot consists of."),
+    "export": ("worker.build.transport_commands", "export_command", "Write a snapshot to one compressed file."),
+    "import": ("worker.build.transport_commands", "import_command", "Bring a snapshot in from a file."),
+    "gc": ("worker.build.store_commands", "gc", "Delete blobs that no snapshot names."),
+    "keys": ("worker.build.keys_command", "keys", "Manage the keys that sign and encrypt snapshots."),
+    "resign": ("worker.build.keys_command", "resign", "Sign snapshots with the newest key."),
     "serve": ("scheduler.serve_command", "serve", "Start everything on this machine and serve."),
     "gateway": ("scheduler.serve_command", "gateway", "Start the HTTP gateway alone."),
     "scheduler": ("scheduler.serve_command", "scheduler", "Start the scheduler alone."),

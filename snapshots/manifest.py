@@ -240,6 +240,12 @@ def verify_container(data: bytes, keyring: KeyRing) -> tuple[int, bytes]:
     return version, signed[HEADER.size : HEADER.size + body_bytes]
 
 
+def read_key_id(data: bytes) -> str:
+    """Id of the key that signed a container file. Requires: the file was verified."""
+    key_id_bytes = HEADER.unpack_from(data)[2]
+    return data[-MAC_BYTES - key_id_bytes : -MAC_BYTES].decode("ascii", errors="backslashreplace")
+
+
 def verify_identity(manifest: Manifest, here: Mapping[str, str]) -> None:
     """Refuse a snapshot whose compiled guest was made for another environment than ``here``.
 

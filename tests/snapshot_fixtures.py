@@ -102,6 +102,7 @@ def build_snapshot(
     encrypt: bool = False,
     with_verity: bool = False,
     newest: NewestSeen | None = None,
+    identity: dict[str, str] = IDENTITY,
 ) -> SyntheticSnapshot:
     """Write a complete snapshot into a store at ``root``."""
     store, random = SnapshotStore(root, newest=newest), np.random.default_rng(seed + 1)
@@ -118,7 +119,7 @@ def build_snapshot(
     manifest = Manifest(
         name=name,
         created_at_s=created_at_s,
-        identity=IDENTITY,
+        identity=identity,
         card=make_card(),
         blobs={WEIGHTS: writer.ref, GUEST_CWASM: add(random.bytes(100_000)), GUEST_WASM: add(random.bytes(5_000))},
         tensors=layout.entries,

