@@ -32,12 +32,17 @@ COMPILER_FLAGS: Final = (
     "-Wl,--no-entry",
     "-Wl,-z,stack-size=65536",
     "-Isdk",
+    "-Icommon",
 )
+
+#: Sources that every guest made of a folder is built with.
+SHARED_SOURCES: Final = "common"
 
 
 @dataclass(frozen=True, slots=True)
 class ShippedGuest:
-    """A guest that ships built. ``sources`` is a C file or a folder of them, relative to ``guests/``."""
+    """A guest that ships built. ``sources`` is a C file, or a folder of them that the shared ones join; both relative
+    to ``guests/``."""
 
     name: str
     sources: str
@@ -46,7 +51,11 @@ class ShippedGuest:
     def source_files(self) -> list[str]:
         """Its C files in a fixed order, relative to ``guests/``."""
         path = GUESTS_FOLDER / self.sources
-        files = sorted(path.glob("*.c")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = sorted(
+                [*path.glob("*.c"), *(GUESTS_FOLDER / SHARED_SOURCES).glob("*.c")], key=lambda file: file.name
+            )
         return [str(file.relative_to(GUESTS_FOLDER)) for file in files]
 
 

@@ -1,6 +1,6 @@
 /* One-line messages to the host's log. Only facts about the model: never a user's text. */
-#ifndef LLAMA_REPORT_H
-#define LLAMA_REPORT_H
+#ifndef COMMON_REPORT_H
+#define COMMON_REPORT_H
 
 #include <stdint.h>
 

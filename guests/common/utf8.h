@@ -1,6 +1,6 @@
 /* UTF-8: one strict step of decoding, and the streaming repair that output text goes through. */
-#ifndef LLAMA_UTF8_H
-#define LLAMA_UTF8_H
+#ifndef COMMON_UTF8_H
+#define COMMON_UTF8_H
 
 #include <stdbool.h>
 #include <stdint.h>

@@ -4,8 +4,8 @@
  * part of the snapshot. Blocks come in powers of two with one free list a size, so a guest that serves for weeks
  * holds at most about twice what its largest calls needed. Nothing is ever returned to the host: memory cannot shrink.
  */
-#ifndef LLAMA_MEMORY_H
-#define LLAMA_MEMORY_H
+#ifndef COMMON_MEMORY_H
+#define COMMON_MEMORY_H
 
 #include <stdbool.h>
 #include <stddef.h>
