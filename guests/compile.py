@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import platform
 from collections.abc import Callable
 from ctypes import byref, c_bool, c_size_t, c_uint64, c_void_p
@@ -136,6 +135,8 @@ def guest_identity() -> dict[str, str]:
 
     Treat the result as read-only. Cost: reads one metadata file, once per process.
     """
+    import importlib.metadata  # 18 ms, which confined processes do not need
+
     target = compile_target()
     settings = [f"{name}={value}" for name, value in sorted(BOOLEAN_SETTINGS.items())]
     settings += [f"max_wasm_stack={MAX_WASM_STACK_BYTES}", f"memory_reservation={MEMORY_RESERVATION_BYTES}"]

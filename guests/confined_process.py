@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import IO
+from typing import IO, Final
 
 import msgspec
 
@@ -27,6 +27,8 @@ from guests.confined_work import (
 from guests.confinement import WorkLimits, confine
 from guests.errors import GuestError, GuestProcessError, GuestTrap
 from guests.initialisation import run_initialisation
+
+OUT_OF_MEMORY: Final = "(os error 12)"  # as Rust prints ENOMEM
 
 
 def perform(task: Task, attachments: list[bytes], layers: tuple[str, ...]) -> tuple[Reply, list[bytes]]:
@@ -53,6 +55,15 @@ def perform(task: Task, attachments: list[bytes], layers: tuple[str, ...]) -> tu
     return DoneReply(sizes=(len(code),), layers=layers), [code]
 
 
+def describe_failure(error: GuestError | MemoryError, limits: WorkLimits) -> FailedReply:
+    """What the parent is to raise. Wasmtime tells of a failed allocation as of any refusal; it is a limit of ours."""
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
+        message = f"the guest needs more than {limits.data_bytes >> 20} MiB of memory to be built"
+        return FailedReply((), GuestProcessError.__name__, message)
+    code = error.code if isinstance(error, GuestTrap) else None
+    return FailedReply((), type(error).__name__, str(error), code)
+
+
 def main() -> int:
     """Confine, read, perform, reply; the exit code."""
     limits = msgspec.json.decode(sys.argv[1], type=WorkLimits)
@@ -62,12 +73,8 @@ def main() -> int:
     try:
         task, attachments = read_task(sys.stdin.buffer)
         reply, results = perform(task, attachments, layers)
-    except GuestError as error:
-        code = error.code if isinstance(error, GuestTrap) else None
-        reply = FailedReply((), type(error).__name__, str(error), code)
-    except MemoryError:
-        message = f"the guest needs more than {limits.data_bytes >> 20} MiB of memory to be built"
-        reply = FailedReply((), GuestProcessError.__name__, message)
+    except (GuestError, MemoryError) as error:
+        reply = describe_failure(error, limits)
     output: IO[bytes] = sys.stdout.buffer
     write_message(output, reply, results)
     output.flush()
