@@ -91,14 +91,16 @@ def bind_kv_append(
 def bind_attention(
     source: FloatArray,
     out: FloatArray,
+    queries: FloatArray,
     shares: list[SequenceShare],
     shape: AttentionShape,
     scratch: AttentionScratch,
 ) -> Call:
-    """Causal attention of the queries in ``source`` ``[N, T]``; ``out`` is ``[H * Dh, T]``."""
+    """Causal attention of the queries in ``source`` ``[N, T]``; ``out`` is ``[H * Dh, T]``, ``queries`` scratch of that
+    shape.
+    """
     width, num_tokens = out.shape
     group = shape.num_heads // shape.num_kv_heads
-    queries = np.empty((width, num_tokens), np.float32)
     by_head = (shape.num_kv_heads, group, shape.head_dim, num_tokens)
     query_heads, out_heads = queries.reshape(by_head), out.reshape(by_head)
     source_queries = source[:width]

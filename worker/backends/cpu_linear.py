@@ -39,21 +39,25 @@ def wrap_array(array: npt.NDArray[Any]) -> Any:
     return _from_pointer(array.ctypes.data, array.shape, array.dtype.name, owner=array)
 
 
-class Operand(Protocol):
-    """An activation prepared for products with one kind of weight; see :func:`make_operand`."""
+class Staging(Protocol):
+    """Where activations of one shape are prepared for products with one kind of weight.
 
-    def stage(self) -> None:
-        """Prepare what the producing operation wrote."""
+    It holds one activation at a time: the call of the latest :meth:`bind_stage` that ran. All layers share it, so
+    that a first step touches (and a later one keeps in cache) the memory of one layer, not of all.
+    """
+
+    def bind_stage(self, source: FloatArray) -> Call:
+        """A call that prepares what ``source`` ``[K, T]`` holds then."""
 
 
 class LinearWeight(Protocol):
     """A bound weight ``[N, K]``."""
 
-    def make_operand(self, source: FloatArray) -> Operand:
-        """An operand over ``source`` ``[K, T]``."""
+    def make_staging(self, shape: tuple[int, int]) -> Staging:
+        """For activations of ``shape`` ``[K, T]``; it serves every weight of this class."""
 
-    def bind(self, operand: Any, out: FloatArray) -> Call:
-        """A call that writes the product with the staged ``operand`` to ``out`` ``[N, T]``."""
+    def bind(self, staging: Any, out: FloatArray) -> Call:
+        """A call that writes the product with what is staged to ``out`` ``[N, T]``."""
 
 
 def bind_weight(tensor: WeightTensor, governor: ThreadGovernor) -> LinearWeight:
@@ -76,74 +80,83 @@ def bind_weight(tensor: WeightTensor, governor: ThreadGovernor) -> LinearWeight:
     raise BackendError(f"{tensor.name}: dtype {data.dtype} (this backend runs bfloat16, int8 and float32)")
 
 
-def _bind_product(weight: Any, operand: Any, out: Any, governor: ThreadGovernor) -> Call:
-    """``out`` = ``weight`` times the packed operand (NumKong tensors), timed for the governor."""
+def _bind_product(weight: Any, staging: Any, out: Any, governor: ThreadGovernor) -> Call:
+    """``out`` = ``weight`` times the packed activation (NumKong tensors), timed for the governor."""
     stall_ns = compute_stall_ns(weight.nbytes, out.shape[1])
 
     def multiply() -> None:
         begin_ns = _clock_ns()
-        _dots_packed(weight, operand.packed, out=out, threads=governor.num_threads)
+        _dots_packed(weight, staging.packed, out=out, threads=governor.num_threads)
         governor.observe(_clock_ns() - begin_ns, stall_ns)
 
     return multiply
 
 
-class _Float32Operand:
-    def __init__(self, source: FloatArray) -> None:
-        self.columns = source  # [K, T]
+class _Float32Staging:
+    def __init__(self) -> None:
+        self.columns: Any = None  # [K, T]
 
-    def stage(self) -> None:
-        """Nothing to prepare."""
+    def bind_stage(self, source: FloatArray) -> Call:
+        def stage() -> None:
+            self.columns = source
+
+        return stage
 
 
 class _Float32Weight:
     def __init__(self, data: FloatArray) -> None:
         self._data = data
 
-    def make_operand(self, source: FloatArray) -> Operand:
-        return _Float32Operand(source)
+    def make_staging(self, shape: tuple[int, int]) -> Staging:
+        return _Float32Staging()
 
-    def bind(self, operand: Any, out: FloatArray) -> Call:
-        data, columns = self._data, operand.columns
+    def bind(self, staging: Any, out: FloatArray) -> Call:
+        data = self._data
 
         def multiply() -> None:
-            np.matmul(data, columns, out)
+            np.matmul(data, staging.columns, out)
 
         return multiply
 
 
 class _Bfloat16Row:
-    """Float32 activations of one token, ``[1, K]``, rounded to bf16 and packed."""
+    """Float32 activations of one token, rounded to bf16 and packed."""
 
-    def __init__(self, source: FloatArray) -> None:
+    def __init__(self, width: int) -> None:
         self.packed: Any = None
-        self._source = wrap_array(source)
-        self._rounded = wrap_array(np.empty(source.shape, ml_dtypes.bfloat16))
+        self._rounded = wrap_array(np.empty((1, width), ml_dtypes.bfloat16))
 
-    def stage(self) -> None:
-        """Round and pack what the source holds now."""
-        _astype(self._source, "bfloat16", out=self._rounded)
-        self.packed = _dots_pack(self._rounded)
+    def bind_stage(self, source: FloatArray) -> Call:
+        row = wrap_array(source.reshape(1, -1))  # one token: both layouts are the same memory
+
+        def stage() -> None:
+            _astype(row, "bfloat16", out=self._rounded)
+            self.packed = _dots_pack(self._rounded)
+
+        return stage
 
 
 class _Bfloat16Columns:
     """Float32 activations ``[K, T]`` of several tokens, rounded to bf16, transposed and packed."""
 
-    def __init__(self, source: FloatArray) -> None:
-        columns = np.empty(source.shape, ml_dtypes.bfloat16)
-        rows = np.empty(source.shape[::-1], ml_dtypes.bfloat16)
+    def __init__(self, shape: tuple[int, int]) -> None:
+        columns = np.empty(shape, ml_dtypes.bfloat16)
+        rows = np.empty(shape[::-1], ml_dtypes.bfloat16)
         self.packed: Any = None
-        self._source = wrap_array(source)
         self._columns = wrap_array(columns)
         self._rows = wrap_array(rows)
         self._column_bits = columns.view(np.uint16)
         self._row_bits = rows.view(np.uint16)
 
-    def stage(self) -> None:
-        """Round, transpose and pack what the source holds now."""
-        _astype(self._source, "bfloat16", out=self._columns)
-        transpose_into(self._row_bits, self._column_bits)
-        self.packed = _dots_pack(self._rows)
+    def bind_stage(self, source: FloatArray) -> Call:
+        source_tensor = wrap_array(source)
+
+        def stage() -> None:
+            _astype(source_tensor, "bfloat16", out=self._columns)
+            transpose_into(self._row_bits, self._column_bits)
+            self.packed = _dots_pack(self._rows)
+
+        return stage
 
 
 class _Bfloat16Weight:
@@ -151,16 +164,14 @@ class _Bfloat16Weight:
         self._tensor = wrap_array(data)
         self._governor = governor
 
-    def make_operand(self, source: FloatArray) -> Operand:
-        if source.shape[1] == 1:  # one token: both layouts are the same memory
-            return _Bfloat16Row(source.reshape(1, -1))
-        return _Bfloat16Columns(source)
+    def make_staging(self, shape: tuple[int, int]) -> Staging:
+        return _Bfloat16Row(shape[0]) if shape[1] == 1 else _Bfloat16Columns(shape)
 
-    def bind(self, operand: Any, out: FloatArray) -> Call:
-        return _bind_product(self._tensor, operand, wrap_array(out), self._governor)
+    def bind(self, staging: Any, out: FloatArray) -> Call:
+        return _bind_product(self._tensor, staging, wrap_array(out), self._governor)
 
 
-class _Int8Operand:
+class _Int8Staging:
     """Activations as two int8 numbers each: a coarse one, and one for what the coarse one leaves.
 
     Both parts of every token are rows of one packed matrix, so a single product serves them, and at few tokens the
@@ -169,9 +180,8 @@ class _Int8Operand:
     0.11, which is what the int8 weights themselves cost.
     """
 
-    def __init__(self, source: FloatArray) -> None:
-        width, num_tokens = source.shape
-        self._columns = source
+    def __init__(self, shape: tuple[int, int]) -> None:
+        width, num_tokens = shape
         self._rows = np.empty((num_tokens, width), np.float32)
         self.packed: Any = None
         self.scales = np.empty((2, num_tokens), np.float32)  # value = coarse * scales[0] + fine * scales[1]
@@ -179,12 +189,26 @@ class _Int8Operand:
         self._parts_tensor = wrap_array(self._parts.reshape(2 * num_tokens, width))
         self._quantised = wrap_array(np.empty((2 * num_tokens, width), np.int8))
         self._factors = np.empty((num_tokens, 1), np.float32)
+        self._results: dict[int, tuple[npt.NDArray[np.int32], FloatArray]] = {}
 
-    def stage(self) -> None:
-        """Quantise what the source holds now."""
+    def results(self, num_outputs: int) -> tuple[npt.NDArray[np.int32], FloatArray]:
+        """Accumulators and scaled products ``[N, 2 * T]`` that all weights of that many rows share."""
+        found = self._results.get(num_outputs)
+        if found is None:
+            shape = (num_outputs, 2 * len(self._rows))
+            found = self._results[num_outputs] = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        return found
+
+    def bind_stage(self, source: FloatArray) -> Call:
+        def stage() -> None:
+            self._quantise(source)
+
+        return stage
+
+    def _quantise(self, source: FloatArray) -> None:
         coarse, fine = self._parts
         scales, factors = self.scales, self._factors
-        transpose_into(self._rows, self._columns)
+        transpose_into(self._rows, source)
         np.abs(self._rows, coarse)
         np.maximum.reduce(coarse, 1, out=scales[0])
         np.maximum(scales[0], _TINY, out=scales[0])  # a token of zeros stays zeros
@@ -205,17 +229,16 @@ class _Int8Weight:
         self._scale = np.ascontiguousarray(scale, np.float32)[:, None]  # [N, 1]
         self._governor = governor
 
-    def make_operand(self, source: FloatArray) -> Operand:
-        return _Int8Operand(source)
+    def make_staging(self, shape: tuple[int, int]) -> Staging:
+        return _Int8Staging(shape)
 
-    def bind(self, operand: Any, out: FloatArray) -> Call:
+    def bind(self, staging: Any, out: FloatArray) -> Call:
         weight_scale = self._scale
         num_outputs, num_tokens = out.shape
-        accumulators = np.empty((num_outputs, 2 * num_tokens), np.int32)
-        accumulate = _bind_product(self._tensor, operand, wrap_array(accumulators), self._governor)
-        products = np.empty((num_outputs, 2 * num_tokens), np.float32)
+        accumulators, products = staging.results(num_outputs)
+        accumulate = _bind_product(self._tensor, staging, wrap_array(accumulators), self._governor)
         coarse, fine = products[:, :num_tokens], products[:, num_tokens:]
-        token_scales = operand.scales.reshape(2 * num_tokens)
+        token_scales = staging.scales.reshape(2 * num_tokens)
 
         def multiply() -> None:
             accumulate()

@@ -85,10 +85,10 @@ def bind_rms_norm(source: FloatArray, weight: FloatArray, epsilon: float, out: F
     return normalise
 
 
-def bind_head_rms_norm(heads: FloatArray, weight: FloatArray, epsilon: float) -> Call:
-    """RMS norm, in place, of each head in ``heads`` ``[H, Dh, T]``."""
+def bind_head_rms_norm(heads: FloatArray, weight: FloatArray, epsilon: float, scratch: FloatArray) -> Call:
+    """RMS norm, in place, of each head in ``heads`` ``[H, Dh, T]``; ``scratch`` is as large."""
     num_heads, head_dim, num_tokens = heads.shape
-    squares = np.empty(heads.shape, np.float32)
+    squares = scratch
     factors = np.empty((num_heads, 1, num_tokens), np.float32)
     column_weight = weight[:, None]
 
@@ -143,12 +143,12 @@ def make_rope_table(inverse_frequencies: FloatArray, scale: float, positions: Fl
     return RopeTable(cosines, sines, update)
 
 
-def bind_rope(heads: FloatArray, table: RopeTable) -> Call:
-    """Rotate ``heads`` ``[H, Dh, T]`` in place."""
+def bind_rope(heads: FloatArray, table: RopeTable, scratch: FloatArray) -> Call:
+    """Rotate ``heads`` ``[H, Dh, T]`` in place; ``scratch`` is as large."""
     num_heads, head_dim, num_tokens = heads.shape
     halves = heads.reshape(num_heads, 2, head_dim // 2, num_tokens)
     swapped = halves[:, ::-1]
-    products = np.empty(halves.shape, np.float32)
+    products = scratch.reshape(halves.shape)
     cosines, sines = table.cosines, table.sines
 
     def rotate() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from guests.abi import NO_TENSOR, Opcode
+from guests.abi import NO_TENSOR, NO_VALUE, Opcode
 from guests.program import Operation, Program
 from worker.backends.cpu_attention import (
     AttentionScratch,
@@ -23,7 +23,7 @@ from worker.backends.cpu_attention import (
     bind_kv_append,
 )
 from worker.backends.cpu_buffers import RowBuffers, assign_buffers, pad_rows
-from worker.backends.cpu_linear import LinearWeight, Operand
+from worker.backends.cpu_linear import LinearWeight, Staging
 from worker.backends.cpu_operations import (
     RopeTable,
     bind_add,
@@ -171,6 +171,14 @@ def _continues_rotation(previous: Operation, operation: Operation) -> bool:
     )
 
 
+@dataclass(slots=True)
+class _Staged:
+    """A staging area and the value that is in it at this point of the program."""
+
+    staging: Staging
+    value: int = NO_VALUE
+
+
 class _Binder:
     """Binds one part of a program to views of ``num_rows`` rows."""
 
@@ -179,7 +187,8 @@ class _Binder:
         self._num_rows = num_rows
         self._rows = rows
         self._calls: list[Call] = []
-        self._staged: dict[tuple[int, str], Operand] = {}
+        self._staged: dict[tuple[str, int], _Staged] = {}  # by weight's class and width
+        self._scratch: dict[tuple[int, ...], FloatArray] = {}  # by shape
         self._rope_tables: dict[tuple[int, float], RopeTable] = {}
         self._token_ids = np.zeros(num_rows, np.int64)
         self._positions: FloatArray = np.zeros(num_rows, np.float32)
@@ -228,8 +237,10 @@ class _Binder:
         call = binders[operation.opcode](operation)
         if call is not None:
             self._calls.append(call)
-        # The value was written: what was staged of it before, or of another value in its buffer, is stale.
-        self._staged = {key: operand for key, operand in self._staged.items() if key[0] != operation.out}
+        # The value was written: what was staged of it before is stale.
+        for staged in self._staged.values():
+            if staged.value == operation.out:
+                staged.value = NO_VALUE
 
     def _columns(self, value: int) -> FloatArray:
         """Feature-major view ``[width, rows]`` of a value."""
@@ -240,6 +251,13 @@ class _Binder:
     def _heads(self, value: int, column: int, num_heads: int, head_dim: int) -> FloatArray:
         columns = self._columns(value)[column : column + num_heads * head_dim]
         return columns.reshape(num_heads, head_dim, self._num_rows)
+
+    def _take_scratch(self, shape: tuple[int, ...]) -> FloatArray:
+        """Memory that lasts for one call; all operations share it, so that few pages are touched by a first step."""
+        found = self._scratch.get(shape)
+        if found is None:
+            found = self._scratch[shape] = np.empty(shape, np.float32)
+        return found
 
     def _vector(self, operation: Operation, position: int = 0) -> FloatArray:
         """A one-dimensional weight as float32."""
@@ -256,25 +274,28 @@ class _Binder:
 
     def _bind_head_rms_norm(self, operation: Operation) -> Call:
         heads = self._heads(operation.out, *operation.ints[:3])
-        return bind_head_rms_norm(heads, self._vector(operation), operation.floats[0])
+        return bind_head_rms_norm(heads, self._vector(operation), operation.floats[0], self._take_scratch(heads.shape))
 
     def _bind_linear(self, operation: Operation) -> Call | None:
         weight = self._compiled.linear_weights[operation.tensors[0]]
-        operand = self._stage(operation.inputs[0], weight)
+        staging = self._stage(operation.inputs[0], weight)
         out = self._columns(operation.out)
-        self._calls.append(weight.bind(operand, out))
+        self._calls.append(weight.bind(staging, out))
         if operation.tensors[1] == NO_TENSOR:
             return None
         return bind_bias(out, self._vector(operation, 1))
 
-    def _stage(self, value: int, weight: LinearWeight) -> Operand:
-        """The operand of ``value`` for ``weight``'s kind, staged once for all that multiply with it."""
-        key = (value, type(weight).__name__)
-        operand = self._staged.get(key)
-        if operand is None:
-            operand = self._staged[key] = weight.make_operand(self._columns(value))
-            self._calls.append(operand.stage)
-        return operand
+    def _stage(self, value: int, weight: LinearWeight) -> Staging:
+        """Where ``value`` is staged for ``weight``'s class: once for all products in a row that multiply with it."""
+        columns = self._columns(value)
+        key = (type(weight).__name__, len(columns))
+        staged = self._staged.get(key)
+        if staged is None:
+            staged = self._staged[key] = _Staged(weight.make_staging((len(columns), self._num_rows)))
+        if staged.value != value:
+            staged.value = value
+            self._calls.append(staged.staging.bind_stage(columns))
+        return staged.staging
 
     def _bind_rope(self, operation: Operation) -> Call:
         key = (operation.tensors[0], operation.floats[0])
@@ -282,7 +303,8 @@ class _Binder:
         if table is None:
             table = make_rope_table(self._vector(operation), operation.floats[0], self._positions)
             self._rope_tables[key] = table
-        return bind_rope(self._heads(operation.out, *operation.ints[:3]), table)
+        heads = self._heads(operation.out, *operation.ints[:3])
+        return bind_rope(heads, table, self._take_scratch(heads.shape))
 
     def _bind_kv_append(self, operation: Operation) -> Call:
         layer, key_column, value_column, num_heads, head_dim = operation.ints[:5]
@@ -294,7 +316,8 @@ class _Binder:
         shape = AttentionShape(*operation.ints[:5], operation.floats[0])
         tokens = self._compiled.tokens
         out = self._columns(operation.out)
-        return bind_attention(self._columns(operation.inputs[0]), out, tokens.shares, shape, tokens.scratch)
+        queries = self._take_scratch(out.shape)
+        return bind_attention(self._columns(operation.inputs[0]), out, queries, tokens.shares, shape, tokens.scratch)
 
     def _bind_silu_mul(self, operation: Operation) -> Call:
         return bind_silu_mul(self._columns(operation.inputs[0]), self._columns(operation.out))

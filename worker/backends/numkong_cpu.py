@@ -40,9 +40,9 @@ class NumKongBackend:
         for dtype in (ml_dtypes.bfloat16, np.int8):
             weight = WeightTensor("warm", np.ones((64, 64), dtype), np.ones(64, np.float32))
             product = bind_weight(weight, ThreadGovernor(self._num_threads))
-            operand = product.make_operand(np.ones((64, 1), np.float32))
-            operand.stage()
-            product.bind(operand, np.empty((64, 1), np.float32))()
+            staging = product.make_staging((64, 1))
+            staging.bind_stage(np.ones((64, 1), np.float32))()
+            product.bind(staging, np.empty((64, 1), np.float32))()
 
     def bind(self, plan: ModelPlan) -> BoundModel:
         """Bind both programs; weights stay where they lie.
