@@ -15,6 +15,7 @@ from snapshots import chunks
 from snapshots.errors import Incompatible, KeyRingError, ManifestMalformed, SignatureInvalid
 from snapshots.key_file import KEY_ID
 from snapshots.keyring import MAC_BYTES, MAX_KEY_ID_BYTES, KeyRing
+from snapshots.sections import CompiledKernel, PrefixShape, PrimedPrefix, validate_kernels, validate_prefixes
 
 MAGIC: Final = b"\x89GPSNAP\n"
 FORMAT_VERSION: Final = 1
@@ -34,6 +35,10 @@ WEIGHTS: Final = "weights"
 GUEST_CWASM: Final = "guest_cwasm"
 GUEST_WASM: Final = "guest_wasm"
 BLOB_ROLES: Final = (WEIGHTS, GUEST_CWASM, GUEST_WASM)
+#: Blobs that a snapshot may have besides.
+GUEST_ASSETS: Final = "guest_assets"
+PRIMED_PREFIXES: Final = "primed_prefixes"
+KERNELS: Final = "kernels"
 
 #: Item size in bytes of the tensor types that a snapshot may hold (names as in safetensors).
 DTYPE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4}
@@ -116,11 +121,12 @@ class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode: bytes
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A snapshot. Immutable; :attr:`snapshot_id` names this exact content.
 
     ``identity`` says what the compiled guest needs (see :func:`verify_identity`). ``tensor_handles[h]`` is the name
-    of the tensor behind handle *h* of the programs; ``tensors`` are in file order.
+    of the tensor behind handle *h* of the programs; ``tensors`` are in file order. ``prefixes`` and ``kernels`` are
+    sections that a snapshot need not have (see sections).
     """
 
     name: str
@@ -131,6 +137,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensors: tuple[TensorEntry, ...]
     tensor_handles: tuple[str, ...]
     programs: Programs
+    prefixes: tuple[PrimedPrefix, ...] = ()
+    kernels: tuple[CompiledKernel, ...] = ()
 
     @property
     def snapshot_id(self) -> str:
@@ -148,6 +156,21 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def guest_wasm(self) -> BlobRef:
         return self.blobs[GUEST_WASM]
+
+    @property
+    def primed_prefixes(self) -> BlobRef | None:
+        return self.blobs.get(PRIMED_PREFIXES)
+
+    @property
+    def worker_blobs(self) -> tuple[BlobRef, ...]:
+        """What a worker maps: weights, compiled guest, and primed prefixes where there are some."""
+        primed = self.primed_prefixes
+        return (self.weights, self.guest_cwasm) if primed is None else (self.weights, self.guest_cwasm, primed)
+
+    @property
+    def prefix_shape(self) -> PrefixShape:
+        card = self.card
+        return PrefixShape(card.num_layers, card.num_kv_heads, card.head_dim, card.vocab_size, card.context_length)
 
 
 _encoder: Final = msgspec.json.Encoder(order="deterministic")
@@ -277,8 +300,7 @@ def validate_manifest(manifest: Manifest) -> None:
         raise ManifestMalformed(f"name {manifest.name[:140]!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,127}}")
     if not math.isfinite(manifest.created_at_s):
         raise ManifestMalformed("created_at_s is not a finite number")
-    if set(manifest.blobs) != set(BLOB_ROLES):
-        raise ManifestMalformed(f"blobs are {sorted(manifest.blobs)}, expected {sorted(BLOB_ROLES)}")
+    _validate_roles(manifest)
     for role, ref in manifest.blobs.items():
         _validate_blob(role, ref)
     _validate_tensors(manifest.tensors, manifest.weights.size_bytes)
@@ -289,6 +311,20 @@ def validate_manifest(manifest: Manifest) -> None:
             raise ManifestMalformed(f"card.{field} is {getattr(card, field)}, expected a positive number")
     if card.worker_bytes < 0 or card.max_token_bytes < 0:
         raise ManifestMalformed("card.worker_bytes and card.max_token_bytes must not be negative")
+    sizes = {role: ref.size_bytes for role, ref in manifest.blobs.items()}
+    validate_prefixes(manifest.prefixes, manifest.prefix_shape, sizes.get(PRIMED_PREFIXES, 0))
+    validate_kernels(manifest.kernels, sizes.get(KERNELS, 0))
+
+
+def _validate_roles(manifest: Manifest) -> None:
+    """A section's blob is there when the section is, and only then."""
+    expected = set(BLOB_ROLES)
+    expected |= {PRIMED_PREFIXES} if manifest.prefixes else set()
+    expected |= {KERNELS} if manifest.kernels else set()
+    if set(manifest.blobs) - {GUEST_ASSETS} != expected:
+        raise ManifestMalformed(
+            f"blobs are {sorted(manifest.blobs)}, expected {sorted(expected)} and perhaps {GUEST_ASSETS}"
+        )
 
 
 def _validate_blob(role: str, ref: BlobRef) -> None:
