@@ -136,6 +136,38 @@ def test_copied_prefix_continues_like_the_original(backend: Backend) -> None:
     np.testing.assert_allclose(same, run_tokens(bound, [1, 2, 3, 4, 5, 6], [6])[0], atol=3e-4)
 
 
+def test_restored_prefix_continues_as_if_it_had_been_computed_here(backend: Backend) -> None:
+    """Keys and values captured from one model fill a slot of another: what follows has the logits of a whole run."""
+    plan = random_plan(TINY)
+    bound, elsewhere = backend.bind(plan), backend.bind(plan)
+    source = elsewhere.open_slot(20)
+    elsewhere.step((SequenceInput(source, 0, (1, 2, 3, 4, 5)),))
+    captured = elsewhere.capture_prefix(source, 4)
+    assert captured.shape == (TINY.num_layers, 2, TINY.num_kv_heads, 4, TINY.head_dim)
+    elsewhere.close()
+    captured.flags.writeable = False
+    for num_tokens in (4, 2):  # all of it, and its first tokens
+        target = bound.open_slot(20)
+        bound.restore_prefix(target, captured[:, :, :, :num_tokens])
+        np.testing.assert_array_equal(bound.capture_prefix(target, num_tokens), captured[:, :, :, :num_tokens])
+        tail = tuple([1, 2, 3, 4, 9, 8][num_tokens:])
+        logits = bound.step((SequenceInput(target, num_tokens, tail),))[0].copy()
+        np.testing.assert_allclose(logits, run_tokens(bound, [1, 2, 3, 4, 9, 8], [6])[0], atol=3e-4)
+
+
+def test_prefix_that_does_not_fit_is_refused(backend: Backend) -> None:
+    """More tokens than the slot holds or has room for, or another model's shape: an error, and no half-filled slot."""
+    bound = backend.bind(random_plan(TINY))
+    slot = bound.open_slot(20)
+    with pytest.raises(BackendError, match="the slot holds 0"):
+        bound.capture_prefix(slot, 1)
+    shape = (TINY.num_layers, 2, TINY.num_kv_heads, 3, TINY.head_dim)
+    for wrong in (shape[:4], (shape[0] + 1, *shape[1:]), (*shape[:3], 1 << 20, TINY.head_dim)):
+        with pytest.raises(BackendError, match="prefix of"):
+            bound.restore_prefix(slot, np.broadcast_to(np.float32(0), wrong))
+    bound.restore_prefix(slot, np.zeros(shape, np.float32))
+
+
 def test_reused_slot_shows_nothing_of_its_former_sequence(backend: Backend) -> None:
     """A spare slot goes to a new sequence without a trace of the old one, and slots are counted."""
     bound = backend.bind(random_plan(TINY))

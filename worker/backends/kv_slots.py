@@ -134,6 +134,35 @@ class KvSlots:
         to_slot.values[:, :, :num_tokens] = from_slot.values[:, :, :num_tokens]
         to_slot.set_num_tokens(num_tokens)
 
+    def capture_prefix(self, number: int, num_tokens: int) -> FloatArray:
+        """A copy of the first ``num_tokens`` tokens of an open slot, ``[layers, 2, kv heads, tokens, head_dim]``.
+
+        Raises:
+            BackendError: the slot holds fewer tokens.
+        """
+        slot = self.get(number)
+        if num_tokens > slot.num_tokens:
+            raise BackendError(f"prefix of {num_tokens} tokens: the slot holds {slot.num_tokens}")
+        both: FloatArray = np.stack((slot.keys[:, :, :num_tokens], slot.values[:, :, :num_tokens]), axis=1)
+        return both
+
+    def restore_prefix(self, number: int, keys_values: FloatArray) -> None:
+        """Copy what :meth:`capture_prefix` gave into an empty open slot.
+
+        Raises:
+            BackendError: of another model's shape, or more tokens than the slot was opened for.
+        """
+        slot = self.get(number)
+        num_layers, num_kv_heads, head_dim = self._shape
+        num_tokens = keys_values.shape[3] if keys_values.ndim == 5 else 0
+        if keys_values.shape != (num_layers, 2, num_kv_heads, num_tokens, head_dim):
+            raise BackendError(f"prefix of shape {keys_values.shape} for a model of {self._shape}")
+        if num_tokens > slot.capacity_tokens:
+            raise BackendError(f"prefix of {num_tokens} tokens: the slot has room for {slot.capacity_tokens}")
+        slot.keys[:, :, :num_tokens] = keys_values[:, 0]
+        slot.values[:, :, :num_tokens] = keys_values[:, 1]
+        slot.set_num_tokens(num_tokens)
+
     def close_all(self) -> None:
         """Drop every slot and spare. A mapping ends with the last array that looks into it."""
         self._open.clear()

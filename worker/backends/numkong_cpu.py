@@ -90,6 +90,12 @@ class NumKongModel:
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         self._slots.copy_prefix(source, target, num_tokens)
 
+    def capture_prefix(self, slot: int, num_tokens: int) -> FloatArray:
+        return self._slots.capture_prefix(slot, num_tokens)
+
+    def restore_prefix(self, slot: int, keys_values: FloatArray) -> None:
+        self._slots.restore_prefix(slot, keys_values)
+
     def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
         """See :class:`~worker.backends.protocol.BoundModel`."""
         token_ids: list[int] = []

@@ -96,6 +96,12 @@ class NumpyModel:
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         self._slots.copy_prefix(source, target, num_tokens)
 
+    def capture_prefix(self, slot: int, num_tokens: int) -> FloatArray:
+        return self._slots.capture_prefix(slot, num_tokens)
+
+    def restore_prefix(self, slot: int, keys_values: FloatArray) -> None:
+        self._slots.restore_prefix(slot, keys_values)
+
     def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
         """See :class:`~worker.backends.protocol.BoundModel`; the result is a fresh array ``[S, V]``."""
         kind = ProgramKind.DECODE if all(len(i.token_ids) == 1 for i in inputs) else ProgramKind.PREFILL

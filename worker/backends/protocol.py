@@ -75,6 +75,14 @@ class BoundModel(Protocol):
     def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first ``num_tokens`` tokens' keys and values of slot ``source`` into the empty slot ``target``."""
 
+    def capture_prefix(self, slot: int, num_tokens: int) -> FloatArray:
+        """Keys and values of a slot's first ``num_tokens`` tokens as host memory, a copy: float32
+        ``[layers, 2, kv heads, tokens, head_dim]``, keys rotated. The same for every backend."""
+
+    def restore_prefix(self, slot: int, keys_values: FloatArray) -> None:
+        """Fill the empty slot ``slot`` with what :meth:`capture_prefix` gave, perhaps in another process and on
+        another backend. ``keys_values`` may be strided and read-only; it is copied."""
+
     def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
         """Run one step: appends each sequence's keys and values to its slot and returns logits ``[S, V]``
         float32, one row per input with ``wants_logits``, in order. The array is valid until the next call.
