@@ -117,7 +117,7 @@ class NewestSeen:
             return
         try:
             fd, status = open_regular_file(self._path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise StoreError(f"cannot read {self._path} (symlinks are not followed): {error.strerror}") from error

@@ -167,3 +167,29 @@ def test_manifest_survives_the_way_to_a_worker() -> None:
     """What an order carries decodes to the same manifest."""
     manifest = make_manifest("a")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(manifest), type=Manifest) == manifest
+
+
+async def test_policy_always_verifies_held_memory_for_each_later_worker() -> None:
+    """The first worker's bytes are verified while they are sealed; each later one's again, both blobs."""
+    verified: list[str] = []
+    cache = SealedCache(lambda ref: Path("/blobs"), Sealer(), 1000, lambda fd, ref: verified.append(ref.digest[:5]))
+    await cache.acquire("a1", make_manifest("a"), "w1")
+    assert verified == []
+    await cache.acquire("a1", make_manifest("a"), "w2")
+    assert verified == ["a0000", "guest"]
+    cache.close()
+
+
+async def test_memory_that_fails_again_is_given_to_nobody() -> None:
+    """The worker is refused and no longer counted, so that the memory can be dropped."""
+
+    def refuse(fd: int, ref: BlobRef) -> None:
+        raise BlobCorrupt("weights", "its bytes changed in sealed memory")
+
+    cache = SealedCache(lambda ref: Path("/blobs"), Sealer(), 1000, refuse)
+    await cache.acquire("a1", make_manifest("a"), "w1")
+    cache.release("w1")
+    with pytest.raises(BlobCorrupt):
+        await cache.acquire("a1", make_manifest("a"), "w2")
+    assert cache.forget("a")
+    cache.check_integrity()

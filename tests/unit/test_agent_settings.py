@@ -61,3 +61,11 @@ def test_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     path.chmod(0o644)
     with pytest.raises(KeyRingError, match="chmod 600"):
         load_keyring(tmp_path, {"GLOWPLUG_SNAPSHOT_KEYS": str(path)})
+
+
+def test_verification_policy_is_once_unless_said(tmp_path: Path) -> None:
+    """Any other word is refused together with those that exist."""
+    assert read_agent_settings(1000, {}).verification == "once"
+    assert read_agent_settings(1000, {"GLOWPLUG_VERIFY": "always"}).verification == "always"
+    with pytest.raises(SettingsError, match='GLOWPLUG_VERIFY="never": expected one of once, always'):
+        read_agent_settings(1000, {"GLOWPLUG_VERIFY": "never"})

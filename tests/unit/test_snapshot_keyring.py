@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import stat
 import traceback
@@ -186,3 +187,61 @@ def test_arbitrary_key_text_gives_a_ring_or_our_own_error(text: str) -> None:
         KeyRing.from_text(text)
     except KeyRingError:
         pass
+
+
+def test_rotated_out_key_is_marked_and_comments_stay(tmp_path: Path) -> None:
+    """The file is rewritten whole: mode, comments and the other kind of key are as before."""
+    path = write_private(tmp_path / "k", f"# mine\n{LINE}{LINE.replace('main', 'enc').replace('active', 'encrypt')}")
+    ring = KeyRing.rotate(path, key_id="next")
+    assert ring.statuses == {"main": "verify", "enc": "encrypt", "next": "active"}
+    assert KeyRing.from_file(path).statuses == ring.statuses
+    assert path.read_text().startswith("# mine\n")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["k"]
+
+
+def test_revoked_key_is_refused_by_name_and_its_secret_is_gone(tmp_path: Path) -> None:
+    """What it signed is refused as revoked, not as unknown; it cannot sign; revoking again changes nothing."""
+    path = write_private(tmp_path / "k", LINE)
+    signed = _signed(KeyRing.from_file(path), b"data")
+    for _ in range(2):
+        ring = KeyRing.revoke(path, "main")
+        assert path.read_text() == "main - 2026-01-31T12:00:00Z revoked\n"
+        with pytest.raises(SignatureInvalid, match="key 'main', which is revoked"):
+            ring.verify(*signed)
+        assert ring.signing_key_id is None
+    KeyRing.rotate(path, key_id="next")
+    assert KeyRing.from_file(path).statuses == {"main": "revoked", "next": "active"}
+
+
+def test_a_revoked_key_verifies_nothing_even_with_an_empty_secret(tmp_path: Path) -> None:
+    """A MAC made with the empty secret that a revoked line stands for is refused too."""
+    ring = KeyRing.from_file(write_private(tmp_path / "k", "main - 2026-01-31T12:00:00Z revoked\n"))
+    forged = hmac.digest(b"", b"data", "sha256")
+    with pytest.raises(SignatureInvalid, match="revoked"):
+        ring.verify("main", b"data", forged)
+
+
+def test_encryption_keys_neither_sign_nor_verify(tmp_path: Path) -> None:
+    """And signing keys encrypt nothing: the kinds never mix."""
+    ring = KeyRing.from_text(f"a:{SECRET},e:{'6b' * 32}:encrypt")
+    assert (ring.signing_key_id, ring.encryption_key_id) == ("a", "e")
+    forged = hmac.digest(bytes.fromhex("6b" * 32), b"data", "sha256")
+    with pytest.raises(SignatureInvalid, match="not in the key ring"):
+        ring.verify("e", b"data", forged)
+    with pytest.raises(KeyRingError, match="no encryption key 'a'"):
+        ring.encryption_secret("a")
+    with pytest.raises(KeyRingError):
+        ring.sign_with("e", b"data")
+    assert ring.encryption_secret("e") == bytes.fromhex("6b" * 32)
+
+
+def test_revoking_what_encrypts_or_is_not_there_is_refused(tmp_path: Path) -> None:
+    """The file stays as it was."""
+    text = LINE + LINE.replace("main", "enc").replace("active", "decrypt")
+    path = write_private(tmp_path / "k", text)
+    with pytest.raises(KeyRingError, match="could never be read again"):
+        KeyRing.revoke(path, "enc")
+    with pytest.raises(KeyRingError, match="no key 'none'; it has main, enc"):
+        KeyRing.revoke(path, "none")
+    assert path.read_text() == text
