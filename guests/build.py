@@ -61,6 +61,7 @@ class ShippedGuest:
 
 SHIPPED: Final = (
     ShippedGuest("llama", "llama", "llama/llama.wasm"),
+    ShippedGuest("embed", "embed", "embed/embed.wasm"),
     ShippedGuest("toy", "examples/toy.c", "examples/toy.wasm"),
 )
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from guests.abi import ABI_VERSION, ProgramKind
+from guests.abi import ABI_VERSION, PROGRAM_SETS, ProgramKind
 from guests.bake import START_EXPORT, bake, capture, prepare
 from guests.errors import GuestContractError, ProgramError
 from guests.guest_log import LogLevel, LogLine
@@ -148,11 +148,19 @@ def run_initialisation(wasm: bytes, assets: Mapping[str, bytes], tensor_names: C
                 state = capture(module, instance)
         finally:
             compiled.close()
-    for kind in ProgramKind:
-        if kind not in host.programs:
-            raise GuestContractError(f"gp_init recorded no {kind.name} program")
-        decode_program(host.programs[kind], num_tensors=len(host.handles))
+    _check_programs(host)
     return Initialisation(bake(module, state), host.programs, tuple(host.handles), tuple(host.lines), host.host_bytes)
+
+
+def _check_programs(host: InitialisationHost) -> None:
+    recorded = frozenset(host.programs)
+    if ProgramKind.ENCODE in recorded and len(recorded) > 1:
+        raise GuestContractError("gp_init recorded an ENCODE program beside others: a model encodes or generates")
+    if recorded not in PROGRAM_SETS:
+        missing = next(kind for kind in ProgramKind if kind not in recorded)
+        raise GuestContractError(f"gp_init recorded no {missing.name} program")
+    for program in host.programs.values():
+        decode_program(program, num_tensors=len(host.handles))
 
 
 def _run_init(instance: GuestInstance, host: InitialisationHost) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from guests.abi import ProgramKind
+from guests.abi import PROGRAM_SETS, ProgramKind
 from guests.confined_work import InitialisedReply, InitialiseTask, run_confined
 from guests.confinement import WorkLimits
 from guests.errors import GuestContractError, GuestModuleRefused, GuestProcessError, ProgramError
@@ -80,8 +80,10 @@ def _check_reply(reply: InitialisedReply, attachments: list[bytes], tensor_names
         if module.start is not None:
             raise GuestModuleRefused("a baked guest has no start function")
         programs = {ProgramKind(kind): data for kind, data in zip(reply.program_kinds, recorded, strict=True)}
-        for kind in ProgramKind:
-            if decode_program(programs[kind], num_tensors=len(handles)).kind is not kind:
+        if frozenset(programs) not in PROGRAM_SETS:
+            raise ProgramError(f"programs of kinds {sorted(programs)}")
+        for kind, program in programs.items():
+            if decode_program(program, num_tensors=len(handles)).kind is not kind:
                 raise ProgramError(f"the {kind.name} program is of another kind")
         log = tuple(LogLine(LogLevel(level), text) for level, text in reply.log)
     except (GuestModuleRefused, GuestContractError, ProgramError, KeyError, ValueError) as error:

@@ -14,7 +14,7 @@ from typing import Final
 from guests.abi import IMPORT_NAMESPACE
 from guests.binding import KIND_I32, KIND_I64
 from guests.errors import GuestModuleRefused
-from guests.signatures import EXPORTS, IMPORTS, LIFECYCLE_EXPORTS, TOKENIZER_EXPORTS, Signature
+from guests.signatures import EXPORTS, IMPORTS, LIFECYCLE_EXPORTS, TOKENIZER_EXPORTS, WRITER_EXPORTS, Signature
 from guests.wasm_format import ExternKind, Reader, Section, SectionId, ValueType, split_sections
 
 MAX_MODULE_BYTES: Final = 64 << 20  # before its memory is baked in
@@ -166,8 +166,11 @@ def parse_guest(wasm: bytes, *, max_bytes: int = MAX_MODULE_BYTES) -> WasmModule
     if not any(e.name == "memory" and e.kind is ExternKind.MEMORY for e in module.exports):
         raise GuestModuleRefused("the guest does not export its memory as 'memory'")
     required = dict(LIFECYCLE_EXPORTS)
-    if any(export.name in TOKENIZER_EXPORTS for export in module.exports):
+    names = {export.name for export in module.exports}
+    if not names.isdisjoint(TOKENIZER_EXPORTS | WRITER_EXPORTS):
         required |= TOKENIZER_EXPORTS  # some of them without the others is a mistake
+    if not names.isdisjoint(WRITER_EXPORTS):
+        required |= WRITER_EXPORTS
     for name, signature in required.items():
         function_type = module.exported_function(name)
         if function_type is None:

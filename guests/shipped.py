@@ -17,6 +17,15 @@ def llama_wasm() -> bytes:
     return _read("llama/llama.wasm")
 
 
+def embed_wasm() -> bytes:
+    """The guest of BERT-family encoders.
+
+    Raises:
+        FileNotFoundError: not built; run ``python -m guests.build``.
+    """
+    return _read("embed/embed.wasm")
+
+
 def toy_wasm() -> bytes:
     """The example guest: no tokeniser, three operations.
 

@@ -45,10 +45,14 @@ LIFECYCLE_EXPORTS: Final = {
     "gp_resume": Signature((KIND_I64,), KIND_I32),
 }
 
-# A guest has all of these or none.
+# A guest that reads text has both of these.
 TOKENIZER_EXPORTS: Final = {
     "gp_buffer": Signature((KIND_I32,), KIND_I32),
     "gp_tokenize": Signature((KIND_I32, KIND_I32, KIND_I32), KIND_I64),
+}
+
+# A guest that writes text has all of these, and a tokeniser's.
+WRITER_EXPORTS: Final = {
     "gp_detokenize": Signature((KIND_I32, KIND_I32, KIND_I32), KIND_I64),
     "gp_token_bytes": Signature((KIND_I32,), KIND_I64),
     "gp_sequence_open": Signature((KIND_I32, KIND_I32, KIND_I32), KIND_I32),
@@ -57,4 +61,4 @@ TOKENIZER_EXPORTS: Final = {
     "gp_sequence_close": Signature((KIND_I32,)),
 }
 
-EXPORTS: Final = LIFECYCLE_EXPORTS | TOKENIZER_EXPORTS
+EXPORTS: Final = LIFECYCLE_EXPORTS | TOKENIZER_EXPORTS | WRITER_EXPORTS

@@ -38,7 +38,7 @@ extern int32_t gp_asset_read(const char *name, uint32_t name_length, int64_t off
  * of first asking; asking again gives the same handle. */
 GP_IMPORT("tensor") extern int32_t gp_tensor(const char *name, uint32_t name_length);
 
-/* Record one program: a gp_program_header and its operations, `length` bytes together. Each kind exactly once.
+/* Record one program: a gp_program_header and its operations, `length` bytes together. Each kind at most once.
  * Returns 0; the host checks the program when gp_init has returned. */
 GP_IMPORT("program") extern int32_t gp_program(const void *program, uint32_t length);
 
@@ -49,8 +49,8 @@ GP_IMPORT("program") extern int32_t gp_program(const void *program, uint32_t len
  *   GP_EXPORT("gp_init")   int32_t gp_init(void);             0, or an error code of its own (and a logged reason)
  *   GP_EXPORT("gp_resume") int32_t gp_resume(int64_t seed);   called first in every restored instance; 0 or an error
  *
- * A guest with a tokeniser, all of these as well. A packed result is (pointer << 32 | length), or -1: failed; what it
- * points to is valid until the next call.
+ * A guest that reads text, the first two of these as well; one that writes text too, all of them. A packed result is
+ * (pointer << 32 | length), or -1: failed; what it points to is valid until the next call.
  *
  *   GP_EXPORT("gp_buffer")         void *gp_buffer(int32_t size);   input buffer, at least size bytes; 0: out of memory
  *   GP_EXPORT("gp_tokenize")       int64_t gp_tokenize(const char *text, int32_t length, int32_t flags);
@@ -89,7 +89,8 @@ static inline int64_t gp_pack(const void *pointer, uint32_t length) {
 #define GP_NO_TENSOR 0xFFFFFFFFu
 #define GP_PROGRAM_VERSION 1
 
-enum gp_program_kind { GP_PREFILL = 0, GP_DECODE = 1 };
+/* A guest of a generating model records PREFILL and DECODE, an encoder's ENCODE alone. */
+enum gp_program_kind { GP_PREFILL = 0, GP_DECODE = 1, GP_ENCODE = 2 };
 
 enum gp_opcode {
     GP_EMBED = 1,
@@ -103,6 +104,12 @@ enum gp_opcode {
     GP_ADD = 9,
     GP_LAST_ROWS = 10,
     GP_OUTPUT = 11,
+    GP_LAYER_NORM = 12,
+    GP_GELU = 13,
+    GP_POSITION_EMBED = 14,
+    GP_ENCODER_ATTENTION = 15,
+    GP_MEAN_POOL = 16,
+    GP_L2_NORMALISE = 17,
 };
 
 typedef struct gp_program_header {
