@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from worker.backends.protocol import ModelPlan
+from worker.engine.prefixes import PrefixIndex
 from worker.engine.text import TextModel
 
 
@@ -17,3 +18,4 @@ class LoadedModel:
     plan: ModelPlan
     text: TextModel
     eos_token_ids: tuple[int, ...]
+    prefixes: PrefixIndex = field(default_factory=PrefixIndex)

@@ -247,6 +247,16 @@ class Engine:
             choice.awaits_prefix = choice is not choices[0] and len(request.prompt) > 1
             if not self._budget.try_reserve(slot, len(choice.token_ids)):
                 raise EngineIntegrityError(f"no KV budget for admitted request {request.request_id}")
+        self._adopt_prefix(request, choices[0])
+
+    def _adopt_prefix(self, request: RunningRequest, leader: Choice) -> None:
+        """Take over what the snapshot has of the prompt's beginning; the rest is prefilled as ever."""
+        keys_values = self._model.prefixes.find(request.prompt)
+        if keys_values is None or leader.slot is None:
+            return
+        self._bound.restore_prefix(leader.slot, keys_values)
+        leader.num_computed = request.num_cached = keys_values.shape[3]
+        self._hand_on_prefix(request, leader)
 
     def _grow_reservations(self) -> None:
         """Reserve KV memory for what the next step computes; the last in service order gives way."""

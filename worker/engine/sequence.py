@@ -119,6 +119,7 @@ class RunningRequest:
     prompt: tuple[int, ...]
     max_tokens: int  # completion tokens of each choice, cut to the context
     choices: list[Choice]
+    num_cached: int = 0  # prompt tokens whose keys and values came from a primed prefix
     marks: dict[str, int] = field(default_factory=dict)  # of the first token, until it was emitted
 
     @property
@@ -141,7 +142,7 @@ class RunningRequest:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), sum(choice.num_generated for choice in self.choices))
+        return Usage(len(self.prompt), sum(choice.num_generated for choice in self.choices), self.num_cached)
 
     def close(self) -> None:
         """Free every choice's detokeniser. Idempotent."""
