@@ -282,6 +282,17 @@ class MappedBytes:
             if code != errno.EINVAL:
                 raise MappingError(f"cannot populate {length} bytes: {os.strerror(code)}")
 
+    def set_inherited(self, inherited: bool) -> None:
+        """Whether children forked from now on have this mapping (at first they do). One that they do not have cannot
+        be read there, and keeps no memory; its arrays must not be used then.
+
+        Raises:
+            MappingError: the kernel refused.
+        """
+        advice = mmap.MADV_DOFORK if inherited else mmap.MADV_DONTFORK
+        if _libc.madvise(self.address, self.size_bytes, advice):
+            raise MappingError(f"cannot keep a mapping from children: {os.strerror(ctypes.get_errno())}")
+
     def statistics(self) -> MappingStatistics:
         """What the kernel reports for this mapping; costs a walk over /proc/self/smaps (milliseconds)."""
         self._require_open()

@@ -19,12 +19,12 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.telemetry import Mark
 from snapshots.errors import Incompatible, SnapshotError
 from snapshots.manifest import Manifest
-from worker.backends.numkong_cpu import NumKongBackend
-from worker.backends.numpy_reference import NumpyBackend
-from worker.backends.protocol import Backend, BackendError
+from worker.backends.choice import make_backend
+from worker.backends.protocol import BackendError, BoundModel
 from worker.engine.engine import Engine
 from worker.engine.types import RequestStep
-from worker.restore import RestoredModel, restore_model
+from worker.prepared_models import InheritedModel
+from worker.restore import PreparedModel, RestoredModel, prepare_model
 from worker.spawn_order import SpawnedFds, SpawnOrder
 
 #: Wasmtime wants 512 KiB of C stack for the guest and as much again for the host below it.
@@ -50,8 +50,17 @@ class EngineThread:
     It adds DEVICE_READY, MAPPED and RESTORED to ``marks`` before ``on_ready``; nobody else writes there meanwhile.
     """
 
-    def __init__(self, order: SpawnOrder, fds: SpawnedFds, guest_engine: GuestEngine, marks: dict[str, int]) -> None:
+    def __init__(
+        self,
+        order: SpawnOrder,
+        fds: SpawnedFds,
+        guest_engine: GuestEngine,
+        marks: dict[str, int],
+        inherited: InheritedModel | None = None,
+    ) -> None:
+        """``inherited`` is what the zygote prepared of the order's model, if it did."""
         self.marks = marks
+        self._inherited = inherited
         self._order = order
         self._fds = fds
         self._guest_engine = guest_engine
@@ -97,17 +106,9 @@ class EngineThread:
 
     def _restore(self) -> Engine:
         order = self._order
-        backend = make_backend(order.backend, order.num_threads)
-        backend.warm()
-        self.marks[Mark.DEVICE_READY] = time.monotonic_ns()
-        manifest: Manifest = codec.decode(order.manifest, Manifest)
-        self._guest_engine.start_ticker()  # first: without it no deadline holds, and restoring calls the guest
-        restored = self._restored = restore_model(
-            manifest, self._fds.weights_fd, self._fds.guest_fd, self._guest_engine, seed=secrets.randbits(63)
-        )
-        threading.Thread(target=_populate, args=(restored,), name="populate", daemon=True).start()
-        self.marks[Mark.MAPPED] = time.monotonic_ns()
-        bound = backend.bind(restored.loaded.plan)
+        model, bound = self._warm_and_map()
+        self._guest_engine.start_ticker()  # first: without it no deadline holds, and resuming calls the guest
+        restored = self._restored = model.resume(secrets.randbits(63))
         engine = Engine(
             restored.loaded,
             bound,
@@ -116,20 +117,25 @@ class EngineThread:
             on_steps=self._on_steps,
         )
         self.marks[Mark.RESTORED] = time.monotonic_ns()
+        threading.Thread(target=_populate, args=(restored,), name="populate", daemon=True).start()
         return engine
 
-
-def make_backend(name: str, num_threads: int) -> Backend:
-    """The backend of that name.
-
-    Raises:
-        BackendError: unknown name.
-    """
-    if name == "numpy":
-        return NumpyBackend()
-    if name == "numkong":
-        return NumKongBackend(num_threads)
-    raise BackendError(f"backend {name!r} is not known: expected numkong or numpy")
+    def _warm_and_map(self) -> tuple[PreparedModel, BoundModel]:
+        """The device ready, the model mapped and bound: taken over from the zygote, or done here."""
+        order, fds, inherited = self._order, self._fds, self._inherited
+        backend = make_backend(order.backend, order.num_threads) if inherited is None else inherited.backend
+        backend.warm()
+        self.marks[Mark.DEVICE_READY] = time.monotonic_ns()
+        if inherited is not None:
+            model, bound = inherited.model, inherited.bound
+        else:
+            manifest: Manifest = codec.decode(order.manifest, Manifest)
+            model = prepare_model(manifest, fds.weights_fd, fds.guest_fd, self._guest_engine)
+            if model.plan is None:
+                raise RuntimeError("a model that was just prepared is closed")
+            bound = backend.bind(model.plan)
+        self.marks[Mark.MAPPED] = time.monotonic_ns()
+        return model, bound
 
 
 def describe_failure(model: str, error: Exception) -> ErrorInfo:

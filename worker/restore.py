@@ -1,5 +1,9 @@
 """Restore: from a verified manifest and sealed memory to a model that can serve, in milliseconds.
 
+In two parts. :func:`prepare_model` does all that is the same for every worker: the zygote does it once for each
+snapshot, and its workers inherit the result. :meth:`PreparedModel.resume` instantiates the guest with a seed of its
+own, in the worker.
+
 Nothing is read or copied here. Weights become views of the sealed file, the guest is mapped copy-on-write out of its
 own sealed file with its init already done, and the programs are decoded. What is verified where: the agent verified
 manifest and blobs; this module checks that the memory it was handed is sealed and of the stated size, and that the
@@ -30,23 +34,63 @@ from worker.loaded_model import LoadedModel
 from worker.tensor_names import SCALE_SUFFIX
 
 
-class RestoredModel:
-    """A restored model and what must be freed behind it. Owned by the worker's slot loop."""
+class PreparedModel:
+    """A model without its guest's state: weights mapped and viewed, programs decoded, the guest's code loaded.
+
+    May be forked: it has no thread and no state of its own. Closed by its owner, or by the model it resumed to.
+    """
 
     def __init__(
         self,
-        loaded: LoadedModel,
-        text: GuestText,
+        manifest: Manifest,
+        plan: ModelPlan,
         module: GuestModule,
         weights: MappedBytes,
         use_order: tuple[TensorEntry, ...],
     ) -> None:
-        """Takes over ``text``, ``module`` and ``weights``; made by :func:`restore_model`."""
+        """Takes over ``module`` and ``weights``; made by :func:`prepare_model`."""
+        self.name = manifest.name
+        self.snapshot_id = manifest.snapshot_id
+        self.plan: ModelPlan | None = plan  # None: closed
+        self._eos_token_ids = manifest.card.eos_token_ids
+        self._module = module
+        self.weights = weights
+        self.use_order = use_order
+
+    def resume(self, seed: int) -> RestoredModel:
+        """The model with a guest of its own; ``seed`` goes to its ``gp_resume``. Call once; this object belongs to the
+        result then.
+
+        Raises:
+            GuestError: the guest cannot be resumed; this object stays the caller's.
+            RuntimeError: closed.
+        """
+        if self.plan is None:
+            raise RuntimeError("this prepared model is closed")
+        text = GuestText(self._module, seed)
+        return RestoredModel(LoadedModel(self.name, self.snapshot_id, self.plan, text, self._eos_token_ids), text, self)
+
+    def close(self) -> None:
+        """Free the guest's code and unmap the weights. Idempotent.
+
+        Requires: no array of the plan is referenced elsewhere.
+
+        Raises:
+            MappingError: a weight is still referenced; the guest is freed, the weights stay mapped.
+        """
+        self.plan = None
+        self._module.close()
+        self.weights.close()
+
+
+class RestoredModel:
+    """A restored model and what must be freed behind it. Owned by the worker's slot loop."""
+
+    def __init__(self, loaded: LoadedModel, text: GuestText, prepared: PreparedModel) -> None:
+        """Takes over ``text`` and ``prepared``; made by :meth:`PreparedModel.resume`."""
         self._loaded: LoadedModel | None = loaded
         self._text = text
-        self._module = module
-        self._weights = weights
-        self._use_order = use_order
+        self._prepared = prepared
 
     @property
     def loaded(self) -> LoadedModel:
@@ -65,10 +109,10 @@ class RestoredModel:
         Run it on its own thread, beside the first prefill; it releases the GIL. ``stop`` ends it early, which
         :meth:`close` needs the caller to have done (join the thread first).
         """
-        for entry in self._use_order:
+        for entry in self._prepared.use_order:
             if stop is not None and stop.is_set():
                 return
-            self._weights.populate(entry.offset, entry.size_bytes)
+            self._prepared.weights.populate(entry.offset, entry.size_bytes)
 
     def close(self) -> None:
         """Free the guest and unmap the weights. Idempotent.
@@ -80,8 +124,7 @@ class RestoredModel:
         """
         self._loaded = None
         self._text.close()
-        self._module.close()
-        self._weights.close()
+        self._prepared.close()
 
     def __enter__(self) -> Self:
         return self
@@ -100,17 +143,32 @@ def prepare_restore() -> None:
 def restore_model(
     manifest: Manifest, weights_fd: int, guest_fd: int, guest_engine: GuestEngine, seed: int
 ) -> RestoredModel:
-    """The model of ``manifest``, out of sealed memory.
+    """The model of ``manifest``, out of sealed memory: :func:`prepare_model` and :meth:`PreparedModel.resume` in one.
+
+    Raises:
+        GuestError: the guest cannot be loaded or resumed.
+        Exception: as :func:`prepare_model`. Nothing stays mapped.
+    """
+    prepared = prepare_model(manifest, weights_fd, guest_fd, guest_engine)
+    try:
+        return prepared.resume(seed)
+    except BaseException:
+        prepared.close()
+        raise
+
+
+def prepare_model(manifest: Manifest, weights_fd: int, guest_fd: int, guest_engine: GuestEngine) -> PreparedModel:
+    """The model of ``manifest``, out of sealed memory, before its guest has a state.
 
     Requires: ``manifest`` was verified; the descriptors hold its weights and compiled guest, verified. They stay the
-    caller's and may be closed afterwards. ``seed`` goes to the guest's ``gp_resume``. On failure nothing stays mapped.
+    caller's and may be closed afterwards. Starts no thread. On failure nothing stays mapped.
 
     Raises:
         Incompatible: the compiled guest was made for another environment; the message says how to rebuild.
         MappingError: a descriptor is not sealed, or not of the manifest's size.
         ManifestMalformed: the manifest's tensors contradict each other.
         ProgramError: a program does not decode.
-        GuestError: the guest cannot be loaded or resumed.
+        GuestError: the guest cannot be loaded.
     """
     verify_identity(manifest, guest_identity())
     prefill, decode = _decode_programs(manifest)
@@ -119,24 +177,20 @@ def restore_model(
         weights = map_sealed(weights_fd, manifest.weights.size_bytes)
         undo.callback(weights.close)
         module = _load_guest(manifest, guest_fd, guest_engine)
-        undo.callback(module.close)
-        text = GuestText(module, seed)
         undo.pop_all()
     # Views come last: one that lived in an exception's frames would keep the mapping from being closed.
-    tensors = _view_tensors(stored, weights)
     card = manifest.card
     plan = ModelPlan(
         prefill,
         decode,
-        tensors,
+        _view_tensors(stored, weights),
         num_layers=card.num_layers,
         num_kv_heads=card.num_kv_heads,
         head_dim=card.head_dim,
         vocab_size=card.vocab_size,
         context_length=card.context_length,
     )
-    loaded = LoadedModel(manifest.name, manifest.snapshot_id, plan, text, card.eos_token_ids)
-    return RestoredModel(loaded, text, module, weights, _order_of_use(manifest, prefill))
+    return PreparedModel(manifest, plan, module, weights, _order_of_use(manifest, prefill))
 
 
 def _load_guest(manifest: Manifest, guest_fd: int, guest_engine: GuestEngine) -> GuestModule:

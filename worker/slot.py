@@ -31,6 +31,7 @@ from worker.engine.engine import Engine, EngineStatistics
 from worker.engine.types import RequestStep
 from worker.engine_thread import EngineThread, describe_failure
 from worker.jobs import ClaimingWorker
+from worker.prepared_models import PreparedModels
 from worker.publisher import TokenPublisher
 from worker.reports import REDIS_TROUBLE, Reports, keep_trying, read_private_bytes
 from worker.request_runner import RequestRunner, WakeRecord
@@ -47,7 +48,9 @@ SETTLE_S: Final = 0.05
 LAST_WORDS_S: Final = 2.0  # for the last reports of a worker that ends
 EXIT_OK: Final = 0
 
-_guest_engine: GuestEngine | None = None  # made once in the zygote, inherited by every worker
+# Made once in the zygote, inherited by every worker.
+_guest_engine: GuestEngine | None = None
+_prepared: PreparedModels | None = None
 
 
 class WorkerSlot:
@@ -239,11 +242,16 @@ class RestoreFailed(Exception):
         self.cause = cause
 
 
-def prepare_to_fork() -> None:
-    """Do in the zygote, once, what every worker would otherwise do after its fork. Starts no thread."""
-    global _guest_engine
+def prepare_to_fork() -> PreparedModels:
+    """Do in the zygote, once, what every worker would otherwise do after its fork. Starts no thread.
+
+    What it returns prepares single models, and chooses what each child inherits of them.
+    """
+    global _guest_engine, _prepared
     _guest_engine = GuestEngine()
+    _prepared = PreparedModels(_guest_engine)
     prepare_restore()
+    return _prepared
 
 
 def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
@@ -251,11 +259,12 @@ def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
 
     Requires: :func:`prepare_to_fork` ran before the fork.
     """
-    if _guest_engine is None:
+    if _guest_engine is None or _prepared is None:
         raise RuntimeError("prepare_to_fork() was not called before the fork")
     gc.disable()  # until the slot is ready: a collection in the middle of a restore helps nobody
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    thread = EngineThread(order, fds, _guest_engine, {**order.marks, Mark.FORKED: forked_mono_ns})
+    marks = {**order.marks, Mark.FORKED: forked_mono_ns}
+    thread = EngineThread(order, fds, _guest_engine, marks, _prepared.selected)
     thread.start()  # first: everything below happens beside it
     structlog.contextvars.bind_contextvars(worker_id=order.worker_id, model=order.model)
 

@@ -1,15 +1,19 @@
 """What an agent, its zygote and a new worker tell each other over the zygote's socket.
 
-====================== ========= ===================================================================
-message                direction meaning
-====================== ========= ===================================================================
-:class:`ZygoteReady`   to agent  everything is imported and frozen; forks may be ordered
-:class:`ForkWorker`    to zygote fork one worker; carries two file descriptors, weights then guest
-:class:`WorkerForked`  to agent  the worker runs
-:class:`ForkRefused`   to agent  no process was made, and why
-:class:`SignalWorker`  to zygote send a signal to a worker that the zygote has not reaped
-:class:`WorkerExited`  to agent  the worker ended and was reaped
-====================== ========= ===================================================================
+======================= ========= ==================================================================
+message                 direction meaning
+======================= ========= ==================================================================
+:class:`ZygoteReady`    to agent  everything is imported and frozen; forks may be ordered
+:class:`ForkWorker`     to zygote fork one worker; carries two file descriptors, weights then guest
+:class:`WorkerForked`   to agent  the worker runs
+:class:`ForkRefused`    to agent  no process was made, and why
+:class:`SignalWorker`   to zygote send a signal to a worker that the zygote has not reaped
+:class:`PrepareModel`   to zygote restore a snapshot as far as all its workers have in common; two descriptors
+:class:`ModelPrepared`  to agent  done: its workers inherit it
+:class:`PrepareFailed`  to agent  it cannot be prepared; its workers restore it themselves
+:class:`ForgetPrepared` to zygote the snapshot is not held any more: unmap it
+:class:`WorkerExited`   to agent  the worker ended and was reaped
+======================= ========= ==================================================================
 
 Signals go through the zygote because it alone reaps: a process id that it still knows cannot have been reused.
 """
@@ -77,6 +81,35 @@ class SignalWorker(msgspec.Struct, frozen=True, tag="signal"):
     signal_number: int
 
 
+class PrepareModel(msgspec.Struct, frozen=True, tag="prepare"):
+    """Restore the snapshot of ``manifest`` (encoded, verified) as far as every worker would do the same."""
+
+    snapshot_id: str
+    manifest: bytes
+    backend: str
+    num_threads: int
+
+
+class ForgetPrepared(msgspec.Struct, frozen=True, tag="forget"):
+    """Let go of a prepared snapshot; nothing happens if it is not prepared."""
+
+    snapshot_id: str
+
+
+class ModelPrepared(msgspec.Struct, frozen=True, tag="prepared"):
+    """Answer to :class:`PrepareModel`. ``elapsed_ms`` is time that the zygote could not fork in, in short pieces."""
+
+    snapshot_id: str
+    elapsed_ms: float
+
+
+class PrepareFailed(msgspec.Struct, frozen=True, tag="prepare_failed"):
+    """Answer to :class:`PrepareModel` when it was in vain."""
+
+    snapshot_id: str
+    reason: str
+
+
 class WorkerForked(msgspec.Struct, frozen=True, tag="forked"):
     """Answer to :class:`ForkWorker`."""
 
@@ -104,5 +137,5 @@ class WorkerExited(msgspec.Struct, frozen=True, tag="exited"):
         return os.waitstatus_to_exitcode(self.wait_status)
 
 
-ToZygote = ForkWorker | SignalWorker
-FromZygote = ZygoteReady | WorkerForked | ForkRefused | WorkerExited
+ToZygote = ForkWorker | SignalWorker | PrepareModel | ForgetPrepared
+FromZygote = ZygoteReady | WorkerForked | ForkRefused | WorkerExited | ModelPrepared | PrepareFailed

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
@@ -28,9 +28,12 @@ from scheduler.contract.environment import read_process_settings
 from scheduler.contract.telemetry import configure_logging
 from worker.spawn_order import (
     NUM_SPAWN_FDS,
+    ForgetPrepared,
     ForkRefused,
     ForkWorker,
     FromZygote,
+    PrepareFailed,
+    PrepareModel,
     SignalWorker,
     SpawnedFds,
     SpawnOrder,
@@ -55,12 +58,29 @@ class ThreadsRunning(Exception):
     """The zygote has more than one thread; forking it would copy locks that nobody will ever release."""
 
 
-class Zygote:
-    """The blocking loop. One thread, the process's only one."""
+class ModelPreparer(Protocol):
+    """What the zygote knows of models; see :class:`worker.prepared_models.PreparedModels`."""
 
-    def __init__(self, channel: socket.socket, run_worker: RunWorker) -> None:
+    def begin(self, message: PrepareModel, fds: SpawnedFds) -> None: ...
+
+    def forget(self, snapshot_id: str) -> None: ...
+
+    def wait_ms(self) -> int | None: ...
+
+    def step(self) -> FromZygote | None: ...
+
+    def before_fork(self, order: SpawnOrder, fds: SpawnedFds) -> None: ...
+
+    def after_fork(self) -> None: ...
+
+
+class Zygote:
+    """The blocking loop. One thread, the process's only one. Without ``preparer`` workers restore by themselves."""
+
+    def __init__(self, channel: socket.socket, run_worker: RunWorker, preparer: ModelPreparer | None = None) -> None:
         self._channel = channel
         self._run_worker = run_worker
+        self._preparer = preparer
         self._reader: PacketReader[ToZygote] = PacketReader(ToZygote)
         self._workers: dict[int, str] = {}  # pid -> worker id, until reaped
         self._pid = os.getpid()
@@ -81,7 +101,9 @@ class Zygote:
         poller.register(self._channel, select.POLLIN)
         poller.register(self._wake_read, select.POLLIN)
         while True:
-            ready = {fd for fd, _ in poller.poll()}
+            ready = {fd for fd, _ in poller.poll(self._preparer.wait_ms() if self._preparer is not None else None)}
+            if not ready:
+                self._prepare_further()
             if self._wake_read in ready:
                 _drain(self._wake_read)
                 self._reap()
@@ -98,13 +120,44 @@ class Zygote:
                     self._fork(order, fds)
                 case SignalWorker(worker_id, number):
                     self._signal(worker_id, number)
+                case PrepareModel():
+                    self._prepare(message, fds)
+                case ForgetPrepared(snapshot_id):
+                    if self._preparer is not None:
+                        self._preparer.forget(snapshot_id)
         return True
+
+    def _prepare(self, message: PrepareModel, fds: tuple[int, ...]) -> None:
+        try:
+            if self._preparer is None or len(fds) != NUM_SPAWN_FDS:
+                reason = f"{len(fds)} file descriptors came, expected {NUM_SPAWN_FDS}" if fds else "not offered here"
+                self._send(PrepareFailed(message.snapshot_id, reason))
+            else:
+                self._preparer.begin(message, SpawnedFds(*fds))
+        except OSError as error:
+            self._send(PrepareFailed(message.snapshot_id, f"its files cannot be kept: {error.strerror}"))
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _prepare_further(self) -> None:
+        """One piece of preparation, while no order waits.
+
+        Raises:
+            ThreadsRunning: it started a thread; this process can fork no more.
+        """
+        answer = self._preparer.step() if self._preparer is not None else None
+        check_single_threaded()
+        if answer is not None:
+            self._send(answer)
 
     def _fork(self, order: SpawnOrder, fds: tuple[int, ...]) -> None:
         try:
             if len(fds) != NUM_SPAWN_FDS:
                 self._send(ForkRefused(order.worker_id, f"{len(fds)} file descriptors came, expected {NUM_SPAWN_FDS}"))
                 return
+            if self._preparer is not None:
+                self._preparer.before_fork(order, SpawnedFds(*fds))
             try:
                 pid = os.fork()
             except OSError as error:
@@ -116,6 +169,8 @@ class Zygote:
             self._workers[pid] = order.worker_id
             self._send(WorkerForked(order.worker_id, pid))
         finally:
+            if self._preparer is not None:
+                self._preparer.after_fork()
             for fd in fds:
                 os.close(fd)
 
@@ -184,11 +239,11 @@ def main(channel_fd: int) -> int:
     # Imported here and not above: the zygote's own code must stay loadable without the worker's libraries.
     from worker.slot import prepare_to_fork, run_worker
 
-    prepare_to_fork()
+    prepared = prepare_to_fork()
     gc.collect()
     gc.freeze()
     try:
-        Zygote(channel, run_worker).serve()
+        Zygote(channel, run_worker, prepared).serve()
     except BrokenPipeError:
         pass  # the agent went away between two messages
     return 0

@@ -158,7 +158,7 @@ def test_populate_enters_every_page_and_can_be_stopped(smollm2: Sealed, engine: 
         stop = threading.Event()
         stop.set()
         model.populate(stop)
-        mapped = model._weights
+        mapped = model._prepared.weights
         assert mapped.statistics().resident_bytes < smollm2.manifest.weights.size_bytes // 2
         model.populate()
         tensor_bytes = sum(entry.size_bytes for entry in smollm2.manifest.tensors)

