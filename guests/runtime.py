@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-import threading
 from collections.abc import Mapping
 from ctypes import byref, c_char, c_void_p
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any, Final, NamedTuple, NoReturn, Self
 
 from guests import binding
 from guests.compile import compile_module, new_engine
+from guests.epoch_ticker import EpochTicker, deadline_ticks
 from guests.errors import GuestContractError, GuestError, GuestIncompatible, GuestTrap
 from guests.linker import RESULT_FORMATS, HostFunction, Linker, parameters_struct
 from guests.memory import GuestMemory
@@ -34,7 +34,6 @@ from guests.serving_host import serving_functions
 from guests.signatures import EXPORTS
 
 MEBIBYTE: Final = 1 << 20
-TICK_MS: Final = 10  # resolution of call deadlines
 REQUIRED_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 TRAP_INTERRUPT: Final = 10  # wasmtime_trap_code_enum of an expired epoch deadline
 
@@ -63,8 +62,7 @@ class GuestEngine:
         """``functions`` answer the guests' imports; default: those of serving."""
         self._engine: int | None = new_engine()
         self.linker: Final = Linker(self._engine, serving_functions() if functions is None else functions)
-        self._ticker: threading.Thread | None = None
-        self._stop_ticker = threading.Event()
+        self._ticker = EpochTicker()
 
     @property
     def pointer(self) -> int:
@@ -88,7 +86,7 @@ class GuestEngine:
             GuestIncompatible: made by another Wasmtime, configuration or CPU, or not a compiled module.
             GuestError: not a sealed memory file.
         """
-        _check_sealed(path)
+        check_sealed(path)
         module = c_void_p()
         error = binding.module_deserialize_file(self.pointer, path.encode(), byref(module))
         binding.check(error, GuestIncompatible, "the compiled guest does not fit; build its snapshot again")
@@ -105,19 +103,11 @@ class GuestEngine:
 
     def start_ticker(self) -> None:
         """Start the thread that lets call deadlines pass. Idempotent. Call it after fork, which no thread survives."""
-        if self._ticker is not None and self._ticker.is_alive():
-            return
-        self._stop_ticker = threading.Event()
-        self._ticker = threading.Thread(
-            target=_tick, args=(self.pointer, self._stop_ticker), name="guest-epoch", daemon=True
-        )
-        self._ticker.start()
+        self._ticker.start(self.pointer)
 
     def close(self) -> None:
         """Stop the ticker and free the engine. Idempotent. Loaded modules keep what they need of it."""
-        self._stop_ticker.set()
-        if self._ticker is not None and self._ticker.is_alive():
-            self._ticker.join()
+        self._ticker.stop()
         self.linker.close()
         if self._engine is not None:
             binding.engine_delete(self._engine)
@@ -132,7 +122,11 @@ class GuestEngine:
         self.close()
 
 
-def _check_sealed(path: str) -> None:
+def check_sealed(path: str) -> None:
+    """
+    Raises:
+        GuestError: ``path`` is not a memory file whose bytes can never change.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -142,11 +136,6 @@ def _check_sealed(path: str) -> None:
         os.close(fd)
     if seals & REQUIRED_SEALS != REQUIRED_SEALS:
         raise GuestError(f"{path} is not a sealed memory file: compiled guests are loaded from nothing else")
-
-
-def _tick(engine: int, stop: threading.Event) -> None:
-    while not stop.wait(TICK_MS / 1000):
-        binding.engine_increment_epoch(engine)
 
 
 class GuestModule:
@@ -206,7 +195,7 @@ class GuestInstance:
     def __init__(self, module: GuestModule, limits: InstanceLimits = DEFAULT_LIMITS) -> None:
         self._module = module
         self._limits = limits
-        self._deadline_ticks = -(-limits.call_deadline_ms // TICK_MS) + 1  # the first tick may come at once
+        self._deadline_ticks = deadline_ticks(limits.call_deadline_ms)
         self._exports: dict[str, _BoundExport] = {}
         self._slots = (c_char * (16 * binding.VAL_RAW_BYTES))()  # no function of the ABI has more parameters
         self._trap = c_void_p()

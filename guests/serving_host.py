@@ -16,13 +16,13 @@ from guests.signatures import IMPORTS
 MAX_LINES: Final = 1_000  # of an engine's life, which is a worker's
 
 
-class _ServingLog:
+class ServingLog:
     """Passes on that a guest logged, until it did so too often. A guest that logs in a loop costs its own time only."""
 
     def __init__(self) -> None:
         self._lines_left = MAX_LINES
 
-    def __call__(self, memory: GuestMemory, level: int, pointer: int, length: int) -> None:
+    def __call__(self, _memory: GuestMemory | None, level: int, _pointer: int, length: int) -> None:
         if level > LogLevel.ERROR:
             raise GuestContractError(f"log level {level}: expected 0 to {LogLevel.ERROR.value}")
         if self._lines_left == 0:
@@ -42,4 +42,4 @@ def _refuse_while_serving(name: str) -> HostFunction:
 
 def serving_functions() -> dict[str, HostFunction]:
     """By import name; for one engine."""
-    return {name: _ServingLog() if name == "log" else _refuse_while_serving(name) for name in IMPORTS}
+    return {name: ServingLog() if name == "log" else _refuse_while_serving(name) for name in IMPORTS}
