@@ -43,6 +43,7 @@ POST_PROCESS: Final = "post-process"
 COMPONENT_LIMITS: Final = InstanceLimits(memory_bytes=256 * MEBIBYTE, result_bytes=4 * MEBIBYTE)
 MAX_CORE_INSTANCES: Final = 64  # interpreter, its libraries and the glue between them: componentize-py 0.25 makes 45
 MAX_CORE_TABLES: Final = 16
+INTERRUPT_MESSAGE: Final = "wasm trap: interrupt"
 MASK_64: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -127,14 +128,12 @@ class ComponentEngine:
 
     def failure(self, name: str, error: BaseException, limits: InstanceLimits) -> GuestError | None:
         """The error of ours for what a call raised; None: it is not the guest's doing."""
-        if isinstance(error, self._wasmtime.Trap):
-            code = None if error.trap_code is None else error.trap_code.value
-            if code == TRAP_INTERRUPT:
-                return GuestTrap(f"{name} ran longer than its deadline of {limits.call_deadline_ms} ms", code)
-            return GuestTrap(f"{name}: {binding.one_line(str(error))}", code)
-        if isinstance(error, self._wasmtime.WasmtimeError):
-            return GuestTrap(f"{name}: {binding.one_line(str(error))}")
-        return error if isinstance(error, GuestError) else None
+        if not isinstance(error, self._wasmtime.WasmtimeError | self._wasmtime.Trap):
+            return error if isinstance(error, GuestError) else None
+        message = str(error)  # a component's traps come as errors without a code
+        if INTERRUPT_MESSAGE in message:
+            return GuestTrap(f"{name} ran longer than its deadline of {limits.call_deadline_ms} ms", TRAP_INTERRUPT)
+        return GuestTrap(f"{name}: {binding.one_line(message)}")
 
     def close(self) -> None:
         """Stop the ticker and free the engine. Idempotent. Requires: its post-processors are closed."""

@@ -158,7 +158,7 @@ def test_the_component_imports_nothing_but_log() -> None:
     """--stub-wasi leaves no WASI import; both exports are there."""
     outline = parse_component(python_component())
     assert outline.imports == (HOST_INTERFACE,)
-    assert set(outline.exports) == {"resume", "post-process"}
+    assert set(outline.exports) >= {"resume", "post-process"}  # and what wires the stubs
 
 
 def section(number: int, items: list[bytes]) -> bytes:
