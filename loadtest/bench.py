@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from loadtest.processes import (
     wait_until,
 )
 from loadtest.results import Report
-from loadtest.streaming_client import StreamedAnswer, chat_body, get_json, get_text, post_stream
+from loadtest.streaming_client import StreamedAnswer, chat_body, get_json, get_text, held_streams, post_stream
 
 MODEL = "smollm2"
 RESULTS = Path(__file__).parent / "results" / "latest.json"
@@ -43,6 +44,7 @@ class Options:
     peer: Path | None
     peer_bf16: Path | None
     peer_fastest: Path | None
+    only: tuple[str, ...] = ()
 
 
 def checked(answer: StreamedAnswer) -> StreamedAnswer:
@@ -223,18 +225,12 @@ def measure_dispatch(report: Report, state_dir: Path, config: Path, rounds: int)
         server.wait_listed(MODEL)
         checked(post_stream(server.url, chat_body(MODEL, max_tokens=1)))
         report.add("dispatch", "ms", "T4", [_dispatch_ms(server.url) for _ in range(rounds)])
-        with concurrent.futures.ThreadPoolExecutor(RUNNING_JOBS) as pool:
-            body = chat_body(MODEL, max_tokens=2000, ignore_eos=True)
-            running = [pool.submit(post_stream, server.url, body) for _ in range(RUNNING_JOBS)]
-            wait_until(
-                lambda: server.model_status(MODEL).get("in_flight", 0) >= RUNNING_JOBS,
-                within_s=60,
-                what=f"{RUNNING_JOBS} running jobs",
-            )
+        with held_streams(server.url, chat_body(MODEL, max_tokens=2000, ignore_eos=True), RUNNING_JOBS):
             values = [_dispatch_ms(server.url) for _ in range(rounds)]
-            still = sum(not job.done() for job in running)
-            report.add(f"dispatch_beside_{still}_running", "ms", "T4", values)
-            server.stop()
+            running = server.model_status(MODEL)["in_flight"]
+        report.add(f"dispatch_beside_{RUNNING_JOBS}_running", "ms", "T4", values)
+        if running < RUNNING_JOBS:
+            raise RuntimeError(f"only {running} of {RUNNING_JOBS} jobs were still running at the end")
 
 
 def _dispatch_ms(url: str) -> float:
@@ -281,27 +277,32 @@ def parse_options(arguments: list[str]) -> Options:
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server, for the comparisons")
     parser.add_argument("--peer-bf16", type=Path, help="the same model as BF16 GGUF")
     parser.add_argument("--peer-fastest", type=Path, help="the GGUF with which the peer starts fastest")
+    parser.add_argument("--only", nargs="*", default=(), help="cold hot int8 dispatch nothing burst zero")
     found = parser.parse_args(arguments)
-    return Options(
-        found.source, found.pairs, found.llama_server, found.peer_bf16, found.peer_fastest or found.peer_bf16
-    )
+    fastest = found.peer_fastest or found.peer_bf16
+    return Options(found.source, found.pairs, found.llama_server, found.peer_bf16, fastest, tuple(found.only))
 
 
 def run_bench(arguments: list[str]) -> int:
-    """Measure everything and write the results."""
+    """Measure everything (or what ``--only`` names) and write the results."""
     options = parse_options(arguments)
     report = Report()
     with tempfile.TemporaryDirectory(prefix="gp-bench-") as folder:
         state_dir = Path(folder)
         build(state_dir, options.source, MODEL)
         build(state_dir, options.source, f"{MODEL}-int8", "--quantize", "int8")
-        measure_cold(report, state_dir, options)
-        measure_hot(report, state_dir, options)
-        measure_int8(report, state_dir, options.pairs)
-        measure_dispatch(report, state_dir, state_dir / "bench.yaml", options.pairs * 2)
-        measure_from_nothing(report, state_dir, options.pairs)
-        measure_burst(report, state_dir)
-        measure_zero(report, state_dir)
+        steps: dict[str, Callable[[], None]] = {
+            "cold": lambda: measure_cold(report, state_dir, options),
+            "hot": lambda: measure_hot(report, state_dir, options),
+            "int8": lambda: measure_int8(report, state_dir, options.pairs),
+            "dispatch": lambda: measure_dispatch(report, state_dir, state_dir / "bench.yaml", options.pairs * 2),
+            "nothing": lambda: measure_from_nothing(report, state_dir, options.pairs),
+            "burst": lambda: measure_burst(report, state_dir),
+            "zero": lambda: measure_zero(report, state_dir),
+        }
+        for name, measure in steps.items():
+            if not options.only or name in options.only:
+                measure()
     report.write(RESULTS)
     print(f"written to {RESULTS}")
     return 0

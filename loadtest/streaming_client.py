@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,6 +94,23 @@ def _read_events(response: http.client.HTTPResponse, answer: StreamedAnswer, ori
                     answer.first_content_ms = at_ms
                 answer.content_at_ms.append(at_ms)
                 answer.text += text
+
+
+@contextlib.contextmanager
+def held_streams(url: str, body: dict[str, Any], count: int) -> Iterator[None]:
+    """``count`` streams that have all begun to answer; hung up at the end, which cancels their requests."""
+    address = urlsplit(url)
+    with contextlib.ExitStack() as stack:
+        responses = []
+        for _ in range(count):
+            connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=TIMEOUT_S)
+            stack.callback(connection.close)
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            responses.append(stack.enter_context(connection.getresponse()))
+        for response in responses:
+            while b'"content":"' not in response.readline().replace(b'"content":""', b""):
+                pass
+        yield
 
 
 def get_json(url: str, path: str) -> Any:

@@ -70,7 +70,8 @@ class GatewayServer:
             access_log=None,
             handler_cancellation=True,
             keepalive_timeout=KEEPALIVE_S,
-            shutdown_timeout=settings.drain_grace_s,
+            # aiohttp waits this long for a handler, then as long again before it cancels it: two halves of the grace.
+            shutdown_timeout=settings.drain_grace_s / 2,
         )
         self.host, self.port = settings.host, settings.port
 

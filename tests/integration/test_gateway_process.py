@@ -101,6 +101,28 @@ async def refuses(client: aiohttp.ClientSession, url: str) -> bool:
         return False  # accepted in the instant before the listener closed: look again
 
 
+async def test_a_stream_that_outlasts_the_grace_period_is_cut_and_its_request_cancelled(
+    redis_url: str, tmp_path: Path
+) -> None:
+    """Nobody is left to read it, so the worker must be told; the process ends by itself."""
+
+    async def script(request: GenerateRequest, publish: Any) -> None:
+        await asyncio.Event().wait()
+
+    async with (
+        worker_of(redis_url, script) as worker,
+        gateway_process(redis_url, tmp_path, GLOWPLUG_GATEWAY_DRAIN_GRACE_S="0.5") as (process, url),
+        aiohttp.ClientSession() as client,
+        client.post(url + CHAT, json=chat_body(stream=True)),
+    ):
+        await eventually(lambda: len(worker.seen) == 1)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+        redis = connect(redis_url)
+        assert await redis.exists(keys.cancelled(worker.seen[0].request_id))
+        await redis.aclose()
+
+
 async def test_a_second_signal_ends_the_draining_at_once(redis_url: str, tmp_path: Path) -> None:
     """A stream that would hold the process for its grace period does not hold it then."""
 
