@@ -155,6 +155,7 @@ class RequestRunner:
                 num_choices=request.num_choices,
                 priority=request.priority,
                 parse_special=request.parse_special,
+                add_special=request.add_special,
                 emitted=running.emitted,
             )
         )

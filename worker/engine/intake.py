@@ -43,11 +43,9 @@ def prepare_request(request: EngineRequest, arrival: int, model: LoadedModel, bu
 def _tokenize_prompt(request: EngineRequest, text: TextModel) -> tuple[int, ...]:
     if not isinstance(request.prompt, str):
         return tuple(request.prompt)
-    token_ids = text.tokenize(request.prompt, add_special=True, parse_special=request.parse_special)
-    if request.parse_special and len(token_ids) > 1 and token_ids[0] == token_ids[1]:
-        # A chat template that writes the begin-of-sequence token itself must not get a second one.
-        return tuple(text.tokenize(request.prompt, add_special=False, parse_special=True))
-    return tuple(token_ids)
+    return tuple(
+        text.tokenize(request.prompt, add_special=request.add_special, parse_special=request.parse_special)
+    )
 
 
 def _validate_token_ids(request: EngineRequest, prompt: tuple[int, ...], vocab_size: int) -> None:

@@ -23,6 +23,7 @@ class EngineRequest:
     num_choices: int = 1
     priority: Priority = Priority.INTERACTIVE
     parse_special: bool = True
+    add_special: bool = True  # False where the prompt's text already holds the begin-of-sequence token
     emitted: tuple[tuple[int, ...], ...] = ()
 
 
