@@ -28,6 +28,7 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+MAX_DIMENSIONS: Final = 8  # also bounds the work of multiplying hostile sizes
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 
@@ -138,7 +139,7 @@ def _place(fd: int, path: Path, name: str, entry: _Entry, data_start: int, size_
     if dtype is None:
         raise UnsupportedModelError(f"{path}: tensor {name} has type {entry.dtype}: supported are {', '.join(DTYPES)}")
     start, end = entry.data_offsets
-    is_sane = bool(entry.shape) and all(size > 0 for size in entry.shape) and 0 <= start <= end
+    is_sane = 0 < len(entry.shape) <= MAX_DIMENSIONS and all(size > 0 for size in entry.shape) and 0 <= start <= end
     if not is_sane or end - start != math.prod(entry.shape) * dtype.itemsize or data_start + end > size_bytes:
         raise MalformedModelError(
             f"{path}: tensor {name} of shape {entry.shape} at bytes {start} to {end} does not fit the file's "
