@@ -130,7 +130,7 @@ class EngineThread:
             model, bound = inherited.model, inherited.bound
         else:
             manifest: Manifest = codec.decode(order.manifest, Manifest)
-            model = prepare_model(manifest, fds.weights_fd, fds.guest_fd, self._guest_engine)
+            model = prepare_model(manifest, fds, self._guest_engine)
             if model.plan is None:
                 raise RuntimeError("a model that was just prepared is closed")
             bound = backend.bind(model.plan)

@@ -65,15 +65,15 @@ class _Preparation:
         self.steps: Iterator[None] | None = self._prepare(guest_engine)
         self.result: InheritedModel | None = None  # set by the first steps; usable from then on
         self._model: PreparedModel | None = None
-        self._fds: SpawnedFds | None = SpawnedFds(os.dup(fds.weights_fd), os.dup(fds.guest_fd))
+        self._fds: SpawnedFds | None = SpawnedFds(*map(os.dup, fds.all))
 
     def _prepare(self, guest_engine: GuestEngine) -> Iterator[None]:
         key, fds = self.key, self._fds
         assert fds is not None  # closed only after the steps
         manifest: Manifest = codec.decode(key.manifest, Manifest)
         yield
-        model = self._model = prepare_model(manifest, fds.weights_fd, fds.guest_fd, guest_engine)
-        model.weights.set_inherited(False)
+        model = self._model = prepare_model(manifest, fds, guest_engine)
+        model.set_inherited(False)
         yield
         backend = make_backend(key.backend, key.num_threads)
         if model.plan is None or not backend.binds_before_fork:
@@ -105,7 +105,7 @@ class _Preparation:
     def close_files(self) -> None:
         """The mappings keep the memory."""
         fds, self._fds = self._fds, None
-        for fd in (fds.weights_fd, fds.guest_fd) if fds is not None else ():
+        for fd in fds.all if fds is not None else ():
             os.close(fd)
 
 
@@ -168,18 +168,18 @@ class PreparedModels:
         key = _Key(order.snapshot_id, order.manifest, order.backend, order.num_threads, _identify(fds))
         if key == preparation.key:
             self.selected = preparation.result
-            self.selected.model.weights.set_inherited(True)
+            self.selected.model.set_inherited(True)
 
     def after_fork(self) -> None:
         """Undo that, in the parent."""
         selected, self.selected = self.selected, None
         if selected is not None:
-            selected.model.weights.set_inherited(False)
+            selected.model.set_inherited(False)
 
     def _unfinished(self) -> list[_Preparation]:
         return [preparation for preparation in self._preparations.values() if preparation.steps is not None]
 
 
 def _identify(fds: SpawnedFds) -> tuple[tuple[int, int], ...]:
-    stats = [os.fstat(fd) for fd in (fds.weights_fd, fds.guest_fd)]
+    stats = [os.fstat(fd) for fd in fds.all]
     return tuple((status.st_dev, status.st_ino) for status in stats)

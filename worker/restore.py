@@ -31,6 +31,8 @@ from snapshots.manifest import Manifest, TensorEntry, verify_identity
 from snapshots.mapping import MappedBytes, map_sealed
 from worker.backends.protocol import ModelPlan, WeightTensor
 from worker.loaded_model import LoadedModel
+from worker.mapped_prefixes import MappedPrefixes
+from worker.spawn_order import NO_FD, SpawnedFds
 from worker.tensor_names import SCALE_SUFFIX
 
 
@@ -47,8 +49,9 @@ class PreparedModel:
         module: GuestModule,
         weights: MappedBytes,
         use_order: tuple[TensorEntry, ...],
+        primed: MappedPrefixes,
     ) -> None:
-        """Takes over ``module`` and ``weights``; made by :func:`prepare_model`."""
+        """Takes over ``module``, ``weights`` and ``primed``; made by :func:`prepare_model`."""
         self.name = manifest.name
         self.snapshot_id = manifest.snapshot_id
         self.plan: ModelPlan | None = plan  # None: closed
@@ -56,6 +59,16 @@ class PreparedModel:
         self._module = module
         self.weights = weights
         self.use_order = use_order
+        self._primed = primed
+
+    def set_inherited(self, inherited: bool) -> None:
+        """Whether children forked from now on have its memory mapped; see :meth:`MappedBytes.set_inherited`.
+
+        Raises:
+            MappingError: the kernel refused.
+        """
+        self.weights.set_inherited(inherited)
+        self._primed.set_inherited(inherited)
 
     def resume(self, seed: int) -> RestoredModel:
         """The model with a guest of its own; ``seed`` goes to its ``gp_resume``. Call once; this object belongs to the
@@ -68,7 +81,9 @@ class PreparedModel:
         if self.plan is None:
             raise RuntimeError("this prepared model is closed")
         text = GuestText(self._module, seed)
-        return RestoredModel(LoadedModel(self.name, self.snapshot_id, self.plan, text, self._eos_token_ids), text, self)
+        index = self._primed.index
+        loaded = LoadedModel(self.name, self.snapshot_id, self.plan, text, self._eos_token_ids, index)
+        return RestoredModel(loaded, text, self)
 
     def close(self) -> None:
         """Free the guest's code and unmap the weights. Idempotent.
@@ -80,6 +95,7 @@ class PreparedModel:
         """
         self.plan = None
         self._module.close()
+        self._primed.close()
         self.weights.close()
 
 
@@ -141,7 +157,7 @@ def prepare_restore() -> None:
 
 
 def restore_model(
-    manifest: Manifest, weights_fd: int, guest_fd: int, guest_engine: GuestEngine, seed: int
+    manifest: Manifest, weights_fd: int, guest_fd: int, guest_engine: GuestEngine, seed: int, prefixes_fd: int = NO_FD
 ) -> RestoredModel:
     """The model of ``manifest``, out of sealed memory: :func:`prepare_model` and :meth:`PreparedModel.resume` in one.
 
@@ -149,7 +165,7 @@ def restore_model(
         GuestError: the guest cannot be loaded or resumed.
         Exception: as :func:`prepare_model`. Nothing stays mapped.
     """
-    prepared = prepare_model(manifest, weights_fd, guest_fd, guest_engine)
+    prepared = prepare_model(manifest, SpawnedFds(weights_fd, guest_fd, prefixes_fd), guest_engine)
     try:
         return prepared.resume(seed)
     except BaseException:
@@ -157,10 +173,10 @@ def restore_model(
         raise
 
 
-def prepare_model(manifest: Manifest, weights_fd: int, guest_fd: int, guest_engine: GuestEngine) -> PreparedModel:
+def prepare_model(manifest: Manifest, fds: SpawnedFds, guest_engine: GuestEngine) -> PreparedModel:
     """The model of ``manifest``, out of sealed memory, before its guest has a state.
 
-    Requires: ``manifest`` was verified; the descriptors hold its weights and compiled guest, verified. They stay the
+    Requires: ``manifest`` was verified; the descriptors hold its blobs, verified. They stay the
     caller's and may be closed afterwards. Starts no thread. On failure nothing stays mapped.
 
     Raises:
@@ -174,9 +190,11 @@ def prepare_model(manifest: Manifest, weights_fd: int, guest_fd: int, guest_engi
     prefill, decode = _decode_programs(manifest)
     stored = _resolve_handles(manifest)
     with ExitStack() as undo:
-        weights = map_sealed(weights_fd, manifest.weights.size_bytes)
+        weights = map_sealed(fds.weights_fd, manifest.weights.size_bytes)
         undo.callback(weights.close)
-        module = _load_guest(manifest, guest_fd, guest_engine)
+        primed = MappedPrefixes(manifest, fds.prefixes_fd)
+        undo.callback(primed.close)
+        module = _load_guest(manifest, fds.guest_fd, guest_engine)
         undo.pop_all()
     # Views come last: one that lived in an exception's frames would keep the mapping from being closed.
     card = manifest.card
@@ -190,7 +208,7 @@ def prepare_model(manifest: Manifest, weights_fd: int, guest_fd: int, guest_engi
         vocab_size=card.vocab_size,
         context_length=card.context_length,
     )
-    return PreparedModel(manifest, plan, module, weights, _order_of_use(manifest, prefill))
+    return PreparedModel(manifest, plan, module, weights, _order_of_use(manifest, prefill), primed)
 
 
 def _load_guest(manifest: Manifest, guest_fd: int, guest_engine: GuestEngine) -> GuestModule:

@@ -57,11 +57,14 @@ class SealedCache:
         seal_blob: SealBlob,
         limit_bytes: int,
         verify_again: VerifySealed | None = None,
+        on_drop: Callable[[str], None] = lambda snapshot_id: None,
     ) -> None:
-        """``verify_again`` is the policy "always": it is called for every worker that starts from held memory."""
+        """``verify_again`` is the policy "always": it is called for every worker that starts from held memory.
+        ``on_drop`` hears of every snapshot that is given up."""
         self._blob_path = blob_path
         self._seal_blob = seal_blob
         self._verify_again = verify_again
+        self._on_drop = on_drop
         self._limit_bytes = limit_bytes
         self._blobs: dict[str, SealedFile] = {}
         self._snapshots: OrderedDict[str, _Held] = OrderedDict()  # by snapshot id, least recently used first
@@ -72,7 +75,7 @@ class SealedCache:
         return snapshot_id in self._snapshots
 
     async def acquire(self, snapshot_id: str, manifest: Manifest, worker_id: str) -> SpawnedFds:
-        """Descriptors of a snapshot's weights and guest, held until :meth:`release` of ``worker_id``; the cache owns
+        """Descriptors of what a worker maps of a snapshot, held until :meth:`release` of ``worker_id``; the cache owns
         them. Seals what it does not have, in a thread.
 
         Raises:
@@ -88,7 +91,7 @@ class SealedCache:
         self._snapshots.move_to_end(snapshot_id)
         if self._verify_again is not None and not is_fresh:
             await self._verify(manifest, worker_id, self._verify_again)
-        return SpawnedFds(self._blobs[manifest.weights.digest].fd, self._blobs[manifest.guest_cwasm.digest].fd)
+        return SpawnedFds(*(self._blobs[ref.digest].fd for ref in manifest.worker_blobs))
 
     def release(self, worker_id: str) -> None:
         """A worker is gone. Idempotent."""
@@ -134,7 +137,7 @@ class SealedCache:
         self._blobs.clear()
 
     async def _seal(self, snapshot_id: str, manifest: Manifest) -> None:
-        refs = {ref.digest: ref for ref in (manifest.weights, manifest.guest_cwasm)}
+        refs = {ref.digest: ref for ref in manifest.worker_blobs}
         self._make_room(sum(ref.size_bytes for digest, ref in refs.items() if digest not in self._blobs), manifest.name)
         loop = asyncio.get_running_loop()
         fresh: dict[str, SealedFile] = {}
@@ -154,7 +157,7 @@ class SealedCache:
         """Verify held memory; the worker is counted already, so that nobody closes the descriptors meanwhile."""
         loop = asyncio.get_running_loop()
         try:
-            for ref in (manifest.weights, manifest.guest_cwasm):
+            for ref in manifest.worker_blobs:
                 await loop.run_in_executor(None, verify_again, self._blobs[ref.digest].fd, ref)
         except BaseException:
             self.release(worker_id)
@@ -178,6 +181,7 @@ class SealedCache:
 
     def _drop(self, snapshot_id: str) -> None:
         gone = self._snapshots.pop(snapshot_id)
+        self._on_drop(snapshot_id)
         needed = {digest for held in self._snapshots.values() for digest in held.digests}
         for digest in gone.digests:
             if digest not in needed:

@@ -4,11 +4,11 @@
 message                 direction meaning
 ======================= ========= ==================================================================
 :class:`ZygoteReady`    to agent  everything is imported and frozen; forks may be ordered
-:class:`ForkWorker`     to zygote fork one worker; carries two file descriptors, weights then guest
+:class:`ForkWorker`     to zygote fork one worker; carries the descriptors of SpawnedFds
 :class:`WorkerForked`   to agent  the worker runs
 :class:`ForkRefused`    to agent  no process was made, and why
 :class:`SignalWorker`   to zygote send a signal to a worker that the zygote has not reaped
-:class:`PrepareModel`   to zygote restore a snapshot as far as all its workers have in common; two descriptors
+:class:`PrepareModel`   to zygote restore a snapshot as far as all its workers have in common; likewise
 :class:`ModelPrepared`  to agent  done: its workers inherit it
 :class:`PrepareFailed`  to agent  it cannot be prepared; its workers restore it themselves
 :class:`ForgetPrepared` to zygote the snapshot is not held any more: unmap it
@@ -27,7 +27,8 @@ import msgspec
 
 from scheduler.contract.states import Tier
 
-NUM_SPAWN_FDS: Final = 2  # weights, guest
+NUM_SPAWN_FDS: Final = (2, 3)  # weights, guest, and primed prefixes where the snapshot has some
+NO_FD: Final = -1
 EXIT_REPORTED: Final = 3  # exit code of a worker that could not start and has reported why
 
 
@@ -58,6 +59,12 @@ class SpawnedFds(msgspec.Struct, frozen=True):
 
     weights_fd: int
     guest_fd: int
+    prefixes_fd: int = NO_FD
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Every descriptor that there is, in the order in which they travel."""
+        return tuple(fd for fd in (self.weights_fd, self.guest_fd, self.prefixes_fd) if fd != NO_FD)
 
 
 class ZygoteReady(msgspec.Struct, frozen=True, tag="ready"):

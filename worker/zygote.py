@@ -129,8 +129,8 @@ class Zygote:
 
     def _prepare(self, message: PrepareModel, fds: tuple[int, ...]) -> None:
         try:
-            if self._preparer is None or len(fds) != NUM_SPAWN_FDS:
-                reason = f"{len(fds)} file descriptors came, expected {NUM_SPAWN_FDS}" if fds else "not offered here"
+            if self._preparer is None or len(fds) not in NUM_SPAWN_FDS:
+                reason = f"{len(fds)} file descriptors came, expected 2 or 3" if fds else "not offered here"
                 self._send(PrepareFailed(message.snapshot_id, reason))
             else:
                 self._preparer.begin(message, SpawnedFds(*fds))
@@ -153,8 +153,8 @@ class Zygote:
 
     def _fork(self, order: SpawnOrder, fds: tuple[int, ...]) -> None:
         try:
-            if len(fds) != NUM_SPAWN_FDS:
-                self._send(ForkRefused(order.worker_id, f"{len(fds)} file descriptors came, expected {NUM_SPAWN_FDS}"))
+            if len(fds) not in NUM_SPAWN_FDS:
+                self._send(ForkRefused(order.worker_id, f"{len(fds)} file descriptors came, expected 2 or 3"))
                 return
             if self._preparer is not None:
                 self._preparer.before_fork(order, SpawnedFds(*fds))
