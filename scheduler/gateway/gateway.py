@@ -11,10 +11,10 @@ from aiohttp import web
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.messages import GenerateRequest, ModelCard
 from scheduler.dispatch import Dispatcher
-from scheduler.gateway.chat_template import ChatTemplates
 from scheduler.gateway.hub import Hub
 from scheduler.gateway.metrics import GatewayMetrics
 from scheduler.gateway.model_directory import ModelDirectory

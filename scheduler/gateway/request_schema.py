@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import ModelCard, SamplingParams
 from scheduler.contract.states import Priority
-from scheduler.gateway.chat_template import ChatTemplates
 from scheduler.gateway.errors import bad_field
 from scheduler.gateway.field_reader import FieldReader, json_type
 from scheduler.gateway.sampling_fields import read_chat_logprobs, read_completion_logprobs, read_sampling

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import ErrorCode, GlowplugError
-from scheduler.gateway.chat_template import ChatTemplates
 from tests.gateway_fixtures import make_card
 
 

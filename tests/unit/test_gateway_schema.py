@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import ModelCard
 from scheduler.contract.states import Priority
-from scheduler.gateway.chat_template import ChatTemplates
 from scheduler.gateway.request_body import parse_json_object
 from scheduler.gateway.request_schema import (
     Call,

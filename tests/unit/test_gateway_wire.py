@@ -11,13 +11,13 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.environment import SettingsError
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import TerminalFrame, TokenEvent, TokenLogprob, TopLogprob, Usage
 from scheduler.contract.states import FinishReason, Tier
 from scheduler.contract.telemetry import Mark
 from scheduler.gateway import sse
-from scheduler.gateway.chat_template import ChatTemplates
 from scheduler.gateway.chunks import make_chunk_writer
 from scheduler.gateway.errors import HttpError, encode_error, error_response
 from scheduler.gateway.metrics import GatewayMetrics

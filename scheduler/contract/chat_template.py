@@ -2,6 +2,9 @@
 
 Source: ``transformers.utils.chat_template_utils._compile_jinja_template`` (block trimming, loop controls, ``tojson``,
 ``raise_exception``, ``strftime_now``, the ``generation`` tag). Jinja is imported on first use: listening needs none.
+
+Here because two must agree on it to the letter: the gateway renders prompts, and a build computes the keys and values
+of what they will begin with.
 """
 
 from __future__ import annotations
