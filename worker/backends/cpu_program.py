@@ -1,14 +1,16 @@
 """Compiles a tensor program for the CPU backend: buffers, weights, and prebound lists of calls for each step shape.
 
 A program has two parts with different numbers of rows: operations on the T tokens of the step, and, after LAST_ROWS,
-operations on the S rows whose logits are wanted. Each part is bound once for every number of rows it meets (see
-:func:`~worker.backends.cpu_buffers.pad_rows`); a step then only runs the list.
+operations on the S rows whose logits are wanted (of an encoder: after MEAN_POOL, on one row for each sequence). Each
+part is bound once for every number of rows it meets (see :func:`~worker.backends.cpu_buffers.pad_rows`); a step then
+only runs the list.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,13 @@ from worker.backends.cpu_attention import (
     bind_kv_append,
 )
 from worker.backends.cpu_buffers import RowBuffers, assign_buffers, pad_rows
+from worker.backends.cpu_encoder import (
+    bind_encoder_attention,
+    bind_gelu,
+    bind_l2_normalise,
+    bind_layer_norm,
+    mean_pool,
+)
 from worker.backends.cpu_linear import LinearWeight, Staging
 from worker.backends.cpu_operations import (
     RopeTable,
@@ -35,10 +44,14 @@ from worker.backends.cpu_operations import (
     bind_silu_mul,
     make_rope_table,
 )
+from worker.backends.encoder_protocol import EncoderPlan, TokenSpan
 from worker.backends.program_shapes import Rows, infer_shapes
 from worker.backends.protocol import FloatArray, ModelPlan
 
 Call = Callable[[], None]
+
+#: Between the two parts: what gives rows other than tokens.
+_SELECTING: Final = frozenset({Opcode.LAST_ROWS, Opcode.MEAN_POOL})
 
 
 @dataclass(slots=True)
@@ -47,6 +60,7 @@ class StepTokens:
 
     shares: list[SequenceShare]  # one list object for the life of the model
     scratch: AttentionScratch
+    spans: list[TokenSpan] = field(default_factory=list)  # of an encoder; one list object as well
 
 
 @dataclass(slots=True)
@@ -56,7 +70,7 @@ class _BoundTokens:
     token_ids: npt.NDArray[np.int64]
     positions: FloatArray
     calls: list[Call] = field(default_factory=list)
-    #: (source, destination value): what LAST_ROWS copies selected columns of, and where to
+    #: (source, destination value): what LAST_ROWS copies selected columns of, or MEAN_POOL averages, and where to
     selections: list[tuple[FloatArray, int]] = field(default_factory=list)
     result: FloatArray | None = None  # where the program has no LAST_ROWS
 
@@ -75,7 +89,7 @@ class _Compiled:
     """What binding needs to know of a program, for any number of rows."""
 
     operations: list[Operation]
-    plan: ModelPlan
+    plan: ModelPlan | EncoderPlan
     linear_weights: dict[int, LinearWeight]
     tokens: StepTokens
     rows_of: dict[int, Rows]
@@ -89,7 +103,7 @@ class CpuProgram:
     def __init__(
         self,
         program: Program,
-        plan: ModelPlan,
+        plan: ModelPlan | EncoderPlan,
         linear_weights: dict[int, LinearWeight],
         tokens: StepTokens,
     ) -> None:
@@ -114,16 +128,34 @@ class CpuProgram:
 
     def run(self, token_ids: list[int], positions: list[int], last_rows: list[int]) -> FloatArray | None:
         """Run the program; logits ``[V, S]`` feature-major, None where no row is wanted. Valid until the next run."""
-        bound = self._ensure_tokens(pad_rows(len(token_ids)))
-        bound.token_ids[: len(token_ids)] = token_ids
-        bound.positions[: len(positions)] = positions
-        for call in bound.calls:
-            call()
+        bound = self._run_tokens(token_ids, positions)
         if not last_rows:
             return None
         if bound.result is not None:
             return bound.result[:, last_rows]
         return self._run_rows(bound, last_rows)
+
+    def run_pooled(self, token_ids: list[int], positions: list[int]) -> FloatArray:
+        """Run an encoder's program on the sequences of :attr:`StepTokens.spans`: vectors ``[D, S]`` feature-major,
+        valid until the next run."""
+        tokens = self._run_tokens(token_ids, positions)
+        spans = self._compiled.tokens.spans
+        bound = self._ensure_rows(pad_rows(len(spans)))
+        for source, value in tokens.selections:
+            mean_pool(source, spans, bound.targets[value])
+        for call in bound.calls:
+            call()
+        if bound.result is None:
+            raise RuntimeError("an encoder's program without pooled result was bound")
+        return bound.result[:, : len(spans)]
+
+    def _run_tokens(self, token_ids: list[int], positions: list[int]) -> _BoundTokens:
+        bound = self._ensure_tokens(pad_rows(len(token_ids)))
+        bound.token_ids[: len(token_ids)] = token_ids
+        bound.positions[: len(positions)] = positions
+        for call in bound.calls:
+            call()
+        return bound
 
     def _run_rows(self, tokens: _BoundTokens, last_rows: list[int]) -> FloatArray | None:
         num_rows = pad_rows(len(last_rows))
@@ -203,7 +235,7 @@ class _Binder:
         bound = _BoundTokens(self._token_ids, self._positions)
         for operation in self._compiled.operations:
             source_is_token = self._compiled.rows_of.get(operation.inputs[0], Rows.TOKENS) is Rows.TOKENS
-            if operation.opcode is Opcode.LAST_ROWS:
+            if operation.opcode in _SELECTING:
                 bound.selections.append((self._columns(operation.inputs[0]), operation.out))
             elif operation.opcode is Opcode.OUTPUT:
                 bound.result = self._columns(operation.inputs[0]) if source_is_token else None
@@ -216,7 +248,7 @@ class _Binder:
         """The part behind LAST_ROWS."""
         bound = _BoundRows({})
         for operation in self._compiled.operations:
-            if operation.opcode is Opcode.LAST_ROWS:
+            if operation.opcode in _SELECTING:
                 bound.targets[operation.out] = self._columns(operation.out)
             elif self._compiled.rows_of.get(operation.inputs[0]) is not Rows.SAMPLED:
                 continue
@@ -238,6 +270,11 @@ class _Binder:
             Opcode.ATTENTION: self._bind_attention,
             Opcode.SILU_MUL: self._bind_silu_mul,
             Opcode.ADD: self._bind_add,
+            Opcode.LAYER_NORM: self._bind_layer_norm,
+            Opcode.GELU: self._bind_gelu,
+            Opcode.POSITION_EMBED: self._bind_position_embed,
+            Opcode.ENCODER_ATTENTION: self._bind_encoder_attention,
+            Opcode.L2_NORMALISE: self._bind_l2_normalise,
         }
         call = binders[operation.opcode](operation)
         if call is not None:
@@ -272,6 +309,34 @@ class _Binder:
     def _bind_embed(self, operation: Operation) -> Call:
         table = self._compiled.plan.tensors[operation.tensors[0]]
         return bind_embed(table, self._token_ids, self._columns(operation.out))
+
+    def _bind_position_embed(self, operation: Operation) -> Call:
+        table = self._compiled.plan.tensors[operation.tensors[0]]
+        positions, indices = self._positions, np.zeros(self._num_rows, np.int64)
+        embed = bind_embed(table, indices, self._columns(operation.out))
+
+        def embed_positions() -> None:
+            np.copyto(indices, positions, casting="unsafe")
+            embed()
+
+        return embed_positions
+
+    def _bind_layer_norm(self, operation: Operation) -> Call:
+        source, out = self._columns(operation.inputs[0]), self._columns(operation.out)
+        weight, bias = self._vector(operation), self._vector(operation, 1)
+        return bind_layer_norm(source, weight, bias, operation.floats[0], out)
+
+    def _bind_gelu(self, operation: Operation) -> Call:
+        return bind_gelu(self._columns(operation.inputs[0]), self._columns(operation.out))
+
+    def _bind_encoder_attention(self, operation: Operation) -> Call:
+        source, out = self._columns(operation.inputs[0]), self._columns(operation.out)
+        spans = self._compiled.tokens.spans
+        return bind_encoder_attention(source, out, spans, operation.ints[0], operation.floats[0])
+
+    def _bind_l2_normalise(self, operation: Operation) -> Call:
+        source, out = self._columns(operation.inputs[0]), self._columns(operation.out)
+        return bind_l2_normalise(source, operation.floats[0], out)
 
     def _bind_rms_norm(self, operation: Operation) -> Call:
         source, out = self._columns(operation.inputs[0]), self._columns(operation.out)

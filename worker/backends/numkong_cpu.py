@@ -13,7 +13,9 @@ from worker.backends.cpu_attention import AttentionScratch, SequenceShare
 from worker.backends.cpu_buffers import transpose_into
 from worker.backends.cpu_linear import LinearWeight, bind_weight
 from worker.backends.cpu_program import CpuProgram, StepTokens
+from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
 from worker.backends.kv_slots import KvSlots
+from worker.backends.numkong_encoder import NumKongEncoder
 from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
 from worker.backends.thread_governor import ThreadGovernor
 
@@ -52,6 +54,14 @@ class NumKongBackend:
             BackendError: a shape, dtype or layout that cannot be run; the message names the operation or tensor.
         """
         return NumKongModel(plan, self._num_threads)
+
+    def bind_encoder(self, plan: EncoderPlan) -> BoundEncoder:
+        """Bind an encoder's program; weights stay where they lie.
+
+        Raises:
+            BackendError: see :meth:`bind`.
+        """
+        return NumKongEncoder(plan, self._num_threads)
 
 
 class NumKongModel:

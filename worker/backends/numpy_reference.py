@@ -7,7 +7,7 @@ only backend that copies weights), and nothing is fused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import ml_dtypes
@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from guests.abi import NO_TENSOR, Opcode, ProgramKind
 from guests.program import Operation, Program
+from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan, TokenSpan, lay_out
 from worker.backends.kv_slots import KvSlot, KvSlots
+from worker.backends.numpy_encoder import ENCODER_FUNCTIONS
 from worker.backends.program_shapes import infer_shapes
 from worker.backends.protocol import (
     BackendError,
@@ -46,6 +48,7 @@ class _Step:
     last_rows: npt.NDArray[np.int64]  # [S]
     shares: list[_SequenceShare]
     values: list[FloatArray]
+    spans: list[TokenSpan] = field(default_factory=list)  # of an encoder's step, which has no shares
 
 
 _Call = Callable[[_Step], None]
@@ -68,6 +71,14 @@ class NumpyBackend:
             BackendError: a shape or dtype that does not fit; the message names the operation or tensor.
         """
         return NumpyModel(plan)
+
+    def bind_encoder(self, plan: EncoderPlan) -> BoundEncoder:
+        """Convert the weights to float32 and prebind the program.
+
+        Raises:
+            BackendError: see :meth:`bind`.
+        """
+        return NumpyEncoder(plan)
 
 
 class NumpyModel:
@@ -155,6 +166,41 @@ class NumpyModel:
         )
 
 
+class NumpyEncoder:
+    """An encoder on the reference backend. Engine thread only."""
+
+    def __init__(self, plan: EncoderPlan) -> None:
+        weights = [_convert_weight(tensor) for tensor in plan.tensors]
+        self._num_values = plan.program.num_values
+        self._calls = _bind_program(plan.program, plan, weights)
+        self._num_steps = 0
+        self._num_tokens = 0
+
+    def encode(self, sequences: tuple[tuple[int, ...], ...]) -> FloatArray:
+        """See :class:`~worker.backends.encoder_protocol.BoundEncoder`; the result is a fresh array."""
+        token_ids, positions, spans = lay_out(sequences)
+        empty: FloatArray = np.empty((0, 0), np.float32)
+        step = _Step(
+            np.array(token_ids, np.int64),
+            np.array(positions, np.float32),
+            np.empty(0, np.int64),
+            [],
+            [empty] * (self._num_values + 1),
+            spans,
+        )
+        for call in self._calls:
+            call(step)
+        self._num_steps += 1
+        self._num_tokens += len(token_ids)
+        return step.values[-1]
+
+    def statistics(self) -> Mapping[str, int]:
+        return {"num_steps": self._num_steps, "num_tokens": self._num_tokens}
+
+    def close(self) -> None:
+        self._calls.clear()  # with them every reference to a weight
+
+
 def _convert_weight(tensor: WeightTensor) -> FloatArray:
     data = tensor.data
     if data.dtype == np.float32:
@@ -168,12 +214,12 @@ def _convert_weight(tensor: WeightTensor) -> FloatArray:
     raise BackendError(f"{tensor.name}: dtype {data.dtype} (this backend runs float32, bfloat16 and int8)")
 
 
-def _bind_program(program: Program, plan: ModelPlan, weights: list[FloatArray]) -> list[_Call]:
+def _bind_program(program: Program, plan: ModelPlan | EncoderPlan, weights: list[FloatArray]) -> list[_Call]:
     infer_shapes(program, plan)
     calls: list[_Call] = []
     selected_rows = False
     for operation in program.operations:
-        selected_rows |= operation.opcode is Opcode.LAST_ROWS
+        selected_rows |= operation.opcode in (Opcode.LAST_ROWS, Opcode.MEAN_POOL)
         tensors = [weights[handle] for handle in operation.tensors if handle != NO_TENSOR]
         calls.append(partial(_FUNCTIONS[operation.opcode], operation, tensors))
     if not selected_rows:
@@ -307,4 +353,5 @@ _FUNCTIONS: Mapping[Opcode, Callable[[Operation, list[FloatArray], _Step], None]
     Opcode.ADD: _add,
     Opcode.LAST_ROWS: _last_rows,
     Opcode.OUTPUT: _output,
+    **ENCODER_FUNCTIONS,
 }

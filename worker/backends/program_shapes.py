@@ -7,6 +7,7 @@ from enum import Enum
 
 from guests.abi import NO_TENSOR, NO_VALUE, Opcode
 from guests.program import Operation, Program
+from worker.backends.encoder_protocol import EncoderPlan
 from worker.backends.protocol import BackendError, ModelPlan, WeightTensor
 
 
@@ -14,7 +15,7 @@ class Rows(Enum):
     """What the rows of a value stand for."""
 
     TOKENS = "tokens"  # every token of the step, T
-    SAMPLED = "sampled"  # one for each sequence that wants logits, S
+    SAMPLED = "sampled"  # one for each sequence that wants logits, or is pooled, S
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class ValueShape:
     rows: Rows
 
 
-def infer_shapes(program: Program, plan: ModelPlan) -> dict[int, ValueShape]:
+def infer_shapes(program: Program, plan: ModelPlan | EncoderPlan) -> dict[int, ValueShape]:
     """The shape of every value of ``program``, in a plan whose weights fit it.
 
     Raises:
@@ -43,7 +44,9 @@ def infer_shapes(program: Program, plan: ModelPlan) -> dict[int, ValueShape]:
 class _OperationChecker:
     """The rules of one operation, given the shapes of the values before it."""
 
-    def __init__(self, index: int, operation: Operation, plan: ModelPlan, shapes: dict[int, ValueShape]) -> None:
+    def __init__(
+        self, index: int, operation: Operation, plan: ModelPlan | EncoderPlan, shapes: dict[int, ValueShape]
+    ) -> None:
         self._index = index
         self._operation = operation
         self._plan = plan
@@ -53,9 +56,8 @@ class _OperationChecker:
         """Shape of the operation's result; None where it has none."""
         operation = self._operation
         opcode = operation.opcode
-        if opcode is Opcode.EMBED:
-            table = self._tensor(0, num_dims=2)
-            return ValueShape(table.data.shape[1], Rows.TOKENS)
+        if opcode in (Opcode.EMBED, Opcode.POSITION_EMBED):
+            return self._infer_embed()
         source = self._value(0)
         if opcode is Opcode.RMS_NORM:
             self._require_shape(self._tensor(0), (source.width,))
@@ -76,11 +78,49 @@ class _OperationChecker:
             other = self._value(1)
             self._require(other == source, f"cannot add {source} and {other}")
             return source
-        if opcode is Opcode.LAST_ROWS:
+        if opcode in (Opcode.LAST_ROWS, Opcode.MEAN_POOL):
+            self._require_encoder(opcode is Opcode.MEAN_POOL)
             self._require(source.rows is Rows.TOKENS, "rows were selected before")
             return ValueShape(source.width, Rows.SAMPLED)
-        self._require(source.width == self._plan.vocab_size, f"result is {source.width} wide, not the vocabulary")
+        if opcode is Opcode.LAYER_NORM:
+            self._require_shape(self._tensor(0), (source.width,))
+            self._require_shape(self._tensor(1), (source.width,))
+            return source
+        if opcode in (Opcode.GELU, Opcode.L2_NORMALISE):
+            return source
+        if opcode is Opcode.ENCODER_ATTENTION:
+            return self._infer_encoder_attention(source)
+        self._check_output(source)
         return None
+
+    def _infer_embed(self) -> ValueShape:
+        table = self._tensor(0, num_dims=2)
+        num_rows, width = table.data.shape
+        if self._operation.opcode is Opcode.POSITION_EMBED:
+            needed = self._plan.context_length
+            self._require(num_rows >= needed, f"{num_rows} positions for a context of {needed} tokens")
+        return ValueShape(width, Rows.TOKENS)
+
+    def _check_output(self, source: ValueShape) -> None:
+        plan = self._plan
+        if isinstance(plan, EncoderPlan):
+            self._require(source.rows is Rows.SAMPLED, "the result of an encoder is one row for each sequence")
+            self._require(source.width == plan.vector_size, f"result is {source.width} wide, not {plan.vector_size}")
+        else:
+            self._require(source.width == plan.vocab_size, f"result is {source.width} wide, not the vocabulary")
+
+    def _infer_encoder_attention(self, source: ValueShape) -> ValueShape:
+        num_heads, head_dim = self._operation.ints[:2]
+        self._require_encoder(True)
+        self._require(source.rows is Rows.TOKENS, "needs token rows")
+        self._require(num_heads > 0 and head_dim > 0, f"{num_heads} heads of {head_dim}")
+        self._require(source.width == 3 * num_heads * head_dim, f"input is {source.width} wide")
+        return ValueShape(num_heads * head_dim, Rows.TOKENS)
+
+    def _require_encoder(self, wanted: bool) -> None:
+        if isinstance(self._plan, EncoderPlan) != wanted:
+            kind = "ENCODE" if wanted else "PREFILL and DECODE"
+            raise BackendError(f"operation {self._index} ({self._operation.opcode.name}): only in {kind} programs")
 
     def _infer_linear(self, source: ValueShape) -> ValueShape:
         num_outputs = self._operation.ints[0]
@@ -118,6 +158,8 @@ class _OperationChecker:
 
     def _check_kv(self, layer: int, num_kv_heads: int, head_dim: int) -> None:
         plan = self._plan
+        if isinstance(plan, EncoderPlan):
+            raise BackendError(f"operation {self._index} ({self._operation.opcode.name}): an encoder keeps no keys")
         self._require(0 <= layer < plan.num_layers, f"layer {layer}: the model has {plan.num_layers}")
         self._require(
             (num_kv_heads, head_dim) == (plan.num_kv_heads, plan.head_dim),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from guests.program import Program
+
+if TYPE_CHECKING:  # the encoder's protocol is made of the types here
+    from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -116,4 +119,11 @@ class Backend(Protocol):
 
         Raises:
             BackendError: an operation, dtype or shape that this backend cannot run.
+        """
+
+    def bind_encoder(self, plan: EncoderPlan) -> BoundEncoder:
+        """Bind an encoder's program; no weight is copied.
+
+        Raises:
+            BackendError: see :meth:`bind`.
         """
