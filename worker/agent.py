@@ -70,8 +70,10 @@ class NodeAgent:
         self._catalogue = ModelCatalogue(store, keyring, guest_identity())
         verify_again = _verify_sealed if settings.verification == "always" else None
         seal = functools.partial(_seal_blob, keyring)
-        self._cache = SealedCache(store.blob_path, seal, settings.sealed_limit_bytes, verify_again)
         self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost, started=zygote)
+        self._cache = SealedCache(
+            store.blob_path, seal, settings.sealed_limit_bytes, verify_again, self._zygote.models.on_dropped
+        )
         self._workers = WorkerProcesses(
             zygote=self._zygote,
             cache=self._cache,

@@ -32,7 +32,7 @@ from worker.agent_settings import AgentSettings
 from worker.model_catalogue import CatalogueEntry, describe_refusal
 from worker.reports import Reports, describe_exit, keep_trying
 from worker.sealed_cache import NoRoom, SealedCache
-from worker.spawn_order import EXIT_REPORTED, SpawnOrder, WorkerExited
+from worker.spawn_order import EXIT_REPORTED, PrepareModel, SpawnOrder, WorkerExited
 from worker.zygote_client import SpawnFailed, ZygoteClient
 
 #: A worker that ends by itself at the end of its grace gets this much longer before it is killed.
@@ -127,6 +127,10 @@ class WorkerProcesses:
             marks={**command.marks, Mark.ORDER_RECEIVED: received_mono_ns, Mark.VERIFIED: time.monotonic_ns()},
         )
         process.pid = await self._zygote.spawn(order, fds)
+        if self._processes.get(process.worker_id) is process:  # else it has ended: nobody holds the files for it
+            self._zygote.models.on_forked(
+                PrepareModel(order.snapshot_id, order.manifest, order.backend, order.num_threads), fds
+            )
         self._log.info(
             "worker_started", worker_id=order.worker_id, model=card.name, pid=process.pid, tier=order.cold_tier
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -13,10 +14,15 @@ from typing import Final
 
 import structlog
 
+from worker.model_preparation import ModelPreparation
 from worker.spawn_order import (
+    ForgetPrepared,
     ForkRefused,
     ForkWorker,
     FromZygote,
+    ModelPrepared,
+    PrepareFailed,
+    PrepareModel,
     SignalWorker,
     SpawnedFds,
     SpawnOrder,
@@ -67,6 +73,7 @@ class ZygoteClient:
         self._supervisor: asyncio.Task[None] | None = None
         self._killing: asyncio.Future[None] | None = None  # holds a reference while it runs
         self.pid = 0  # of the present zygote; 0 while there is none
+        self.models: Final = ModelPreparation(self)
 
     @property
     def is_ready(self) -> bool:
@@ -92,7 +99,7 @@ class ZygoteClient:
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._forks[order.worker_id] = answer
         try:
-            await self._send(ForkWorker(order), (fds.weights_fd, fds.guest_fd))
+            await self._send(ForkWorker(order), fds.all)
             return await asyncio.wait_for(answer, SPAWN_TIMEOUT_S)
         except TimeoutError:
             raise SpawnFailed(f"the zygote did not answer within {SPAWN_TIMEOUT_S:g} s") from None
@@ -110,12 +117,25 @@ class ZygoteClient:
         except OSError:
             return  # the zygote is gone and its workers with it
 
+    async def prepare(self, message: PrepareModel, fds: SpawnedFds) -> None:
+        """Send ``message``; without effect if there is no zygote. For :attr:`models`, which gets the answer."""
+        try:
+            await self._send(message, fds.all)
+        except (OSError, ChannelBroken) as error:
+            self._log.warning("model_not_prepared", snapshot_id=message.snapshot_id, reason=str(error))
+
+    async def forget(self, message: ForgetPrepared) -> None:
+        """Send ``message``; a zygote that is gone has forgotten anyway."""
+        with contextlib.suppress(OSError):
+            await self._send(message)
+
     async def aclose(self) -> None:
         """Close the channel, on which the zygote exits and the kernel kills its workers; wait for that. Idempotent."""
         supervisor, self._supervisor = self._supervisor, None
         if supervisor is not None:
             supervisor.cancel()
             await asyncio.gather(supervisor, return_exceptions=True)
+        self.models.close()
 
     # --- life of the process ------------------------------------------------------------------------------------
 
@@ -146,6 +166,7 @@ class ZygoteClient:
             ours.close()
             self._channel, self.pid = None, 0
             self._ready.clear()
+            self.models.on_zygote_died()
             self._forget_workers()
             code = await _wait_or_kill(process)
         return code
@@ -169,6 +190,9 @@ class ZygoteClient:
             case ZygoteReady(pid, num_modules, resident_bytes):
                 self._log.info("zygote_ready", pid=pid, modules=num_modules, resident_bytes=resident_bytes)
                 self._ready.set()
+                self.models.on_zygote_ready()
+            case ModelPrepared() | PrepareFailed():
+                self.models.on_answer(message)
             case WorkerForked(worker_id, pid):
                 self._alive.add(worker_id)
                 answer = self._forks.get(worker_id)
