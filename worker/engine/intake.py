@@ -22,7 +22,7 @@ def prepare_request(request: EngineRequest, arrival: int, model: LoadedModel, bu
         GlowplugError: the prompt, or a token id in the request, does not fit the model.
         GuestError: the guest failed on this prompt.
     """
-    prompt = _tokenize_prompt(request, model.text)
+    prompt = tokenize_prompt(request, model.text)
     tokenised_mono_ns = time.monotonic_ns()
     _validate_token_ids(request, prompt, model.plan.vocab_size)
     max_tokens = _cut_to_context(request, prompt, model.plan.context_length)
@@ -40,12 +40,15 @@ def prepare_request(request: EngineRequest, arrival: int, model: LoadedModel, bu
     return running
 
 
-def _tokenize_prompt(request: EngineRequest, text: TextModel) -> tuple[int, ...]:
+def tokenize_prompt(request: EngineRequest, text: TextModel) -> tuple[int, ...]:
+    """Token ids of a request's prompt.
+
+    Raises:
+        GuestError: the guest failed on this prompt.
+    """
     if not isinstance(request.prompt, str):
         return tuple(request.prompt)
-    return tuple(
-        text.tokenize(request.prompt, add_special=request.add_special, parse_special=request.parse_special)
-    )
+    return tuple(text.tokenize(request.prompt, add_special=request.add_special, parse_special=request.parse_special))
 
 
 def _validate_token_ids(request: EngineRequest, prompt: tuple[int, ...], vocab_size: int) -> None:
