@@ -114,11 +114,12 @@ class SnapshotCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eos_token: str | None = None
 
 
-class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The guest's recorded tensor programs, as it wrote them."""
+class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The guest's recorded tensor programs, as it wrote them: prefill and decode, or an encoder's encode alone."""
 
-    prefill: bytes
-    decode: bytes
+    prefill: bytes = b""
+    decode: bytes = b""
+    encode: bytes = b""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -139,6 +140,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     programs: Programs
     prefixes: tuple[PrimedPrefix, ...] = ()
     kernels: tuple[CompiledKernel, ...] = ()
+    vector_size: int = 0  # numbers in an encoder's result; 0: the model generates
 
     @property
     def snapshot_id(self) -> str:
@@ -223,7 +225,7 @@ def open_manifest(data: bytes, keyring: KeyRing, *, name: str | None) -> Manifes
         )
     try:
         manifest = _decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestMalformed(f"manifest body does not follow the schema: {error}") from error
     if encode_body(manifest) != body:
         raise ManifestMalformed("manifest body is not in canonical form")
@@ -305,6 +307,11 @@ def validate_manifest(manifest: Manifest) -> None:
         _validate_blob(role, ref)
     _validate_tensors(manifest.tensors, manifest.weights.size_bytes)
     _validate_handles(manifest)
+    if manifest.vector_size < 0 or (manifest.vector_size > 0) != bool(manifest.programs.encode):
+        raise ManifestMalformed(
+            f"vector_size is {manifest.vector_size}, and the encode program has {len(manifest.programs.encode)} bytes: "
+            "an encoder has both, any other model neither"
+        )
     card = manifest.card
     for field in ("context_length", "vocab_size", "num_layers", "num_kv_heads", "head_dim"):
         if getattr(card, field) <= 0:

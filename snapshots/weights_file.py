@@ -151,7 +151,7 @@ def parse_weights_header(text: bytes, file_bytes: int) -> tuple[TensorEntry, ...
         if len(raw) > 2 * MAX_TENSORS:
             raise StoreError(f"{len(raw)} entries in a weights header, at most {2 * MAX_TENSORS}")
         header = {name: msgspec.json.decode(value, type=_HeaderEntry) for name, value in raw.items()}
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise StoreError(f"weights header is malformed: {error}") from error
     position = 0
     entries = []

@@ -73,7 +73,7 @@ def decode_config(data: bytes) -> HfConfig:
         if model_type not in ARCHITECTURES:
             raise UnsupportedModelError(_refusal(model_type))
         config = msgspec.json.decode(data, type=HfConfig)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedModelError(f"config.json: {error}") from error
     if config.architectures and ARCHITECTURES[model_type] not in config.architectures:
         raise UnsupportedModelError(_refusal(config.architectures[0]))

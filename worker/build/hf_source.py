@@ -84,7 +84,7 @@ def _read_optional(folder: Path, name: str, kind: type[Any]) -> Any:
         return None
     try:
         return msgspec.json.decode(read_capped(resolve_inside(folder, name)), type=kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedModelError(f"{folder / name}: {error}") from error
 
 

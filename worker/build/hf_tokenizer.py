@@ -117,7 +117,7 @@ def read_hf_tokenizer(data: bytes, special: SpecialIds, vocab_size: int) -> Toke
         if model_type != "BPE":
             raise UnsupportedModelError(f"tokeniser model {model_type!r}: supported are {SUPPORTED}")
         model = msgspec.json.decode(file.model, type=_BpeModel)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedModelError(f"tokenizer.json: {error}") from error
     if model.continuing_subword_prefix or model.end_of_word_suffix:
         raise UnsupportedModelError(f"BPE with subword prefixes or suffixes: supported are {SUPPORTED}")

@@ -125,7 +125,7 @@ class SafetensorsCheckpoint:
             raw = msgspec.json.decode(os.pread(fd, header_bytes, 8), type=dict[str, msgspec.Raw])
             raw.pop("__metadata__", None)
             entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items()}
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise MalformedModelError(f"{path}: not a safetensors header: {error}") from error
         data_start = 8 + header_bytes
         for name, entry in entries.items():
@@ -153,7 +153,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     data = read_capped(path)
     try:
         return msgspec.json.decode(data, type=_Index).weight_map
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedModelError(f"{path}: {error}") from error
 
 
