@@ -35,6 +35,15 @@ def toy_wasm() -> bytes:
     return _read("examples/toy.wasm")
 
 
+def table_wasm() -> bytes:
+    """The example guest that holds a big table; what the restore benchmark restores.
+
+    Raises:
+        FileNotFoundError: not built; run ``python -m guests.build``.
+    """
+    return _read("examples/table.wasm")
+
+
 def _read(name: str) -> bytes:
     path = GUESTS_FOLDER / name
     try:

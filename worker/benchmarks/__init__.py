@@ -1,0 +1,1 @@
+"""Measurements of single parts of a worker, run by hand."""

@@ -1,0 +1,236 @@
+"""``python -m worker.benchmarks.guest_restore``: how long until a restored guest gives its first result.
+
+For each snapshot size a guest with a table of that size is initialised, baked, compiled and stored. Then two things are
+measured, phase by phase:
+
+* *verified once on this host*: sealed memory is there, as an agent holds it; a worker maps it, deserialises the code,
+  instantiates, resumes and gets its first answer out of the table. The guest engine exists, as the zygote made it.
+* *first verification on this host*: the file is in the page cache; it is copied into sealed memory and every chunk is
+  digested there, then all of the above. Reading and digesting are also measured alone.
+
+Every answer is compared with what init wrote. Nothing is decompressed or decoded: compiled guests are stored plain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from guests.compile import compile_guest, guest_identity
+from guests.initialise import initialise_guest
+from guests.runtime import GuestEngine, GuestInstance
+from guests.shipped import table_wasm
+from guests.signatures import IMPORTS
+from snapshots import chunks
+from snapshots.manifest import BlobRef
+from snapshots.mapping import map_sealed, seal_blob
+from snapshots.store import SnapshotStore
+from worker.benchmarks.measurements import summarize
+
+SIZES_MIB: Final = (1, 16, 128)
+FULL_SIZES_MIB: Final = (*SIZES_MIB, 511)  # with its own pages, 512: all that a guest may have
+MULTIPLIER: Final = 0x9E3779B97F4A7C15  # of the table's entries, as in guests/examples/table.c
+CALLS: Final = 10_000  # of one bench_* export
+#: size in MiB -> the published estimate: P50, P95, P99 in ms
+ESTIMATES_MS: Final = {1: (5, 9, 14), 16: (22, 38, 55), 128: (65, 120, 180), 511: (150, 280, 420)}
+PHASES: Final = ("map", "deserialise", "instantiate", "resume", "first_call")
+
+
+class Snapshot:
+    """A compiled guest of one size in a store. ``ref`` addresses its blob."""
+
+    def __init__(self, store: SnapshotStore, size_mib: int) -> None:
+        self.size_mib = size_mib
+        guest = initialise_guest(table_wasm(), {"size": struct.pack("<I", size_mib)}, [])
+        self.ref: BlobRef = store.add_blob_bytes(compile_guest(guest.baked_wasm))
+        self.path: Path = store.blob_path(self.ref)
+
+
+def measure_restores(engine: GuestEngine, fd: int, snapshot: Snapshot, num_samples: int) -> dict[str, list[int]]:
+    """Nanoseconds of each phase and of all, with sealed memory at hand."""
+    durations: dict[str, list[int]] = {phase: [] for phase in (*PHASES, "total")}
+    for number in range(num_samples):
+        index = number * 7919 % (snapshot.size_mib << 17)
+        marks = [time.perf_counter_ns()]
+        with map_sealed(fd, snapshot.ref.size_bytes):  # checks seals and size, as worker.restore does
+            marks.append(time.perf_counter_ns())
+            module = engine.load(f"/proc/self/fd/{fd}")
+        marks.append(time.perf_counter_ns())
+        instance = module.instantiate()
+        marks.append(time.perf_counter_ns())
+        instance.call("gp_resume", number)
+        marks.append(time.perf_counter_ns())
+        answer = instance.read(instance.call("gp_token_bytes", index) >> 32, 8)
+        marks.append(time.perf_counter_ns())
+        instance.close()
+        module.close()
+        if answer != struct.pack("<Q", (index + 1) * MULTIPLIER & (1 << 64) - 1):
+            raise AssertionError(f"entry {index} of the {snapshot.size_mib} MiB guest is wrong")
+        for phase, start, end in zip(PHASES, marks, marks[1:], strict=False):
+            durations[phase].append(end - start)
+        durations["total"].append(marks[-1] - marks[0])
+    return durations
+
+
+def measure_first_verifications(engine: GuestEngine, snapshot: Snapshot, num_samples: int) -> dict[str, list[int]]:
+    """Nanoseconds of reading alone, digesting alone, and of sealing with verification up to the first result."""
+    durations: dict[str, list[int]] = {name: [] for name in ("read", "digest", "read_copy_verify_seal", "total")}
+    for _ in range(num_samples):
+        durations["read"].append(_time_of(lambda: _read_through(snapshot.path)))
+        durations["digest"].append(_time_of(lambda: _digest_through(snapshot)))
+        start = time.perf_counter_ns()
+        with seal_blob(snapshot.path, snapshot.ref, label="benchmark") as sealed:
+            sealed_at = time.perf_counter_ns()
+            measure_restores(engine, sealed.fd, snapshot, 1)
+        end = time.perf_counter_ns()
+        durations["read_copy_verify_seal"].append(sealed_at - start)
+        durations["total"].append(end - start)
+    return durations
+
+
+def _time_of(action: Callable[[], object]) -> int:
+    start = time.perf_counter_ns()
+    action()
+    return time.perf_counter_ns() - start
+
+
+def _read_through(path: Path) -> None:
+    buffer = bytearray(4 << 20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _digest_through(snapshot: Snapshot) -> None:
+    """On one core; sealing does it on all."""
+    buffer = bytearray(snapshot.ref.chunk_bytes)
+    with snapshot.path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            chunks.digest_chunk(memoryview(buffer)[:size])
+
+
+def measure_calls(snapshot: Snapshot, num_samples: int) -> dict[str, list[int]]:
+    """Nanoseconds of one guest call and of one host call, each the mean of many: a clock reading costs as much."""
+    durations: dict[str, list[int]] = {name: [] for name in ("guest_call", "host_call_3", "host_call_5")}
+    with (
+        GuestEngine(dict.fromkeys(IMPORTS, _answer)) as engine,
+        seal_blob(snapshot.path, snapshot.ref, label="benchmark") as sealed,
+    ):
+        module = engine.load(f"/proc/self/fd/{sealed.fd}")
+        with module.instantiate() as instance:
+            for _ in range(num_samples):
+                durations["guest_call"].append(_time_of(lambda: _call_often(instance)) // 1000)
+            for _ in range(num_samples):
+                durations["host_call_3"].append(_time_of(lambda: instance.call_unlisted("bench_log")) // CALLS)
+                durations["host_call_5"].append(_time_of(lambda: instance.call_unlisted("bench_asset_read")) // CALLS)
+        module.close()
+    return durations
+
+
+def _answer(_memory: object, *_arguments: int) -> int:
+    return 0
+
+
+def _call_often(instance: GuestInstance) -> None:
+    call = instance.call
+    for index in range(1000):
+        call("gp_token_bytes", index)
+
+
+def measure(sizes_mib: tuple[int, ...], num_samples: int, num_first: int, folder: Path) -> dict[str, Any]:
+    """Everything, as JSON."""
+    store = SnapshotStore(folder)
+    results: dict[str, Any] = {"machine": describe_machine(), "identity": guest_identity(), "sizes": []}
+    with GuestEngine() as engine:
+        for size_mib in sizes_mib:
+            snapshot = Snapshot(store, size_mib)
+            gc.collect()
+            gc.freeze()  # as the zygote does
+            with seal_blob(snapshot.path, snapshot.ref, label="benchmark") as sealed:
+                measure_restores(engine, sealed.fd, snapshot, 10)
+                restores = measure_restores(engine, sealed.fd, snapshot, num_samples)
+            firsts = measure_first_verifications(engine, snapshot, num_first)
+            results["sizes"].append(
+                {
+                    "size_mib": size_mib,
+                    "blob_bytes": snapshot.ref.size_bytes,
+                    "restore": {name: summarize(values).as_json() for name, values in restores.items()},
+                    "first_verification": {name: summarize(values).as_json() for name, values in firsts.items()},
+                }
+            )
+            if size_mib == sizes_mib[0]:
+                calls = measure_calls(snapshot, 200)
+                results["calls"] = {name: summarize(values).as_json() for name, values in calls.items()}
+    return results
+
+
+def describe_machine() -> dict[str, Any]:
+    """What figures depend on."""
+    cpus = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release().split("-")[0],
+        "python": platform.python_version(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def show(results: dict[str, Any]) -> list[str]:
+    """The table of figures, in lines of Markdown."""
+    lines = [
+        "| snapshot | estimate P50 / P95 / P99 | restored, verified before | first verification P50 (n) |",
+        "|---|---|---|---|",
+    ]
+    for row in results["sizes"]:
+        size = row["size_mib"]
+        total, first = row["restore"]["total"], row["first_verification"]["total"]
+        estimate = " / ".join(str(value) for value in ESTIMATES_MS.get(size, ("-", "-", "-")))
+        ours = " / ".join(f"{total[key] / 1000:.3f}" for key in ("p50_us", "p95_us", "p99_us"))
+        lines.append(f"| {size} MiB | {estimate} ms | {ours} ms | {first['p50_us'] / 1000:.1f} ms "
+                     f"({first['num_samples']}) |")  # fmt: skip
+    lines += ["", "| snapshot | phase | P50 | P95 | P99 | max (us) |", "|---|---|---|---|---|---|"]
+    for row in results["sizes"]:
+        for group in ("restore", "first_verification"):
+            for name, figures in row[group].items():
+                lines.append(_phase_line(f"{row['size_mib']} MiB", f"{group}: {name}", figures))
+    for name, figures in results.get("calls", {}).items():
+        lines.append(_phase_line("-", name, figures))
+    return lines
+
+
+def _phase_line(size: str, name: str, figures: dict[str, Any]) -> str:
+    values = " | ".join(f"{figures[key]:.2f}" for key in ("p50_us", "p95_us", "p99_us", "max_us"))
+    return f"| {size} | {name} | {values} |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m worker.benchmarks.guest_restore", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="with the largest guest: needs 4 GiB of memory, a minute")
+    parser.add_argument("--size", type=int, action="append", metavar="MIB", help="these sizes instead")
+    parser.add_argument("--samples", type=int, default=400, help="restores of each size (default: 400)")
+    parser.add_argument("--first", type=int, default=20, help="first verifications of each size (default: 20)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, with histograms")
+    options = parser.parse_args(arguments)
+    sizes = tuple(options.size) if options.size else FULL_SIZES_MIB if options.full else SIZES_MIB
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(sizes, options.samples, options.first, Path(folder))
+    print("\n".join(show(results)))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
