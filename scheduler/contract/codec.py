@@ -37,7 +37,7 @@ def decode(data: bytes, kind: type[T] | Any) -> T:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
     try:
         result: T = decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ContractError(f"not a {kind}: {error}") from error
     return result
 

@@ -148,7 +148,7 @@ def decode_job(body: bytes) -> GenerateRequest:
     try:
         job: Any = msgspec.msgpack.decode(body)
         payload = job["a"][0]
-    except (msgspec.MsgspecError, TypeError, LookupError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, LookupError) as error:
         raise ContractError(f"not a job body: {error}") from error
     return codec.decode(payload, GenerateRequest)
 

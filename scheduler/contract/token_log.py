@@ -130,7 +130,7 @@ def decode_items(data: bytes) -> list[TokenItem]:
         raise ContractError(f"message of {len(data)} bytes: at most {codec.MAX_MESSAGE_BYTES} are accepted")
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ContractError(f"not a token message: {error}") from error
 
 
