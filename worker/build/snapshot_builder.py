@@ -2,8 +2,8 @@
 
 Order, so that nothing half made is ever visible: the guest is initialised and compiled first (whatever it refuses,
 it refuses before a byte is written), then the weights are streamed into the store tensor by tensor, then the guest's
-two blobs, and the signed manifest last. Blobs of a build that died have no manifest; the store's garbage collection
-removes them, and its next opening sweeps the temporary files.
+blobs and the primed prefixes, and the signed manifest last. Blobs of a build that died have no manifest; the store's
+garbage collection removes them, and its next opening sweeps the temporary files.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from guests.abi import ProgramKind
-from guests.compile import compile_guest, guest_identity
+from guests.compile import guest_identity
 from guests.errors import GuestError
-from guests.initialise import InitialisedGuest, initialise_guest
 from guests.llama_assets import (
     CONFIG_ASSET,
     TOKENIZER_ASSET,
@@ -30,15 +27,17 @@ from guests.llama_assets import (
     pack_config,
     pack_tokenizer,
 )
-from guests.shipped import llama_wasm
 from snapshots.blob_writer import BlobWriter
 from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.keyring import KeyRing
-from snapshots.manifest import GUEST_CWASM, GUEST_WASM, NAME, WEIGHTS, Manifest, Programs, SnapshotCard
+from snapshots.manifest import NAME, WEIGHTS, Manifest, SnapshotCard
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, write_weights
 from worker.build.errors import BuildError, MalformedModelError
+from worker.build.guest_stage import stage_guest, store_guest
+from worker.build.priming import Priming, prime_snapshot
 from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
+from worker.build.report import BuildReport as BuildReport
 from worker.build.source import ModelSource, SourceTensor
 from worker.build.weight_layout import ROPE_TENSOR
 from worker.tensor_names import SCALE_SUFFIX
@@ -56,20 +55,6 @@ DTYPES: Final = {WeightFormat.BF16: "BF16", WeightFormat.F32: "F32", WeightForma
 OnProgress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class BuildReport:
-    """What a build made."""
-
-    name: str
-    snapshot_id: str
-    architecture: str
-    weight_format: WeightFormat
-    num_parameters: int
-    weights_bytes: int
-    guest_bytes: int  # compiled and WebAssembly
-    wall_s: float
-
-
 def build_snapshot(
     source: ModelSource,
     name: str,
@@ -79,6 +64,8 @@ def build_snapshot(
     weight_format: WeightFormat = WeightFormat.BF16,
     encrypt: bool = False,
     with_verity: bool = False,
+    guest_wasm: bytes | None = None,
+    priming: Priming | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildReport:
     """Build ``source`` as snapshot ``name``; an older one of that name is replaced when all is done. Blocks.
@@ -86,44 +73,40 @@ def build_snapshot(
     ``encrypt`` encrypts every blob with the ring's newest encryption key, so that no plain byte of it reaches the disk.
     ``with_verity`` signs each file's fs-verity digest, and turns fs-verity on where it is offered.
 
-    Memory: one tensor in its stored format, and blocks of 32 MiB of float32.
+    ``guest_wasm`` takes the place of the llama guest. ``priming`` says which prefixes to compute; None: none.
+
+    Memory: one tensor in its stored format, and blocks of 32 MiB of float32; with priming, the weights once.
 
     Raises:
-        BuildError: the source's files fail, its weights are no numbers, or the guest refuses the model.
+        BuildError: the source's files fail, its weights are no numbers, the guest refuses the model, or what was to
+            be primed cannot be.
         SnapshotError: the store or the key ring refuses.
     """
     started_s = time.monotonic()
     validate_name(name)
-    guest = _initialise(source)
-    compiled = compile_guest(guest.baked_wasm)
+    guest = stage_guest(guest_wasm, _pack_assets(source), [tensor.name for tensor in source.tensors])
     layout = plan_weights([spec for tensor in source.tensors for spec in _specs(tensor, weight_format)])
     encrypt_with = keyring if encrypt else None
     with store.add_blob(encrypt_with=encrypt_with, with_verity=with_verity) as writer:
         _write_weights(source, writer, layout, weight_format, on_progress)
-    blobs = {
-        WEIGHTS: writer.ref,
-        GUEST_CWASM: store.add_blob_bytes(compiled, encrypt_with=encrypt_with, with_verity=with_verity),
-        GUEST_WASM: store.add_blob_bytes(guest.baked_wasm, encrypt_with=encrypt_with, with_verity=with_verity),
-    }
+    blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
     manifest = Manifest(
         name=name,
         created_at_s=store.choose_created_at_s(name),
         identity=guest_identity(),
         card=_make_card(source, weight_format),
-        blobs=blobs,
+        blobs={WEIGHTS: writer.ref, **blobs},
         tensors=layout.entries,
-        tensor_handles=guest.tensor_handles,
-        programs=Programs(guest.programs[ProgramKind.PREFILL], guest.programs[ProgramKind.DECODE]),
+        tensor_handles=guest.initialised.tensor_handles,
+        programs=guest.programs,
     )
+    if priming is not None:
+        manifest = prime_snapshot(manifest, store, keyring, priming, encrypt_with=encrypt_with, with_verity=with_verity)
     store.write_manifest(manifest, keyring)
-    return BuildReport(
-        name=name,
-        snapshot_id=manifest.snapshot_id,
-        architecture=source.architecture,
+    return BuildReport.of(
+        manifest,
         weight_format=weight_format,
         num_parameters=sum(math.prod(tensor.shape) for tensor in source.tensors if tensor.name != ROPE_TENSOR),
-        weights_bytes=blobs[WEIGHTS].size_bytes,
-        guest_bytes=blobs[GUEST_CWASM].size_bytes + blobs[GUEST_WASM].size_bytes,
         wall_s=time.monotonic() - started_s,
     )
 
@@ -140,15 +123,14 @@ def validate_name(name: str) -> None:
         )
 
 
-def _initialise(source: ModelSource) -> InitialisedGuest:
-    """Run the llama guest's init on the model's configuration and tokeniser.
+def _pack_assets(source: ModelSource) -> dict[str, bytes]:
+    """What the llama guest reads at init.
 
     Raises:
-        BuildError: the guest refuses the model.
+        BuildError: the configuration or the tokeniser cannot be packed.
     """
     try:
-        assets = {CONFIG_ASSET: pack_config(source.config), TOKENIZER_ASSET: pack_tokenizer(source.tokenizer)}
-        return initialise_guest(llama_wasm(), assets, [tensor.name for tensor in source.tensors])
+        return {CONFIG_ASSET: pack_config(source.config), TOKENIZER_ASSET: pack_tokenizer(source.tokenizer)}
     except GuestError as error:
         raise BuildError(f"the guest refuses this model: {error}") from error
 
