@@ -29,7 +29,8 @@ from worker.backends.protocol import SequenceInput
 from worker.build.errors import BuildError, MalformedModelError
 from worker.build.model_sources import open_located
 from worker.build.quantize import WeightFormat
-from worker.build.snapshot_builder import BuildReport, build_snapshot
+from worker.build.report import BuildReport
+from worker.build.snapshot_builder import build_snapshot
 from worker.build.source import ImportedModel, SourceTensor
 from worker.restore import RestoredModel, restore_model
 

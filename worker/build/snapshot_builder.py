@@ -37,7 +37,7 @@ from worker.build.errors import BuildError, MalformedModelError
 from worker.build.guest_stage import stage_guest, store_guest
 from worker.build.priming import Priming, prime_snapshot
 from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
-from worker.build.report import BuildReport as BuildReport
+from worker.build.report import BuildReport
 from worker.build.source import ModelSource, SourceTensor
 from worker.build.weight_layout import ROPE_TENSOR
 from worker.tensor_names import SCALE_SUFFIX
