@@ -66,6 +66,7 @@ class EngineThread:
         self._guest_engine = guest_engine
         self._listener: EngineListener | None = None
         self._attached = threading.Event()
+        self._is_restored = threading.Event()
         self._engine: Engine | None = None
         self._restored: RestoredModel | None = None  # keeps the mapping alive as long as the process
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -74,6 +75,10 @@ class EngineThread:
         """Begin to restore."""
         threading.stack_size(STACK_BYTES)
         self._thread.start()
+
+    def wait_restored(self, timeout_s: float) -> None:
+        """Wait until the model is restored, or has failed to be; at most ``timeout_s``. Any thread but this one."""
+        self._is_restored.wait(timeout_s)
 
     def attach(self, listener: EngineListener) -> None:
         """Give the thread its listener; until then it restores in silence. Call once."""
@@ -89,10 +94,12 @@ class EngineThread:
         error: Exception | None = None
         try:
             engine = self._engine = self._restore()
+            self._is_restored.set()
             self._wait_listener().on_ready(engine)
             engine.run()
         except Exception as failure:  # whatever it is, the slot must hear of it: a silent thread would hang the worker
             error = failure
+            self._is_restored.set()
         self._wait_listener().on_ended(error)
 
     def _wait_listener(self) -> EngineListener:

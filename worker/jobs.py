@@ -73,7 +73,9 @@ class ClaimingWorker(Worker):
         room: int,
         lease_s: float = LEASE_S,
         idle_poll_s: float = IDLE_POLL_S,
+        settled: asyncio.Event | None = None,
     ) -> None:
+        """Connections that the first claims can do without are made once ``settled`` is set (None: at once)."""
         super().__init__(
             [func(cast(Any, self._run_payload), name=keys.JOB_FUNCTION)],
             queue_name=keys.queue(model),
@@ -94,6 +96,7 @@ class ClaimingWorker(Worker):
         self._handler = handler
         self._lease_s = lease_s
         self._idle_poll_s = idle_poll_s
+        self._settled = settled
         self._claim = redis.register_script(job_queue.CLAIM)
         self._renew = redis.register_script(job_queue.RENEW)
         self._finish = redis.register_script(job_queue.FINISH)
@@ -165,7 +168,7 @@ class ClaimingWorker(Worker):
         """arq's main loop, by doorbell."""
         listener = self._start_side_task(self._listen_for_bell(), "doorbell")
         renewer = self._start_side_task(self._renew_leases(), "lease renewal")
-        self._start_side_task(self._control.start(), "control subscription")
+        self._start_side_task(self._listen_for_control(), "control subscription")
         while not self._closing:
             self._bell.clear()  # a ring from here on makes the wait below return at once
             await self._poll_iteration()
@@ -216,6 +219,7 @@ class ClaimingWorker(Worker):
 
     async def _listen_for_bell(self) -> None:
         key, last_id = keys.bell(self._model), "0-0"  # a ring before the first read is seen too
+        await self._wait_settled()
         while True:
             try:
                 reply = await self._redis.xread({key: last_id}, block=BELL_BLOCK_MS)
@@ -226,6 +230,14 @@ class ClaimingWorker(Worker):
             if reply:
                 last_id = reply[0][1][-1][0]
                 self._bell.set()
+
+    async def _listen_for_control(self) -> None:
+        await self._wait_settled()
+        await self._control.start()  # reads what it missed when it is subscribed
+
+    async def _wait_settled(self) -> None:
+        if self._settled is not None:
+            await self._settled.wait()
 
     # --- one run ----------------------------------------------------------------------------------------------
 
