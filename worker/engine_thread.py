@@ -20,8 +20,9 @@ from scheduler.contract.telemetry import Mark
 from snapshots.errors import Incompatible, SnapshotError
 from snapshots.manifest import Manifest
 from worker.backends.choice import make_backend
+from worker.backends.encoder_protocol import BoundEncoder
 from worker.backends.protocol import BackendError, BoundModel
-from worker.engine.engine import Engine
+from worker.engine.step_loop import StepLoop, bind_plan, make_step_loop
 from worker.engine.types import RequestStep
 from worker.prepared_models import InheritedModel
 from worker.restore import PreparedModel, RestoredModel, prepare_model
@@ -34,7 +35,7 @@ STACK_BYTES: Final = 16 * 1024 * 1024
 class EngineListener(Protocol):
     """Hears of the engine thread, *on* that thread."""
 
-    def on_ready(self, engine: Engine) -> None:
+    def on_ready(self, engine: StepLoop) -> None:
         """The model is restored and bound; the engine is about to run."""
 
     def on_ended(self, error: Exception | None) -> None:
@@ -67,7 +68,7 @@ class EngineThread:
         self._listener: EngineListener | None = None
         self._attached = threading.Event()
         self._is_restored = threading.Event()
-        self._engine: Engine | None = None
+        self._engine: StepLoop | None = None
         self._restored: RestoredModel | None = None  # keeps the mapping alive as long as the process
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -111,13 +112,13 @@ class EngineThread:
     def _on_steps(self, steps: list[RequestStep]) -> None:
         self._wait_listener().on_steps(steps)
 
-    def _restore(self) -> Engine:
+    def _restore(self) -> StepLoop:
         order = self._order
         model, bound = self._warm_and_map()
         self._guest_engine.start_ticker()  # first: without it no deadline holds, and resuming calls the guest
         restored = self._restored = model.resume(secrets.randbits(63))
-        engine = Engine(
-            restored.loaded,
+        engine = make_step_loop(
+            restored.model,
             bound,
             max_running=order.max_running,
             kv_budget_bytes=order.kv_budget_bytes,
@@ -127,7 +128,7 @@ class EngineThread:
         threading.Thread(target=_populate, args=(restored,), name="populate", daemon=True).start()
         return engine
 
-    def _warm_and_map(self) -> tuple[PreparedModel, BoundModel]:
+    def _warm_and_map(self) -> tuple[PreparedModel, BoundModel | BoundEncoder]:
         """The device ready, the model mapped and bound: taken over from the zygote, or done here."""
         order, fds, inherited = self._order, self._fds, self._inherited
         backend = make_backend(order.backend, order.num_threads) if inherited is None else inherited.backend
@@ -140,7 +141,7 @@ class EngineThread:
             model = prepare_model(manifest, fds, self._guest_engine)
             if model.plan is None:
                 raise RuntimeError("a model that was just prepared is closed")
-            bound = backend.bind(model.plan)
+            bound = bind_plan(backend, model.plan)
         self.marks[Mark.MAPPED] = time.monotonic_ns()
         return model, bound
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from worker.backends.encoder_protocol import EncoderPlan
 from worker.backends.protocol import ModelPlan
 from worker.engine.prefixes import PrefixIndex
-from worker.engine.text import TextModel
+from worker.engine.text import TextModel, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +20,13 @@ class LoadedModel:
     text: TextModel
     eos_token_ids: tuple[int, ...]
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEncoder:
+    """Restored model that gives vectors. Owned as :class:`LoadedModel`."""
+
+    name: str
+    snapshot_id: str
+    plan: EncoderPlan
+    text: Tokenizer

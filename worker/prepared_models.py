@@ -24,7 +24,9 @@ from scheduler.contract import codec
 from snapshots.errors import SnapshotError
 from snapshots.manifest import Manifest
 from worker.backends.choice import make_backend
+from worker.backends.encoder_protocol import BoundEncoder
 from worker.backends.protocol import Backend, BoundModel
+from worker.engine.step_loop import bind_plan
 from worker.restore import PreparedModel, prepare_model
 from worker.spawn_order import ModelPrepared, PrepareFailed, PrepareModel, SpawnedFds, SpawnOrder
 
@@ -41,7 +43,7 @@ class InheritedModel:
 
     backend: Backend
     model: PreparedModel
-    bound: BoundModel
+    bound: BoundModel | BoundEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class _Preparation:
         backend = make_backend(key.backend, key.num_threads)
         if model.plan is None or not backend.binds_before_fork:
             return
-        bound = backend.bind(model.plan)
+        bound = bind_plan(backend, model.plan)
         self.result = InheritedModel(backend, model, bound)
         for num_tokens in STEP_TOKENS:
             yield

@@ -29,8 +29,9 @@ from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.errors import ManifestMalformed
 from snapshots.manifest import Manifest, TensorEntry, verify_identity
 from snapshots.mapping import MappedBytes, map_sealed
+from worker.backends.encoder_protocol import EncoderPlan
 from worker.backends.protocol import ModelPlan, WeightTensor
-from worker.loaded_model import LoadedModel
+from worker.loaded_model import LoadedEncoder, LoadedModel
 from worker.mapped_prefixes import MappedPrefixes
 from worker.spawn_order import NO_FD, SpawnedFds
 from worker.tensor_names import SCALE_SUFFIX
@@ -45,7 +46,7 @@ class PreparedModel:
     def __init__(
         self,
         manifest: Manifest,
-        plan: ModelPlan,
+        plan: ModelPlan | EncoderPlan,
         module: GuestModule,
         weights: MappedBytes,
         use_order: tuple[TensorEntry, ...],
@@ -54,7 +55,7 @@ class PreparedModel:
         """Takes over ``module``, ``weights`` and ``primed``; made by :func:`prepare_model`."""
         self.name = manifest.name
         self.snapshot_id = manifest.snapshot_id
-        self.plan: ModelPlan | None = plan  # None: closed
+        self.plan: ModelPlan | EncoderPlan | None = plan  # None: closed
         self._eos_token_ids = manifest.card.eos_token_ids
         self._module = module
         self.weights = weights
@@ -81,6 +82,8 @@ class PreparedModel:
         if self.plan is None:
             raise RuntimeError("this prepared model is closed")
         text = GuestText(self._module, seed)
+        if isinstance(self.plan, EncoderPlan):
+            return RestoredModel(LoadedEncoder(self.name, self.snapshot_id, self.plan, text), text, self)
         index = self._primed.index
         loaded = LoadedModel(self.name, self.snapshot_id, self.plan, text, self._eos_token_ids, index)
         return RestoredModel(loaded, text, self)
@@ -102,14 +105,14 @@ class PreparedModel:
 class RestoredModel:
     """A restored model and what must be freed behind it. Owned by the worker's slot loop."""
 
-    def __init__(self, loaded: LoadedModel, text: GuestText, prepared: PreparedModel) -> None:
+    def __init__(self, loaded: LoadedModel | LoadedEncoder, text: GuestText, prepared: PreparedModel) -> None:
         """Takes over ``text`` and ``prepared``; made by :meth:`PreparedModel.resume`."""
-        self._loaded: LoadedModel | None = loaded
+        self._loaded: LoadedModel | LoadedEncoder | None = loaded
         self._text = text
         self._prepared = prepared
 
     @property
-    def loaded(self) -> LoadedModel:
+    def model(self) -> LoadedModel | LoadedEncoder:
         """The model. Its arrays are views into the mapping that :meth:`close` unmaps.
 
         Raises:
@@ -118,6 +121,30 @@ class RestoredModel:
         if self._loaded is None:
             raise RuntimeError("this restored model is closed")
         return self._loaded
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """:attr:`model`, of one that generates.
+
+        Raises:
+            RuntimeError: closed, or an encoder.
+        """
+        model = self.model
+        if isinstance(model, LoadedEncoder):
+            raise RuntimeError("this restored model is an encoder")
+        return model
+
+    @property
+    def encoder(self) -> LoadedEncoder:
+        """:attr:`model`, of an encoder.
+
+        Raises:
+            RuntimeError: closed, or a model that generates.
+        """
+        model = self.model
+        if not isinstance(model, LoadedEncoder):
+            raise RuntimeError("this restored model is no encoder")
+        return model
 
     def populate(self, stop: threading.Event | None = None) -> None:
         """Enter the weights' pages in this process's page table, in order of use, so that no step faults.
@@ -187,7 +214,7 @@ def prepare_model(manifest: Manifest, fds: SpawnedFds, guest_engine: GuestEngine
         GuestError: the guest cannot be loaded.
     """
     verify_identity(manifest, guest_identity())
-    prefill, decode = _decode_programs(manifest)
+    programs = _decode_programs(manifest)
     stored = _resolve_handles(manifest)
     with ExitStack() as undo:
         weights = map_sealed(fds.weights_fd, manifest.weights.size_bytes)
@@ -197,18 +224,33 @@ def prepare_model(manifest: Manifest, fds: SpawnedFds, guest_engine: GuestEngine
         module = _load_guest(manifest, fds.guest_fd, guest_engine)
         undo.pop_all()
     # Views come last: one that lived in an exception's frames would keep the mapping from being closed.
+    plan = _make_plan(manifest, programs, _view_tensors(stored, weights))
+    return PreparedModel(manifest, plan, module, weights, _order_of_use(manifest, programs[0]), primed)
+
+
+def _make_plan(
+    manifest: Manifest, programs: tuple[Program, ...], tensors: tuple[WeightTensor, ...]
+) -> ModelPlan | EncoderPlan:
     card = manifest.card
-    plan = ModelPlan(
+    if programs[0].kind is ProgramKind.ENCODE:
+        return EncoderPlan(
+            programs[0],
+            tensors,
+            vocab_size=card.vocab_size,
+            context_length=card.context_length,
+            vector_size=manifest.vector_size,
+        )
+    prefill, decode = programs
+    return ModelPlan(
         prefill,
         decode,
-        _view_tensors(stored, weights),
+        tensors,
         num_layers=card.num_layers,
         num_kv_heads=card.num_kv_heads,
         head_dim=card.head_dim,
         vocab_size=card.vocab_size,
         context_length=card.context_length,
     )
-    return PreparedModel(manifest, plan, module, weights, _order_of_use(manifest, prefill), primed)
 
 
 def _load_guest(manifest: Manifest, guest_fd: int, guest_engine: GuestEngine) -> GuestModule:
@@ -217,14 +259,20 @@ def _load_guest(manifest: Manifest, guest_fd: int, guest_engine: GuestEngine) ->
         return guest_engine.load(f"/proc/self/fd/{guest_fd}")
 
 
-def _decode_programs(manifest: Manifest) -> tuple[Program, Program]:
-    num_tensors = len(manifest.tensor_handles)
-    prefill = decode_program(manifest.programs.prefill, num_tensors=num_tensors)
-    decode = decode_program(manifest.programs.decode, num_tensors=num_tensors)
-    for program, kind in ((prefill, ProgramKind.PREFILL), (decode, ProgramKind.DECODE)):
+def _decode_programs(manifest: Manifest) -> tuple[Program, ...]:
+    """Prefill and decode, or encode alone."""
+    recorded = manifest.programs
+    stored = {ProgramKind.PREFILL: recorded.prefill, ProgramKind.DECODE: recorded.decode}
+    if manifest.vector_size > 0:
+        stored = {ProgramKind.ENCODE: recorded.encode}
+    programs = []
+    for kind, data in stored.items():
+        program = decode_program(data, num_tensors=len(manifest.tensor_handles))
         if program.kind is not kind:
-            raise ManifestMalformed(f"the {kind.name.lower()} program of the manifest is a {program.kind.name} program")
-    return prefill, decode
+            name = kind.name.lower()
+            raise ManifestMalformed(f"the {name} program of the manifest is a {program.kind.name} program")
+        programs.append(program)
+    return tuple(programs)
 
 
 def _resolve_handles(manifest: Manifest) -> list[tuple[TensorEntry, TensorEntry | None]]:
@@ -260,13 +308,13 @@ def _view(entry: TensorEntry, mapped: npt.NDArray[np.uint8]) -> npt.NDArray[Any]
     return np.ndarray(entry.shape, NUMPY_DTYPES[entry.dtype], buffer=mapped, offset=entry.offset)
 
 
-def _order_of_use(manifest: Manifest, prefill: Program) -> tuple[TensorEntry, ...]:
-    """Tensors as a prefill reads them. Embedding tables come last: a lookup reads a few of their rows."""
+def _order_of_use(manifest: Manifest, first: Program) -> tuple[TensorEntry, ...]:
+    """Tensors as a prefill, or an encoder, reads them. Embedding tables come last: a lookup reads a few of their rows."""
     entries = {entry.name: entry for entry in manifest.tensors}
     ordered: dict[str, None] = {}
     tables: dict[str, None] = {}
-    for operation in prefill.operations:
-        place = tables if operation.opcode is Opcode.EMBED else ordered
+    for operation in first.operations:
+        place = tables if operation.opcode in (Opcode.EMBED, Opcode.POSITION_EMBED) else ordered
         for handle in operation.tensors:
             if handle != NO_TENSOR:
                 place[manifest.tensor_handles[handle]] = None

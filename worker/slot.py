@@ -27,7 +27,8 @@ from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import WorkerReport
 from scheduler.contract.states import SlotState
 from scheduler.contract.telemetry import Mark
-from worker.engine.engine import Engine, EngineStatistics
+from worker.engine.engine import EngineStatistics
+from worker.engine.step_loop import StepLoop
 from worker.engine.types import RequestStep
 from worker.engine_thread import EngineThread, describe_failure
 from worker.jobs import ClaimingWorker
@@ -66,7 +67,7 @@ class WorkerSlot:
         self._log = structlog.get_logger()
         self._state = SlotState.RESTORING
         self._marks = thread.marks
-        self._engine: Engine | None = None
+        self._engine: StepLoop | None = None
         self._thread = thread
         self._redis: Redis = connect(order.redis_url)
         self._reports = Reports(self._redis, order.node_id)
@@ -113,7 +114,7 @@ class WorkerSlot:
 
     # --- the engine thread calls these ------------------------------------------------------------------------------
 
-    def on_ready(self, engine: Engine) -> None:
+    def on_ready(self, engine: StepLoop) -> None:
         self._tell_loop(self._become_ready, engine)
 
     def on_ended(self, error: Exception | None) -> None:
@@ -132,7 +133,7 @@ class WorkerSlot:
 
     # --- changes of state -------------------------------------------------------------------------------------------
 
-    def _become_ready(self, engine: Engine) -> None:
+    def _become_ready(self, engine: StepLoop) -> None:
         self._engine = engine
         self._runner.attach(engine)
         if self._state is SlotState.RESTORING:

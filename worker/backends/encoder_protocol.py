@@ -35,6 +35,9 @@ class BoundEncoder(Protocol):
         """Vectors ``[S, vector_size]`` float32 of the sequences' token ids, each of at least one token. The array is
         valid until the next call."""
 
+    def prepare_step(self, num_tokens: int) -> None:
+        """Do ahead what the first step of ``num_tokens`` tokens would do first; may do nothing."""
+
     def statistics(self) -> Mapping[str, int]:
         """Counters, with units in their names."""
 

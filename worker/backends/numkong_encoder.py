@@ -41,6 +41,10 @@ class NumKongEncoder:
         self._num_tokens += len(token_ids)
         return np.ascontiguousarray(columns.T)
 
+    def prepare_step(self, num_tokens: int) -> None:
+        if self._program is not None:
+            self._program.prepare(num_tokens)
+
     def statistics(self) -> Mapping[str, int]:
         return {
             "num_steps": self._num_steps,

@@ -194,6 +194,9 @@ class NumpyEncoder:
         self._num_tokens += len(token_ids)
         return step.values[-1]
 
+    def prepare_step(self, num_tokens: int) -> None:
+        """Nothing: steps of this backend need no preparation."""
+
     def statistics(self) -> Mapping[str, int]:
         return {"num_steps": self._num_steps, "num_tokens": self._num_tokens}
 

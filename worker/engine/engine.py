@@ -34,7 +34,7 @@ from worker.engine.intake import prepare_request
 from worker.engine.kv_budget import KvBudget, round_to_blocks
 from worker.engine.mailbox import Mail, Mailbox
 from worker.engine.sequence import NO_TOKEN, Choice, RunningRequest, describe_logprob
-from worker.engine.types import EngineRequest, RequestStep
+from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
 from worker.loaded_model import LoadedModel
 
 _log = structlog.get_logger()
@@ -91,7 +91,7 @@ class Engine:
 
     # --- any thread ---
 
-    def submit(self, request: EngineRequest) -> None:
+    def submit(self, request: EngineRequest | EncodeRequest) -> None:
         """Hand in a request; returns at once. Its outcome comes through ``on_steps``, an error included.
 
         A request id that is still known is superseded: the older run ends without a word.
@@ -168,7 +168,7 @@ class Engine:
 
     # --- coming and going ---
 
-    def _accept(self, engine_request: EngineRequest) -> None:
+    def _accept(self, engine_request: EngineRequest | EncodeRequest) -> None:
         self._forget(engine_request.request_id)
         self._num_arrivals += 1
         try:

@@ -11,17 +11,22 @@ from worker.engine.kv_budget import KvBudget, round_to_blocks
 from worker.engine.sampling import Sampler
 from worker.engine.sequence import Choice, RunningRequest
 from worker.engine.text import TextModel
-from worker.engine.types import EngineRequest
+from worker.engine.types import EncodeRequest, EngineRequest
 from worker.loaded_model import LoadedModel
 
 
-def prepare_request(request: EngineRequest, arrival: int, model: LoadedModel, budget: KvBudget) -> RunningRequest:
+def prepare_request(
+    request: EngineRequest | EncodeRequest, arrival: int, model: LoadedModel, budget: KvBudget
+) -> RunningRequest:
     """Tokenise ``request`` and build its choices, with earlier tokens replayed.
 
     Raises:
         GlowplugError: the prompt, or a token id in the request, does not fit the model.
         GuestError: the guest failed on this prompt.
     """
+    if isinstance(request, EncodeRequest):
+        message = f'model "{model.name}" generates text and makes no embeddings: use POST /v1/chat/completions'
+        raise GlowplugError(ErrorCode.INVALID_REQUEST, message, param="model")
     prompt = tokenize_prompt(request, model.text)
     tokenised_mono_ns = time.monotonic_ns()
     _validate_token_ids(request, prompt, model.plan.vocab_size)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from worker.engine.types import EngineRequest
+from worker.engine.types import EncodeRequest, EngineRequest
 
 
 @dataclass(slots=True)
 class Mail:
     """Everything that arrived since the last look."""
 
-    requests: list[EngineRequest] = field(default_factory=list)
+    requests: list[EngineRequest | EncodeRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     stop: bool = False
 
@@ -28,7 +28,7 @@ class Mailbox:
         self._condition = threading.Condition()
         self._mail = Mail()
 
-    def submit(self, request: EngineRequest) -> None:
+    def submit(self, request: EngineRequest | EncodeRequest) -> None:
         with self._condition:
             self._mail.requests.append(request)
             self._condition.notify()

@@ -21,14 +21,21 @@ class TextSequence(Protocol):
         """Free the guest's state. Idempotent."""
 
 
-class TextModel(Protocol):
-    """Tokeniser and detokeniser of one model. Engine thread only.
+class Tokenizer(Protocol):
+    """Tokeniser of one model, all of the text side that an encoder has. Engine thread only.
 
-    Every method may raise ``guests.errors.GuestTrap`` or ``GuestContractError``.
+    May raise ``guests.errors.GuestTrap`` or ``GuestContractError``.
     """
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of ``text``."""
+
+
+class TextModel(Tokenizer, Protocol):
+    """Tokeniser and detokeniser of one model. Engine thread only.
+
+    Every method may raise ``guests.errors.GuestTrap`` or ``GuestContractError``.
+    """
 
     def detokenize(self, token_ids: list[int], *, show_special: bool = False) -> str:
         """Text of ``token_ids``; invalid UTF-8 becomes U+FFFD."""

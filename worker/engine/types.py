@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from scheduler.contract.errors import ErrorInfo
@@ -27,6 +28,31 @@ class EngineRequest:
     emitted: tuple[tuple[int, ...], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class EncodeRequest:
+    """One request for vectors handed to the engine.
+
+    ``emitted`` holds the token counts of inputs whose vectors an earlier run already logged; they are not encoded
+    again. ``dimensions`` 0 means all.
+    """
+
+    request_id: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    dimensions: int = 0
+    priority: Priority = Priority.INTERACTIVE
+    parse_special: bool = True
+    emitted: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedInput:
+    """The vector of one input of a request, float32 little-endian."""
+
+    index: int
+    num_tokens: int
+    vector: bytes
+
+
 @dataclass(slots=True)
 class RequestStep:
     """What one engine step did for one request.
@@ -37,6 +63,7 @@ class RequestStep:
 
     request_id: str
     events: list[TokenEvent] = field(default_factory=list)
+    vectors: list[EncodedInput] = field(default_factory=list)
     sampled_mono_ns: int = 0
     marks: dict[str, int] = field(default_factory=dict)
     finished: bool = False

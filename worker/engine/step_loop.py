@@ -1,0 +1,51 @@
+"""What a worker's engine looks like to everyone else, whether its model generates or encodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
+from worker.backends.protocol import Backend, BoundModel, ModelPlan
+from worker.engine.encoder_engine import EncoderEngine
+from worker.engine.engine import Engine, EngineStatistics
+from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
+from worker.loaded_model import LoadedEncoder, LoadedModel
+
+
+class StepLoop(Protocol):
+    """An engine. All but :meth:`run` are safe from any thread."""
+
+    def submit(self, request: EngineRequest | EncodeRequest) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def statistics(self) -> EngineStatistics: ...
+
+    def run(self) -> None: ...
+
+
+def bind_plan(backend: Backend, plan: ModelPlan | EncoderPlan) -> BoundModel | BoundEncoder:
+    """``plan`` bound to ``backend``, by its kind.
+
+    Raises:
+        BackendError: the backend cannot run it.
+    """
+    return backend.bind_encoder(plan) if isinstance(plan, EncoderPlan) else backend.bind(plan)
+
+
+def make_step_loop(
+    model: LoadedModel | LoadedEncoder,
+    bound: BoundModel | BoundEncoder,
+    *,
+    max_running: int,
+    kv_budget_bytes: int,
+    on_steps: Callable[[list[RequestStep]], None],
+) -> StepLoop:
+    """The engine of ``model``. Requires: ``bound`` is its plan, bound by :func:`bind_plan`."""
+    if isinstance(model, LoadedEncoder):
+        return EncoderEngine(model, cast(BoundEncoder, bound), on_steps=on_steps)
+    bound_model = cast(BoundModel, bound)
+    return Engine(model, bound_model, max_running=max_running, kv_budget_bytes=kv_budget_bytes, on_steps=on_steps)
