@@ -66,7 +66,7 @@ class ModelPreparation:
             return
         while len(self._asked) >= MAX_PREPARED:
             self._forget(next(iter(self._asked)))
-        copies = SpawnedFds(os.dup(fds.weights_fd), os.dup(fds.guest_fd))
+        copies = SpawnedFds(*map(os.dup, fds.all))
         self._asked[snapshot_id] = _Asked(message, copies)
         self._start(self._prepare(snapshot_id))
 
@@ -121,19 +121,19 @@ class ModelPreparation:
 
     def _remove(self, snapshot_id: str) -> None:
         asked = self._asked.pop(snapshot_id)
-        os.close(asked.fds.weights_fd)
-        os.close(asked.fds.guest_fd)
+        for fd in asked.fds.all:
+            os.close(fd)
 
     async def _prepare(self, snapshot_id: str) -> None:
         asked = self._asked.get(snapshot_id)
         if asked is None:
             return
-        fds = SpawnedFds(os.dup(asked.fds.weights_fd), os.dup(asked.fds.guest_fd))  # may be closed while this waits
+        fds = SpawnedFds(*map(os.dup, asked.fds.all))  # may be closed while this waits
         try:
             await self._zygote.prepare(asked.message, fds)
         finally:
-            os.close(fds.weights_fd)
-            os.close(fds.guest_fd)
+            for fd in fds.all:
+                os.close(fd)
 
     def _start(self, send: Coroutine[Any, Any, None]) -> None:
         """Sends leave in the order in which they are started: tasks begin so, and the channel's lock is fair."""
