@@ -312,11 +312,6 @@ def validate_manifest(manifest: Manifest) -> None:
             f"vector_size is {manifest.vector_size}, and the encode program has {len(manifest.programs.encode)} bytes: "
             "an encoder has both, any other model neither"
         )
-    if manifest.vector_size < 0 or (manifest.vector_size > 0) != bool(manifest.programs.encode):
-        raise ManifestMalformed(
-            f"vector_size is {manifest.vector_size}, and the encode program has {len(manifest.programs.encode)} bytes: "
-            "an encoder has both, any other model neither"
-        )
     card = manifest.card
     for field in ("context_length", "vocab_size", "num_layers", "num_kv_heads", "head_dim"):
         if getattr(card, field) <= 0:
