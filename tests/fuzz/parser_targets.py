@@ -32,9 +32,8 @@ KEYRING: Final = make_keyring()
 
 @cache
 def scratch() -> Path:
-    """A folder in memory where there is one: targets that take paths write a file for each input."""
-    shared_memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="gp-fuzz-", dir=shared_memory if shared_memory.is_dir() else None))
+    """Where targets that take paths write a file for each input. Whoever runs targets removes it."""
+    return Path(tempfile.mkdtemp(prefix="gp-fuzz-"))
 
 
 @cache
