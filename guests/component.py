@@ -15,6 +15,7 @@ happens with the first engine.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -33,7 +34,6 @@ from guests.errors import (
     GuestTrap,
 )
 from guests.guest_log import LogLevel
-from guests.linker import HostFunction
 from guests.runtime import MEBIBYTE, TRAP_INTERRUPT, InstanceLimits, check_sealed
 from guests.serving_host import ServingLog
 
@@ -73,13 +73,14 @@ def compile_component(component: bytes, *, limits: WorkLimits = COMPILE_LIMITS) 
 class ComponentEngine:
     """Engine and linker of Python guests. Create it before fork; it starts no thread until :meth:`start_ticker`."""
 
-    def __init__(self, log: HostFunction | None = None) -> None:
-        """``log(memory=None, level, 0, length)`` hears of each line; default: as :mod:`guests.serving_host`."""
+    def __init__(self, log: Callable[[int, str], None] | None = None) -> None:
+        """``log(level, text)`` hears each line; default: as :mod:`guests.serving_host`, without the text."""
         import wasmtime  # 50 ms that only Python guests need
         from wasmtime import _ffi, component
 
         self._wasmtime, self._component = wasmtime, component
-        self._log = ServingLog() if log is None else log
+        serving_log = ServingLog()
+        self._log = log or (lambda level, text: serving_log(None, level, 0, len(text)))
         self._ticker = EpochTicker()
         self._pointer = new_engine(is_component=True)
         engine = wasmtime.Engine.__new__(wasmtime.Engine)  # the package's own Config cannot say all that ours does
@@ -92,7 +93,7 @@ class ComponentEngine:
     def _hear(self, _store: object, level: int, message: str) -> None:
         if level > LogLevel.ERROR:
             raise GuestContractError(f"log level {level}: expected 0 to {LogLevel.ERROR.value}")
-        self._log(None, level, 0, len(message))
+        self._log(level, message)
 
     def start_ticker(self) -> None:
         """See :meth:`guests.runtime.GuestEngine.start_ticker`."""

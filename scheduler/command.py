@@ -25,6 +25,7 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "gc": ("worker.build.store_commands", "gc", "Delete blobs that no snapshot names."),
     "keys": ("worker.build.keys_command", "keys", "Manage the keys that sign and encrypt snapshots."),
     "resign": ("worker.build.keys_command", "resign", "Sign snapshots with the newest key."),
+    "guests": ("guests.command", "guests", "Compile, inspect and run guests (WebAssembly)."),
     "serve": ("scheduler.serve_command", "serve", "Start everything on this machine and serve."),
     "gateway": ("scheduler.serve_command", "gateway", "Start the HTTP gateway alone."),
     "scheduler": ("scheduler.serve_command", "scheduler", "Start the scheduler alone."),
