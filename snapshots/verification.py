@@ -34,7 +34,9 @@ def open_blob_file(path: Path, ref: BlobRef, label: str) -> int:
     try:
         fd, status = open_regular_file(path)
     except OSError as error:
-        raise BlobCorrupt(label, f"cannot open {path}: {error.strerror}") from error
+        raise BlobCorrupt(
+            label, f"its file cannot be opened: {error.strerror}"
+        ) from error  # no path: clients read this
     if status.st_size != ref.file_bytes:
         os.close(fd)
         raise BlobCorrupt(label, f"has {status.st_size} bytes, the manifest says {ref.file_bytes}")

@@ -38,6 +38,7 @@ from snapshots.keyring import KeyRing
 from snapshots.manifest import BlobRef
 from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
+from snapshots.verification import verify_blob
 from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
 from worker.reports import REDIS_TROUBLE, RETRY_AFTER_S, Reports, keep_trying, make_node_report, read_memory_total_bytes
@@ -72,7 +73,12 @@ class NodeAgent:
         seal = functools.partial(_seal_blob, keyring)
         self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost, started=zygote)
         self._cache = SealedCache(
-            store.blob_path, seal, settings.sealed_limit_bytes, verify_again, self._zygote.models.on_dropped
+            store.blob_path,
+            seal,
+            settings.sealed_limit_bytes,
+            verify_again,
+            self._zygote.models.on_dropped,
+            functools.partial(_verify_file, keyring),
         )
         self._workers = WorkerProcesses(
             zygote=self._zygote,
@@ -331,11 +337,15 @@ class NodeAgent:
         await release_worker(self._redis, model, worker_id)
 
 
-def _seal_blob(keyring: KeyRing, path: Path, ref: BlobRef) -> SealedFile:
+def _seal_blob(keyring: KeyRing, path: Path, ref: BlobRef, label: str) -> SealedFile:
     # Imported late: it loads NumPy, without which an agent is registered 60 ms sooner.
     from snapshots.mapping import seal_blob
 
-    return seal_blob(path, ref, keyring=keyring)
+    return seal_blob(path, ref, label=label, keyring=keyring)
+
+
+def _verify_file(keyring: KeyRing, path: Path, ref: BlobRef, label: str) -> None:
+    verify_blob(path, ref, label, keyring=keyring)
 
 
 def _verify_sealed(fd: int, ref: BlobRef) -> None:

@@ -29,8 +29,11 @@ class SealedFile(Protocol):
     def size_bytes(self) -> int: ...
 
 
-#: Copies a blob file into sealed memory while verifying every chunk. Runs in a thread; raises SnapshotError.
-SealBlob = Callable[[Path, BlobRef], SealedFile]
+#: Copies a blob file into sealed memory while verifying every chunk; the string names the blob in errors. Runs in a
+#: thread; raises SnapshotError.
+SealBlob = Callable[[Path, BlobRef, str], SealedFile]
+#: Verifies every chunk of a blob file that is not held, named in errors. Runs in a thread; raises SnapshotError.
+VerifyFile = Callable[[Path, BlobRef, str], None]
 #: Digests what a sealed descriptor holds once more. Runs in a thread; raises SnapshotError.
 VerifySealed = Callable[[int, BlobRef], None]
 
@@ -58,13 +61,16 @@ class SealedCache:
         limit_bytes: int,
         verify_again: VerifySealed | None = None,
         on_drop: Callable[[str], None] = lambda snapshot_id: None,
+        verify_file: VerifyFile = lambda path, ref, label: None,
     ) -> None:
         """``verify_again`` is the policy "always": it is called for every worker that starts from held memory.
-        ``on_drop`` hears of every snapshot that is given up."""
+        ``on_drop`` hears of every snapshot that is given up. ``verify_file`` is called, when a snapshot is sealed, for
+        those of its files that no worker maps: a snapshot is served whole and unchanged, or not at all."""
         self._blob_path = blob_path
         self._seal_blob = seal_blob
         self._verify_again = verify_again
         self._on_drop = on_drop
+        self._verify_file = verify_file
         self._limit_bytes = limit_bytes
         self._blobs: dict[str, SealedFile] = {}
         self._snapshots: OrderedDict[str, _Held] = OrderedDict()  # by snapshot id, least recently used first
@@ -138,14 +144,19 @@ class SealedCache:
 
     async def _seal(self, snapshot_id: str, manifest: Manifest) -> None:
         refs = {ref.digest: ref for ref in manifest.worker_blobs}
+        labels = {ref.digest: role for role, ref in manifest.blobs.items()}
         self._make_room(sum(ref.size_bytes for digest, ref in refs.items() if digest not in self._blobs), manifest.name)
         loop = asyncio.get_running_loop()
         fresh: dict[str, SealedFile] = {}
         try:
+            for role, ref in manifest.blobs.items():
+                if ref.digest not in refs:
+                    await loop.run_in_executor(None, self._verify_file, self._blob_path(ref), ref, role)
             # Looked up again after each wait: a shared blob may have been dropped with another snapshot meanwhile.
             while missing := refs.keys() - self._blobs.keys() - fresh.keys():
                 ref = refs[missing.pop()]
-                fresh[ref.digest] = await loop.run_in_executor(None, self._seal_blob, self._blob_path(ref), ref)
+                arguments = (self._blob_path(ref), ref, labels[ref.digest])
+                fresh[ref.digest] = await loop.run_in_executor(None, self._seal_blob, *arguments)
         except BaseException:
             for sealed in fresh.values():
                 os.close(sealed.fd)

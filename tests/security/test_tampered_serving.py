@@ -12,6 +12,8 @@ import pytest
 
 from loadtest.processes import Server, glowplug_command
 from loadtest.streaming_client import chat_body, get_text, post_stream
+from snapshots.keyring import KeyRing
+from snapshots.store import SnapshotStore
 
 MODEL = "smollm2"
 
@@ -35,13 +37,12 @@ def flip_one_bit(path: Path, position: int) -> None:
 
 
 def tampered_file(state_dir: Path, kind: str) -> Path:
-    """The manifest, or the blob that holds ``kind``: weights are the largest, then the compiled guest."""
+    """The manifest, or the blob of that role."""
+    store = SnapshotStore(state_dir / "store")
     if kind == "manifest":
         return next((state_dir / "store" / "manifests").glob("*.gpsnap"))
-    by_size = sorted(
-        (p for p in (state_dir / "store" / "blobs").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
-    )
-    return {"weights": by_size[-1], "compiled guest": by_size[-2]}[kind]
+    manifest = store.read_manifest(MODEL, KeyRing.from_file(state_dir / "keys" / "snapshot.keys"))
+    return store.blob_path(manifest.blobs[kind])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,8 @@ def tampered_file(state_dir: Path, kind: str) -> Path:
     [
         ("manifest", 403, "snapshot_signature_invalid"),
         ("weights", 500, "snapshot_corrupt"),
-        ("compiled guest", 500, "snapshot_corrupt"),
+        ("guest_cwasm", 500, "snapshot_corrupt"),
+        ("guest_wasm", 500, "snapshot_corrupt"),  # no worker uses it
     ],
 )
 def test_a_flipped_bit_is_refused_and_never_served(state_dir: Path, kind: str, status: int, code: str) -> None:
@@ -61,7 +63,10 @@ def test_a_flipped_bit_is_refused_and_never_served(state_dir: Path, kind: str, s
         server.wait_ready()
         body: dict[str, Any] = {**chat_body(MODEL, max_tokens=4), "stream": False, "stream_options": None}
         answer = post_stream(server.url, body)
-        assert (answer.status, json.loads(answer.error)["error"]["code"]) == (status, code)
+        error = json.loads(answer.error)["error"]
+        assert (answer.status, error["code"]) == (status, code)
+        assert str(state_dir) not in error["message"]
+        assert ("signature" if kind == "manifest" else kind) in error["message"]
         streamed = post_stream(server.url, chat_body(MODEL, max_tokens=4))
         assert streamed.error
         assert streamed.text == ""

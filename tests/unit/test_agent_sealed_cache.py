@@ -33,7 +33,7 @@ class Sealer:
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, path: Path, ref: BlobRef) -> Sealed:
+    def __call__(self, path: Path, ref: BlobRef, label: str) -> Sealed:
         assert self.gate.wait(10)
         if ref.digest in self.corrupt:
             raise BlobCorrupt(ref.digest[:8], "its bytes are not the signed ones")
@@ -193,3 +193,38 @@ async def test_memory_that_fails_again_is_given_to_nobody() -> None:
         await cache.acquire("a1", make_manifest("a"), "w2")
     assert cache.forget("a")
     cache.check_integrity()
+
+
+async def test_a_file_that_no_worker_uses_is_verified_too() -> None:
+    """A snapshot is held only if all of its files are the signed ones; files are named by their part, not by path."""
+    sealer = Sealer()
+    verified: list[str] = []
+    is_corrupt = True
+
+    def verify_file(path: Path, ref: BlobRef, label: str) -> None:
+        verified.append(label)
+        if is_corrupt:
+            raise BlobCorrupt(label, "its bytes are not the signed ones")
+
+    cache = SealedCache(lambda ref: Path("/blobs") / ref.digest, sealer, 1000, verify_file=verify_file)
+    with pytest.raises(BlobCorrupt, match=GUEST_WASM):
+        await cache.acquire("a1", make_manifest("a"), "w1")
+    assert not cache.holds("a1")
+    cache.check_integrity()
+    is_corrupt = False
+    await cache.acquire("a1", make_manifest("a"), "w1")
+    await cache.acquire("a1", make_manifest("a"), "w2")
+    assert verified == [GUEST_WASM] * 2
+    cache.close()
+
+
+async def test_a_dropped_snapshot_is_told_before_its_files_are_closed() -> None:
+    """Whoever else maps a snapshot for the cache hears of its end, once."""
+    dropped: list[str] = []
+    cache = SealedCache(lambda ref: Path("/blobs") / ref.digest, Sealer(), 1000, on_drop=dropped.append)
+    await cache.acquire("a1", make_manifest("a"), "w1")
+    cache.release("w1")
+    assert cache.forget("a")
+    assert cache.forget("a")
+    assert dropped == ["a1"]
+    cache.close()
