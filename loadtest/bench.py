@@ -28,7 +28,8 @@ from loadtest.processes import (
 from loadtest.results import Report
 from loadtest.streaming_client import StreamedAnswer, chat_body, get_json, get_text, held_streams, post_stream
 
-MODEL = "smollm2"
+MODEL = "smollm2"  # every prompt token is computed for every request, as the peer does here
+PRIMED = f"{MODEL}-primed"  # as `glowplug build` makes it: the default system prompt's keys and values in the snapshot
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 COLD_IDLE_TIMEOUT_S = 0.3
 RUNNING_JOBS = 64
@@ -93,6 +94,22 @@ def measure_cold(report: Report, state_dir: Path, options: Options) -> None:
         if theirs:
             report.add("peer_cold_first_content", "ms", "T2", theirs)
             report.add_ratio("cold_first_content", ours, theirs, "llama-server, spawned for the request")
+
+
+def measure_primed(report: Report, state_dir: Path, rounds: int) -> None:
+    """The same prompt where its system prompt was primed at build: cold from T2, and hot."""
+    cold: list[float] = []
+    hot: list[float] = []
+    with Server(state_dir, "--idle-timeout-s", str(COLD_IDLE_TIMEOUT_S)) as server:
+        server.wait_ready()
+        server.wait_listed(PRIMED)
+        checked(post_stream(server.url, chat_body(PRIMED, max_tokens=1)))
+        for _ in range(rounds):
+            server.wait_asleep(PRIMED)
+            cold.append(checked(post_stream(server.url, chat_body(PRIMED, max_tokens=1))).first_content_ms)
+            hot.append(checked(post_stream(server.url, chat_body(PRIMED, max_tokens=1))).first_content_ms)
+    report.add("cold_first_content_primed", "ms", "T2", cold)
+    report.add("hot_first_content_primed", "ms", "T4", hot)
 
 
 def peer_cold_ms(binary: Path, model: Path) -> float:
@@ -277,7 +294,7 @@ def parse_options(arguments: list[str]) -> Options:
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server, for the comparisons")
     parser.add_argument("--peer-bf16", type=Path, help="the same model as BF16 GGUF")
     parser.add_argument("--peer-fastest", type=Path, help="the GGUF with which the peer starts fastest")
-    parser.add_argument("--only", nargs="*", default=(), help="cold hot int8 dispatch nothing burst zero")
+    parser.add_argument("--only", nargs="*", default=(), help="cold primed hot int8 dispatch nothing burst zero")
     found = parser.parse_args(arguments)
     fastest = found.peer_fastest or found.peer_bf16
     return Options(found.source, found.pairs, found.llama_server, found.peer_bf16, fastest, tuple(found.only))
@@ -289,10 +306,12 @@ def run_bench(arguments: list[str]) -> int:
     report = Report()
     with tempfile.TemporaryDirectory(prefix="gp-bench-") as folder:
         state_dir = Path(folder)
-        build(state_dir, options.source, MODEL)
+        build(state_dir, options.source, MODEL, "--no-prime")
+        build(state_dir, options.source, PRIMED)
         build(state_dir, options.source, f"{MODEL}-int8", "--quantize", "int8")
         steps: dict[str, Callable[[], None]] = {
             "cold": lambda: measure_cold(report, state_dir, options),
+            "primed": lambda: measure_primed(report, state_dir, options.pairs),
             "hot": lambda: measure_hot(report, state_dir, options),
             "int8": lambda: measure_int8(report, state_dir, options.pairs),
             "dispatch": lambda: measure_dispatch(report, state_dir, state_dir / "bench.yaml", options.pairs * 2),
