@@ -91,6 +91,8 @@ def prime_snapshot(
     wants_default = priming.default_prompt and manifest.card.chat_template is not None
     if not priming.is_explicit and not wants_default:
         return manifest
+    if manifest.vector_size:
+        raise BuildError(f"{manifest.name!r} is an encoder: it keeps no keys and values that could be primed")
     try:
         with _restored(manifest, store, keyring) as restored:
             prefixes = choose_prefixes(priming, manifest, restored.loaded.text)
