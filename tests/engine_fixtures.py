@@ -16,7 +16,7 @@ from worker.backends.protocol import BoundModel, ModelPlan
 from worker.engine.engine import Engine
 from worker.engine.mailbox import Mail
 from worker.engine.prefixes import PrefixIndex
-from worker.engine.text import PushResult
+from worker.engine.text import PushResult, TextModel
 from worker.engine.types import EngineRequest, RequestStep
 from worker.loaded_model import LoadedModel
 
@@ -117,13 +117,14 @@ class EngineHarness:
         plan: ModelPlan | None = None,
         bound: BoundModel | None = None,
         prefixes: PrefixIndex | None = None,
+        text: TextModel | None = None,
     ) -> None:
         plan = plan or random_plan(config)
         self.text = FakeText()
         self.bound = bound or NumpyBackend().bind(plan)
         self.outcomes: dict[str, Outcome] = {}
         self.engine = Engine(
-            LoadedModel("tiny", "snapshot", plan, self.text, (EOS,), prefixes or PrefixIndex()),
+            LoadedModel("tiny", "snapshot", plan, text or self.text, (EOS,), prefixes or PrefixIndex()),
             self.bound,
             max_running=max_running,
             kv_budget_bytes=kv_budget_bytes,

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from hostile_guests import EXPORTS, hostile_guest
+from hostile_guests import EXPORTS, LIES, LIMITS, TRAPS, hostile_guest
 
 from guests.errors import GuestContractError, GuestError, GuestTrap
-from guests.runtime import TRAP_INTERRUPT, GuestEngine, GuestModule, InstanceLimits
+from guests.runtime import TRAP_INTERRUPT, GuestEngine, GuestModule
 from guests.text import GuestText
-
-LIMITS = InstanceLimits(memory_bytes=4 << 20, table_elements=100, call_deadline_ms=40, result_bytes=64 << 10)
 
 Request = Callable[[GuestText], object]
 
@@ -44,61 +42,6 @@ ATTACKED: dict[str, Request] = {
     "gp_sequence_push": push_attacked,
     "gp_sequence_flush": flush_attacked,
     "gp_sequence_close": close_attacked,
-}
-
-#: Attacks that fit every export, as they never return: code, and what the error says.
-TRAPS: dict[str, tuple[str, str]] = {
-    "unreachable": ("(unreachable)", "unreachable"),
-    "endless loop": ("(loop $l (br $l)) (unreachable)", "deadline of 40 ms"),
-    "endless recursion": ("(drop (call $recurse (i32.const 0))) (unreachable)", "call stack exhausted"),
-    "shadow stack overflow": (
-        "(i32.store (i32.sub (i32.const 0) (i32.const 16)) (i32.const 1)) (unreachable)",
-        "out of",
-    ),
-    "division by zero": ("(drop (i32.div_u (i32.const 1) (i32.const 0))) (unreachable)", "divide by zero"),
-    "null function": ("(drop (call_indirect (type $answer) (i32.const 1))) (unreachable)", "uninitialized element"),
-    "function of another type": (
-        "(drop (call_indirect (type $answer) (i32.const 0))) (unreachable)",
-        "indirect call type mismatch",
-    ),
-    "forbidden host call": (
-        "(drop (call $tensor (i32.const 0) (i32.const 1))) (unreachable)",
-        "tensor is available only while gp_init runs",
-    ),
-    "log out of range": ("(call $log (i32.const 0) (i32.const -8) (i32.const 64)) (unreachable)", "outside its memory"),
-    "log of no level": ("(call $log (i32.const 9) (i32.const 0) (i32.const 1)) (unreachable)", "log level 9"),
-    "log flood": (
-        "(loop $l (call $log (i32.const 0) (i32.const 0) (i32.const 64)) (br $l)) (unreachable)",
-        "deadline of 40 ms",
-    ),
-    "memory bomb": (
-        """(loop $l (br_if $l (i32.ne (memory.grow (i32.const 1)) (i32.const -1))))
-           (memory.fill (i32.const 65536) (i32.const 255) (i32.sub (i32.mul (memory.size) (i32.const 65536))
-                        (i32.const 65536)))
-           (drop (i32.load (i32.mul (memory.size) (i32.const 65536)))) (unreachable)""",
-        "out of bounds memory access",
-    ),
-    "table bomb": (
-        """(loop $l (br_if $l (i32.ne (table.grow $table (ref.null func) (i32.const 1)) (i32.const -1))))
-           (table.set $table (table.size $table) (ref.null func)) (unreachable)""",
-        "out of bounds table access",
-    ),
-    "one huge memory.grow": (
-        "(drop (i32.load (i32.mul (memory.grow (i32.const 65535)) (i32.const 65536)))) (unreachable)",
-        "out of bounds memory access",
-    ),
-}
-
-#: Packed results that lie: pointer << 32 | length.
-LIES: dict[str, str] = {
-    "pointer out of range": "0x7fffff00_00000010",
-    "pointer at the last byte": "0x0000ffff_00000010",
-    "pointer and length overflow": "0xfffffff0_00000020",
-    "length of 4 GiB": "0x00001000_ffffffff",
-    "length of 2 GiB": "0x00000000_80000000",
-    "length beyond the memory": "0x00001000_00010000",
-    "negative": "0xffffffff_fffffffe",
-    "failure": "0xffffffff_ffffffff",
 }
 
 
