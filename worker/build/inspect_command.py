@@ -55,8 +55,11 @@ def describe(manifest: Manifest, container: bytes) -> dict[str, Any]:
         "sections": [
             {"section": "manifest", "size_bytes": len(container)},
             *({"section": role, **_describe_blob(ref)} for role, ref in sorted(manifest.blobs.items())),
-            {"section": "program prefill", "size_bytes": len(manifest.programs.prefill)},
-            {"section": "program decode", "size_bytes": len(manifest.programs.decode)},
+            *(
+                {"section": f"program {kind}", "size_bytes": len(getattr(manifest.programs, kind))}
+                for kind in manifest.programs.__struct_fields__
+                if getattr(manifest.programs, kind)
+            ),
         ],
         "num_tensors": len(manifest.tensors),
         "num_parameters": sum(tensor.size_bytes // DTYPE_BYTES[tensor.dtype] for tensor in manifest.tensors),

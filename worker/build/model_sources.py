@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from worker.build.encoder_source import ImportedEncoder, is_encoder, open_encoder
 from worker.build.errors import BuildError
 from worker.build.gguf_source import open_gguf
 from worker.build.hf_source import open_hugging_face
@@ -29,12 +30,14 @@ def locate_source(source: str, cache_dir: Path, on_progress: OnProgress | None =
     return path
 
 
-def open_located(path: Path) -> AbstractContextManager[ModelSource]:
+def open_located(path: Path) -> AbstractContextManager[ModelSource | ImportedEncoder]:
     """The model at ``path``, checked when the ``with`` block is entered.
 
     Raises:
         BuildError: neither a regular file nor a folder; entering raises what the importer refuses.
     """
+    if path.is_dir() and is_encoder(path):
+        return open_encoder(path)
     if path.is_dir():
         return open_hugging_face(path)
     if path.is_file():

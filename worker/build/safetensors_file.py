@@ -60,7 +60,9 @@ class SafetensorsCheckpoint:
         UnsupportedModelError: a tensor type that is not F32, F16 or BF16.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, ignored: tuple[str, ...] = ()) -> None:
+        """``ignored``: endings of the names of tensors that are not looked at, whatever their type."""
+        self._ignored = ignored
         self._fds: list[int] = []
         self._tensors: dict[str, _Tensor] = {}
         try:
@@ -103,7 +105,9 @@ class SafetensorsCheckpoint:
             for file_name in sorted(set(weight_map.values())):
                 wanted = {name for name, place in weight_map.items() if place == file_name}
                 self._open_file(resolve_inside(folder, file_name), wanted)
-            missing = sorted(weight_map.keys() - self._tensors.keys())
+            missing = sorted(
+                name for name in weight_map.keys() - self._tensors.keys() if not name.endswith(self._ignored)
+            )
             if missing:
                 raise MalformedModelError(f"{folder / INDEX_NAME} lists tensors that are not there: {missing[:3]}")
             return
@@ -129,7 +133,7 @@ class SafetensorsCheckpoint:
             raise MalformedModelError(f"{path}: not a safetensors header: {error}") from error
         data_start = 8 + header_bytes
         for name, entry in entries.items():
-            if wanted is not None and name not in wanted:
+            if (wanted is not None and name not in wanted) or name.endswith(self._ignored):
                 continue
             self._tensors[name] = _place(fd, path, name, entry, data_start, size_bytes)
 

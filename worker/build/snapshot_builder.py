@@ -33,6 +33,8 @@ from snapshots.keyring import KeyRing
 from snapshots.manifest import NAME, WEIGHTS, Manifest, SnapshotCard
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, write_weights
+from worker.build.encoder_snapshot import make_encoder_card, pack_encoder_assets
+from worker.build.encoder_source import ImportedEncoder
 from worker.build.errors import BuildError, MalformedModelError
 from worker.build.guest_stage import stage_guest, store_guest
 from worker.build.priming import Priming, prime_snapshot
@@ -56,7 +58,7 @@ OnProgress = Callable[[int, int], None]
 
 
 def build_snapshot(
-    source: ModelSource,
+    source: ModelSource | ImportedEncoder,
     name: str,
     store: SnapshotStore,
     keyring: KeyRing,
@@ -73,7 +75,8 @@ def build_snapshot(
     ``encrypt`` encrypts every blob with the ring's newest encryption key, so that no plain byte of it reaches the disk.
     ``with_verity`` signs each file's fs-verity digest, and turns fs-verity on where it is offered.
 
-    ``guest_wasm`` takes the place of the llama guest. ``priming`` says which prefixes to compute; None: none.
+    ``guest_wasm`` takes the place of the guest that ships for such models. ``priming`` says which prefixes to compute;
+    None: none.
 
     Memory: one tensor in its stored format, and blocks of 32 MiB of float32; with priming, the weights once.
 
@@ -84,7 +87,9 @@ def build_snapshot(
     """
     started_s = time.monotonic()
     validate_name(name)
-    guest = stage_guest(guest_wasm, _pack_assets(source), [tensor.name for tensor in source.tensors])
+    is_encoder = isinstance(source, ImportedEncoder)
+    tensor_names = [tensor.name for tensor in source.tensors]
+    guest = stage_guest(guest_wasm, _pack_assets(source), tensor_names, encodes=is_encoder)
     layout = plan_weights([spec for tensor in source.tensors for spec in _specs(tensor, weight_format)])
     encrypt_with = keyring if encrypt else None
     with store.add_blob(encrypt_with=encrypt_with, with_verity=with_verity) as writer:
@@ -99,6 +104,7 @@ def build_snapshot(
         tensors=layout.entries,
         tensor_handles=guest.initialised.tensor_handles,
         programs=guest.programs,
+        vector_size=source.config.hidden_size if isinstance(source, ImportedEncoder) else 0,
     )
     if priming is not None:
         manifest = prime_snapshot(manifest, store, keyring, priming, encrypt_with=encrypt_with, with_verity=with_verity)
@@ -123,12 +129,14 @@ def validate_name(name: str) -> None:
         )
 
 
-def _pack_assets(source: ModelSource) -> dict[str, bytes]:
-    """What the llama guest reads at init.
+def _pack_assets(source: ModelSource | ImportedEncoder) -> dict[str, bytes]:
+    """What the guest reads at init.
 
     Raises:
         BuildError: the configuration or the tokeniser cannot be packed.
     """
+    if isinstance(source, ImportedEncoder):
+        return pack_encoder_assets(source)
     try:
         return {CONFIG_ASSET: pack_config(source.config), TOKENIZER_ASSET: pack_tokenizer(source.tokenizer)}
     except GuestError as error:
@@ -146,7 +154,7 @@ def _specs(tensor: SourceTensor, weight_format: WeightFormat) -> list[TensorSpec
 
 
 def _write_weights(
-    source: ModelSource,
+    source: ModelSource | ImportedEncoder,
     writer: BlobWriter,
     layout: WeightsLayout,
     weight_format: WeightFormat,
@@ -184,7 +192,9 @@ def _convert(tensor: SourceTensor, weight_format: WeightFormat) -> list[npt.NDAr
     return arrays
 
 
-def _make_card(source: ModelSource, weight_format: WeightFormat) -> SnapshotCard:
+def _make_card(source: ModelSource | ImportedEncoder, weight_format: WeightFormat) -> SnapshotCard:
+    if isinstance(source, ImportedEncoder):
+        return make_encoder_card(source, weight_format.value)
     config = source.config
     return SnapshotCard(
         architecture=source.architecture,

@@ -50,7 +50,8 @@ def build_over_weights(
             f"the weights of {donor_name!r} are not encrypted, and a snapshot over them shares their file: "
             "build it from its source with --encrypt"
         )
-    guest = stage_guest(guest_wasm, read_assets(donor, store, keyring), list_tensor_names(donor))
+    is_encoder = donor.vector_size > 0
+    guest = stage_guest(guest_wasm, read_assets(donor, store, keyring), list_tensor_names(donor), encodes=is_encoder)
     encrypt_with = keyring if encrypt else None
     blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
     manifest = Manifest(
@@ -62,6 +63,7 @@ def build_over_weights(
         tensors=donor.tensors,
         tensor_handles=guest.initialised.tensor_handles,
         programs=guest.programs,
+        vector_size=donor.vector_size,
     )
     if priming is not None:
         manifest = prime_snapshot(manifest, store, keyring, priming, encrypt_with=encrypt_with, with_verity=with_verity)
