@@ -169,7 +169,7 @@ def measure(sizes_mib: tuple[int, ...], num_samples: int, num_first: int, folder
                 }
             )
             if size_mib == sizes_mib[0]:
-                calls = measure_calls(snapshot, 200)
+                calls = measure_calls(snapshot, min(num_samples, 200))
                 results["calls"] = {name: summarize(values).as_json() for name, values in calls.items()}
     return results
 
