@@ -23,5 +23,5 @@ def run_inspected(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> in
 
 
 if __name__ == "__main__":
-    prepare_to_fork()
-    Zygote(socket.socket(fileno=int(sys.argv[1])), run_inspected).serve()
+    models = prepare_to_fork()
+    Zygote(socket.socket(fileno=int(sys.argv[1])), run_inspected, models).serve()

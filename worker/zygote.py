@@ -129,8 +129,10 @@ class Zygote:
 
     def _prepare(self, message: PrepareModel, fds: tuple[int, ...]) -> None:
         try:
-            if self._preparer is None or len(fds) not in NUM_SPAWN_FDS:
-                reason = f"{len(fds)} file descriptors came, expected 2 or 3" if fds else "not offered here"
+            if self._preparer is None:
+                self._send(PrepareFailed(message.snapshot_id, "not offered here"))
+            elif len(fds) not in NUM_SPAWN_FDS:
+                reason = f"{len(fds)} file descriptors came, expected 2 or 3"
                 self._send(PrepareFailed(message.snapshot_id, reason))
             else:
                 self._preparer.begin(message, SpawnedFds(*fds))

@@ -22,7 +22,7 @@ from snapshots.mapping import seal_blob
 from snapshots.store import SnapshotStore
 from tests.eventually import eventually
 from tests.worker_fixtures import MODEL, copy_state_dir, make_request
-from worker.spawn_order import SpawnedFds, SpawnOrder, WorkerExited
+from worker.spawn_order import ModelPrepared, PrepareFailed, PrepareModel, SpawnedFds, SpawnOrder, WorkerExited
 from worker.zygote_client import ZygoteClient
 
 INSPECTING = (sys.executable, str(Path(__file__).parents[1] / "inspecting_zygote.py"))
@@ -81,6 +81,29 @@ async def slot(redis_url: str, short_tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 async def test_worker_imports_nothing_after_its_fork(slot: Slot, short_tmp_path: Path) -> None:
     """From the fork over a request to the drain no module is loaded: imports belong into the zygote."""
+    await slot.spawn()
+    await Dispatcher(slot.redis).enqueue(make_request("r1"))
+
+    async def is_answered() -> bool:
+        last = await slot.redis.lrange(keys.token_log("r1"), -1, -1)  # type: ignore[misc]
+        return bool(last) and codec.is_terminal(last[0])
+
+    await eventually(is_answered, what="an answer")
+    await slot.zygote.signal("w1", signal.SIGTERM)
+    assert await slot.wait_exit() == 0
+    assert (short_tmp_path / "imports").read_text().split() == []
+
+
+async def test_worker_of_a_prepared_model_serves_and_imports_nothing(slot: Slot, short_tmp_path: Path) -> None:
+    """The zygote prepares the model without a second thread; its next worker takes it over and answers."""
+    answers: list[ModelPrepared | PrepareFailed] = []
+    on_answer = slot.zygote.models.on_answer
+    slot.zygote.models.on_answer = lambda answer: (answers.append(answer), on_answer(answer))[1]  # type: ignore[method-assign]
+    fds = SpawnedFds(*(blob.fd for blob in slot.sealed))
+    slot.zygote.models.on_forked(PrepareModel("s1", codec.encode(slot.manifest), "numkong", 1), fds)
+    await eventually(lambda: answers, what="an answer of the zygote")
+    assert isinstance(answers[0], ModelPrepared), answers
+    assert len(os.listdir(f"/proc/{slot.zygote.pid}/task")) == 1
     await slot.spawn()
     await Dispatcher(slot.redis).enqueue(make_request("r1"))
 

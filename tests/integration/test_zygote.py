@@ -15,7 +15,7 @@ import pytest
 
 from scheduler.contract.states import Tier
 from tests.eventually import eventually
-from worker.spawn_order import SpawnedFds, SpawnOrder, WorkerExited
+from worker.spawn_order import PrepareFailed, PrepareModel, SpawnedFds, SpawnOrder, WorkerExited
 from worker.zygote_client import SpawnFailed, ZygoteClient
 
 TOY_COMMAND = (sys.executable, str(Path(__file__).parents[1] / "toy_zygote.py"))
@@ -111,6 +111,18 @@ async def test_descriptors_arrive_with_their_order() -> None:
         for pair in files:
             os.close(pair.weights_fd)
             os.close(pair.guest_fd)
+
+
+async def test_zygote_that_cannot_prepare_says_so_and_forks_on() -> None:
+    """A preparation that is refused costs nothing but itself, and leaves no descriptor behind."""
+    async with started() as zygote:
+        answers: list[object] = []
+        zygote.client.models.on_answer = answers.append  # type: ignore[method-assign]
+        zygote.client.models.on_forked(PrepareModel("s", b"manifest", "none", 1), zygote.fds)
+        await eventually(lambda: answers == [PrepareFailed("s", "not offered here")], what="a refusal")
+        await zygote.spawn("a", "exit:5")
+        assert (await zygote.wait_exit("a")).exit_code == 5
+        assert len(os.listdir(f"/proc/{zygote.client.pid}/fd")) == 6
 
 
 async def test_worker_has_only_its_own_descriptors(short_tmp_path: Path) -> None:
