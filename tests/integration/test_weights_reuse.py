@@ -28,9 +28,16 @@ from worker.sealed_cache import SealedCache
 
 
 def other_guest() -> bytes:
-    """The llama guest as somebody else might ship it: the same code, another module."""
-    sections = [*parse_guest(llama_wasm()).sections, Section(SectionId.CUSTOM, b"\x06tenant-b")]
-    return join_sections(sections)
+    """The llama guest as somebody else might ship it: it does the same and is another module (one more type)."""
+
+    def extend(section: Section) -> Section:
+        if section.id is not SectionId.TYPE:
+            return section
+        count, types = section.body[0], section.body[1:]
+        assert count < 127  # one byte of LEB128
+        return Section(section.id, bytes([count + 1]) + types + b"\x60\x00\x00")
+
+    return join_sections([extend(section) for section in parse_guest(llama_wasm()).sections])
 
 
 @pytest.fixture
@@ -57,7 +64,8 @@ def test_another_guest_over_the_same_weights_writes_no_second_weights_blob(built
     assert tenant.programs == donor.programs
     added = list_blobs(built) - before
     assert donor.weights.address not in added
-    assert len(added) == 2  # compiled guest and WebAssembly: the assets are the same bytes too
+    assert tenant.guest_wasm.digest != donor.guest_wasm.digest
+    assert added == {tenant.guest_wasm.address, tenant.guest_cwasm.address} - before
     assert report.weights_bytes == donor.weights.size_bytes
     assert built.store.verify("tenant-b", built.keyring) == []
     built.store.remove("donor")
