@@ -14,7 +14,7 @@ import uvloop
 
 from scheduler.embedded_redis import ensure_server, stop_server
 
-pytest_plugins = ("tests.model_fixtures",)
+pytest_plugins = ("tests.model_fixtures", "tests.encoder_fixtures")
 
 
 def pytest_asyncio_loop_factories(

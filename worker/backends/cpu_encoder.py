@@ -74,7 +74,7 @@ def bind_gelu(source: FloatArray, out: FloatArray) -> Call:
             np.multiply(p, t, p)
             np.multiply(p, a, p)
             np.multiply(p, 0.5, p)
-            np.maximum(x, 0.0, result)
+            np.maximum(x, 0.0, out=result)
             np.subtract(result, p, result)
 
     return activate
@@ -113,7 +113,7 @@ def bind_l2_normalise(source: FloatArray, smallest_length: float, out: FloatArra
         np.multiply(source, source, out)
         np.add.reduce(out, 0, out=lengths, keepdims=True)
         np.sqrt(lengths, lengths)
-        np.maximum(lengths, smallest_length, lengths)
+        np.maximum(lengths, smallest_length, out=lengths)
         np.divide(source, lengths, out)
 
     return normalise
