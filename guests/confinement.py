@@ -54,6 +54,7 @@ SECCOMP_KILL_PROCESS: Final = 0x8000_0000
 OFFSET_NUMBER: Final = 0  # of struct seccomp_data
 OFFSET_ARCHITECTURE: Final = 4
 OFFSET_FIRST_ARGUMENT: Final = 16  # low half, little-endian
+OFFSET_THIRD_ARGUMENT: Final = 32
 CLONE_THREAD: Final = 0x0001_0000
 X32_BIT: Final = 0x4000_0000  # x86-64's third entry numbers its system calls from here
 
@@ -65,6 +66,7 @@ class _Architecture:
     audit: int
     clone: int
     clone3: int
+    prlimit64: int
     denied: dict[str, int]
 
 
@@ -73,24 +75,26 @@ ARCHITECTURES: Final = {
         audit=0xC000_003E,
         clone=56,
         clone3=435,
+        prlimit64=302,
         denied={
             "execve": 59, "execveat": 322, "fork": 57, "vfork": 58, "socket": 41, "socketpair": 53, "connect": 42,
             "bind": 49, "ptrace": 101, "kill": 62, "process_vm_readv": 310, "process_vm_writev": 311,
             "pidfd_getfd": 438, "pidfd_open": 434, "io_uring_setup": 425, "bpf": 321, "perf_event_open": 298,
             "userfaultfd": 323, "keyctl": 250, "add_key": 248, "request_key": 249, "mount": 165, "unshare": 272,
-            "setns": 308, "open_by_handle_at": 304, "shmget": 29, "msgget": 68,
+            "setns": 308, "open_by_handle_at": 304, "shmget": 29, "msgget": 68, "setrlimit": 160,
         },
     ),
     "aarch64": _Architecture(
         audit=0xC000_00B7,
         clone=220,
         clone3=435,
+        prlimit64=261,
         denied={
             "execve": 221, "execveat": 281, "socket": 198, "socketpair": 199, "connect": 203, "bind": 200,
             "ptrace": 117, "kill": 129, "process_vm_readv": 270, "process_vm_writev": 271, "pidfd_getfd": 438,
             "pidfd_open": 434, "io_uring_setup": 425, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282,
             "keyctl": 219, "add_key": 217, "request_key": 218, "mount": 40, "unshare": 97, "setns": 268,
-            "open_by_handle_at": 265, "shmget": 194, "msgget": 186,
+            "open_by_handle_at": 265, "shmget": 194, "msgget": 186, "setrlimit": 164,
         },
     ),
 }  # fmt: skip
@@ -192,6 +196,14 @@ def _filter_program(architecture: _Architecture) -> list[bytes]:
         program += [step(BPF_JUMP_EQUAL, number, if_false=1), refuse]
     return [
         *program,
+        # Limits may be read, and not set: root could raise them again.
+        step(BPF_JUMP_EQUAL, architecture.prlimit64, if_false=6),
+        step(BPF_LOAD_WORD, OFFSET_THIRD_ARGUMENT),
+        step(BPF_JUMP_EQUAL, 0, if_false=2),
+        step(BPF_LOAD_WORD, OFFSET_THIRD_ARGUMENT + 4),
+        step(BPF_JUMP_EQUAL, 0, if_true=1),
+        refuse,
+        step(BPF_RETURN, SECCOMP_ALLOW),
         step(BPF_JUMP_EQUAL, architecture.clone, if_false=3),
         step(BPF_LOAD_WORD, OFFSET_FIRST_ARGUMENT),
         step(BPF_JUMP_ANY_BIT, CLONE_THREAD, if_true=1),

@@ -40,6 +40,8 @@ print(json.dumps({
     "the 4097th byte of output": outcome(lambda: os.pwrite(memory, bytes(1), 4096)),
     "a hundred descriptors": outcome(many_files),
     "raise a limit": outcome(lambda: resource.setrlimit(resource.RLIMIT_DATA, (-1, -1))),
+    "lower a limit": outcome(lambda: resource.setrlimit(resource.RLIMIT_DATA, (1, 1))),
+    "read a limit": outcome(lambda: resource.getrlimit(resource.RLIMIT_DATA)),
     "thread": outcome(run_thread),
     "100 MiB": outcome(lambda: bytearray(100 << 20)),
 }))
@@ -62,7 +64,9 @@ LAYER_OF: dict[str, str | None] = {
     "600 MiB": "rlimits",
     "the 4097th byte of output": "rlimits",
     "a hundred descriptors": "rlimits",
-    "raise a limit": "rlimits",
+    "raise a limit": "seccomp",  # for root, who else could
+    "lower a limit": "seccomp",
+    "read a limit": None,
     "thread": None,
     "100 MiB": None,
 }
