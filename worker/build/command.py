@@ -127,7 +127,6 @@ def build(
         keyring = _signing_keys(state_dir, key_file, dev=dev)
         if encrypt and keyring.encryption_key_id is None:
             raise BuildError("no key to encrypt with: make one with `glowplug keys rotate --encryption`")
-        store = SnapshotStore(state_dir / "store", newest=NewestSeen(newest_record(state_dir)))
         options = _SharedOptions(
             guest_wasm=guest.read_bytes() if guest is not None else None,
             priming=_read_priming(system_prompts, texts, default_prompt=prime),
@@ -135,10 +134,10 @@ def build(
             with_verity=fs_verity,
         )
         if weights_of is not None:
-            report = build_over_weights(weights_of, name, store, keyring, **options)
+            report = build_over_weights(weights_of, name, _open_store(state_dir), keyring, **options)
         elif source is not None:
             weight_format = WeightFormat(quantize or dtype)
-            report = _build_from_source(source, cache_dir, name, store, keyring, weight_format, options)
+            report = _build_from_source(source, cache_dir, name, state_dir, keyring, weight_format, options)
     except (BuildError, SnapshotError, SettingsError, OSError) as error:
         raise click.ClickException(str(error)) from error
     _print_report(report, state_dir)
@@ -169,7 +168,7 @@ def _build_from_source(
     source: str,
     cache_dir: Path | None,
     name: str,
-    store: SnapshotStore,
+    state_dir: Path,
     keyring: KeyRing,
     weight_format: WeightFormat,
     options: _SharedOptions,
@@ -177,7 +176,12 @@ def _build_from_source(
     with show_transfer(f"fetching {source}") as on_fetch:
         path = locate_source(source, cache_dir or default_cache_dir(), on_fetch)
     with open_located(path) as model, show_transfer(f"building {name}") as on_write:
+        store = _open_store(state_dir)  # made only now, when the model is known to be one that can be built
         return build_snapshot(model, name, store, keyring, weight_format=weight_format, on_progress=on_write, **options)
+
+
+def _open_store(state_dir: Path) -> SnapshotStore:
+    return SnapshotStore(state_dir / "store", newest=NewestSeen(newest_record(state_dir)))
 
 
 def _read_priming(system_prompts: tuple[Path, ...], texts: tuple[Path, ...], *, default_prompt: bool) -> Priming:
