@@ -33,7 +33,11 @@ class NoServer(click.ClickException):
 @click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
-    """Show models with their tier, workers, requests in flight, memory and idle countdown."""
+    """Show models with their tier, workers, requests in flight, memory and idle countdown.
+
+    SEALED is verified memory on the host, held once for all workers. PRIVATE is what the workers hold alone, all
+    together; PSS adds their share of what is mapped by several, so weights that ten workers map count once.
+    """
     status = _get_json(_server_url(state_dir, url), "/admin/status")
     if as_json:
         click.echo(json.dumps(status, indent=2))
@@ -42,7 +46,7 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("MODEL", "TIER", "STATE", "WORKERS", "IN FLIGHT", "SEALED", "WORKER MEMORY", "SLEEPS IN"):
+    for column in ("MODEL", "TIER", "STATE", "WORKERS", "IN FLIGHT", "SEALED", "PRIVATE", "PSS", "SLEEPS IN"):
         table.add_column(column, justify="left" if column in ("MODEL", "TIER", "STATE") else "right")
     for model in status["models"]:
         idle_for_s = model["idle_for_s"]
@@ -55,6 +59,7 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
             str(model["in_flight"]),
             _format_bytes(model["sealed_bytes"]),
             _format_bytes(model["worker_bytes"]),
+            _format_bytes(model["proportional_bytes"]),
             "-" if left_s is None else f"{left_s:.0f} s",
         )
     Console().print(table)

@@ -186,4 +186,5 @@ class Fleet:
             worker_bytes=sum(report.private_bytes for report in own),
             state="refused" if refused else ",".join(states),
             error=refused.message if refused else None,
+            proportional_bytes=sum(report.proportional_bytes for report in own),
         )

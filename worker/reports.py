@@ -144,6 +144,18 @@ def read_private_bytes() -> int:
     return (int(resident) - int(shared)) * _PAGE_BYTES
 
 
+def read_proportional_bytes(pid: int | None = None) -> int:
+    """PSS of a process (None: this one): its pages, each divided by the number of processes that map it.
+
+    The kernel walks the page tables: 5 ms for 270 MB of mapped weights, without the interpreter lock.
+    """
+    with open(f"/proc/{pid or 'self'}/smaps_rollup") as rollup:
+        for line in rollup:
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def make_node_report(
     node_id: str, *, sealed_bytes: dict[str, int], zygote_pid: int, backend: str, memory_total_bytes: int
 ) -> NodeReport:

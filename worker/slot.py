@@ -8,6 +8,7 @@ machine is :class:`scheduler.contract.states.SlotState`; written only by :class:
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401  # asyncio loads it with the first thread that it starts
 import gc
 import os
 import signal
@@ -34,12 +35,14 @@ from worker.engine_thread import EngineThread, describe_failure
 from worker.jobs import ClaimingWorker
 from worker.prepared_models import PreparedModels
 from worker.publisher import TokenPublisher
-from worker.reports import REDIS_TROUBLE, Reports, keep_trying, read_private_bytes
+from worker.reports import REDIS_TROUBLE, Reports, keep_trying, read_private_bytes, read_proportional_bytes
 from worker.request_runner import RequestRunner, WakeRecord
 from worker.restore import prepare_restore
 from worker.spawn_order import EXIT_REPORTED, SpawnedFds, SpawnOrder
 
 HEARTBEAT_S: Final = 1.0
+#: How often a worker's share of memory is measured: the kernel walks its page tables for it.
+SHARE_EVERY_BEATS: Final = 10
 #: Requests claimed beyond what runs at once, so that the engine has the next one when one ends.
 CLAIM_AHEAD: Final = 8
 #: The engine thread's Python must not keep a token waiting: the default of 5 ms would show in every latency.
@@ -68,6 +71,7 @@ class WorkerSlot:
         self._state = SlotState.RESTORING
         self._marks = thread.marks
         self._engine: StepLoop | None = None
+        self._proportional_bytes = 0  # 0: not measured yet
         self._thread = thread
         self._redis: Redis = connect(order.redis_url)
         self._reports = Reports(self._redis, order.node_id)
@@ -212,12 +216,16 @@ class WorkerSlot:
 
     async def _heartbeat(self) -> None:
         await self._is_settled.wait()
+        num_beats = 0
         while True:
             try:
                 await self._reports.worker_alive(self._report())
             except REDIS_TROUBLE as error:
                 self._log.warning("redis_unreachable", doing="heartbeat", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
+            if num_beats % SHARE_EVERY_BEATS == 0:
+                self._proportional_bytes = await asyncio.to_thread(read_proportional_bytes)
+            num_beats += 1
 
     def _report(self) -> WorkerReport:
         statistics = self._engine.statistics() if self._engine is not None else EngineStatistics()
@@ -233,6 +241,7 @@ class WorkerSlot:
             kv_used_bytes=statistics.kv_used_bytes,
             kv_budget_bytes=self._order.kv_budget_bytes,
             private_bytes=read_private_bytes(),
+            proportional_bytes=self._proportional_bytes,
             tokens_generated=statistics.tokens_generated,
         )
 

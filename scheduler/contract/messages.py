@@ -218,6 +218,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
     kv_budget_bytes: int = 0
     private_bytes: int = 0
     tokens_generated: int = 0
+    proportional_bytes: int = 0  # PSS: what it shares with other processes counts by its share; 0: not measured yet
 
 
 class StageEvent(msgspec.Struct, frozen=True, array_like=True):
@@ -242,6 +243,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     worker_bytes: int
     state: str = ""  # worker slot states, comma separated; "refused" for a refused snapshot
     error: str | None = None
+    proportional_bytes: int = 0  # PSS of all workers: the weights that they share count once
 
 
 class StatusReport(msgspec.Struct, frozen=True):
