@@ -190,10 +190,14 @@ class SnapshotStore:
             RolledBack: a newer one was seen.
             StoreError: a bad name, or not a regular file.
         """
-        manifest = open_manifest(self.read_container(name), keyring, name=name)
-        if self._newest is not None:
-            self._newest.admit(manifest)
-        return manifest
+        return self.read_signed(name, keyring)[0]
+
+    def read_signed(self, name: str, keyring: KeyRing) -> tuple[Manifest, bytes]:
+        """The verified manifest of ``name`` and the very container file that holds it. Raises as read_manifest."""
+        container = self.read_container(name)
+        manifest = open_manifest(container, keyring, name=name)
+        self.admit(manifest)
+        return manifest, container
 
     def read_container(self, name: str) -> bytes:
         """The manifest file of ``name`` as it is: nothing of it is verified.

@@ -83,8 +83,8 @@ def export_snapshot(
     """
     if not MIN_LEVEL <= level <= MAX_LEVEL:
         raise TransportError(f"compression level {level}: expected {MIN_LEVEL} to {MAX_LEVEL}")
-    manifest = store.read_manifest(name, keyring)
-    header = pack_header(store.read_container(name))
+    manifest, container = store.read_signed(name, keyring)
+    header = pack_header(container)
     blobs = [StoredChunks(ref, role, keyring) for role, ref in list_blobs(manifest)]
     total_bytes = sum(stored.ref.file_bytes for stored in blobs)
     entries = [(len(header), 0)]

@@ -91,6 +91,16 @@ def test_round_trip_keeps_every_byte(snapshot: SyntheticSnapshot, exported: Path
     assert len(progress) == report.num_chunks
 
 
+def test_framing_is_what_the_format_says() -> None:
+    """Version 1, byte for byte; these change only with the version."""
+    assert transport_format.pack_header(b"m" * 48).hex() == (
+        "502a4d1840000000894750585052540a0100000030000000" + "6d" * 48
+    )
+    assert transport_format.pack_seek_table([(72, 0), (9, 5)]).hex() == (
+        "5e2a4d1819000000480000000000000009000000050000000200000000b1ea928f"
+    )
+
+
 def test_any_zstd_reader_unpacks_it(snapshot: SyntheticSnapshot, exported: Path) -> None:
     """The file is a plain zstd stream of the blobs, in the order of their roles."""
     with exported.open("rb") as file:

@@ -27,8 +27,7 @@ def inspect_command(name: str, state_dir: Path | None, key_file: Path | None, as
     """Show sections, sizes, identity, signer and tensors of the snapshot NAME. Its signature is verified."""
     with errors_exit():
         store, keyring = open_store_and_keys(state_dir, key_file)
-        container = store.read_container(name)
-        manifest = store.read_manifest(name, keyring)
+        manifest, container = store.read_signed(name, keyring)
     description = describe(manifest, container)
     if as_json:
         click.echo(json.dumps(description, indent=2))

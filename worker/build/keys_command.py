@@ -122,8 +122,8 @@ def resign(names: tuple[str, ...], all_names: bool, state_dir: Path | None, key_
 
 def _resign_one(store: SnapshotStore, name: str, keyring: KeyRing, newest: str) -> bool:
     try:
-        signer = read_key_id(store.read_container(name))
-        manifest = store.read_manifest(name, keyring)
+        manifest, container = store.read_signed(name, keyring)
+        signer = read_key_id(container)
         if signer != newest:
             store.write_manifest(manifest, keyring)
     except SnapshotError as error:
