@@ -35,8 +35,8 @@ class NoServer(click.ClickException):
 def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
     """Show models with their tier, workers, requests in flight, memory and idle countdown.
 
-    SEALED is verified memory on the host, held once for all workers. PRIVATE is what the workers hold alone, all
-    together; PSS adds their share of what is mapped by several, so weights that ten workers map count once.
+    SEALED is verified memory on the host, held once for all workers of all models that share it. PRIVATE is the
+    workers' own memory; PSS adds their share of what is mapped by several: weights that ten workers map count once.
     """
     status = _get_json(_server_url(state_dir, url), "/admin/status")
     if as_json:
