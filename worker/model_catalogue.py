@@ -16,6 +16,7 @@ import msgspec
 from scheduler.contract import codec
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import ModelCard
+from scheduler.contract.states import Task
 from snapshots.errors import (
     BlobCorrupt,
     Incompatible,
@@ -177,6 +178,8 @@ def make_card(manifest: Manifest) -> ModelCard:
         eos_token=card.eos_token,
         weights_bytes=manifest.weights.size_bytes,
         worker_bytes=card.worker_bytes,
+        task=Task.EMBED if manifest.vector_size else Task.GENERATE,
+        vector_size=manifest.vector_size,
     )
 
 

@@ -22,11 +22,10 @@ from redis.exceptions import RedisError
 
 from scheduler.contract import codec, keys, token_log
 from scheduler.contract.connection import CONNECTION_ERRORS
-from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame
+from scheduler.contract.codec import Frame as Frame
+from scheduler.contract.messages import GenerateRequest
 
 _log = structlog.get_logger()
-
-Frame = StepFrame | TerminalFrame
 
 #: Above 16 KiB a Valkey 9 server does not count a message in a slow subscriber's output limit.
 MAX_MESSAGE_BYTES: Final = 12 * 1024

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
@@ -25,14 +25,15 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame
 from scheduler.contract.states import Tier
 from scheduler.contract.telemetry import Mark
-from worker.engine.types import EngineRequest, RequestStep
+from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
 from worker.publisher import Fenced, Frame, Run, TokenPublisher
+from worker.vector_frames import collect_encoded, split_vector
 
 
 class EngineHandle(Protocol):
     """The part of the engine that runs use; safe from any thread."""
 
-    def submit(self, request: EngineRequest) -> None: ...
+    def submit(self, request: EngineRequest | EncodeRequest) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
 
@@ -58,6 +59,7 @@ class _Running:
     is_submitted: bool = False
     is_saying_farewell: bool = False
     emitted: tuple[tuple[int, ...], ...] = ()
+    encoded: dict[int, int] = field(default_factory=dict)  # inputs whose vectors are logged, and their tokens
 
 
 class RequestRunner:
@@ -107,6 +109,7 @@ class RequestRunner:
                 running.outcome.set_result(_cancelled_step(request_id))
             else:
                 running.emitted = collect_emitted(run, request.num_choices)
+                running.encoded = collect_encoded(run)
                 self._submit(running)
             step = await running.outcome
             await self._end(running, step)
@@ -145,20 +148,8 @@ class RequestRunner:
     def _submit(self, running: _Running) -> None:
         if self._engine is None or running.is_submitted or running.outcome.done():
             return
-        request = running.request
         running.is_submitted = True
-        self._engine.submit(
-            EngineRequest(
-                request_id=request.request_id,
-                prompt=request.prompt,
-                sampling=request.sampling,
-                num_choices=request.num_choices,
-                priority=request.priority,
-                parse_special=request.parse_special,
-                add_special=request.add_special,
-                emitted=running.emitted,
-            )
-        )
+        self._engine.submit(_describe_request(running))
 
     def _forward(self, steps: list[RequestStep]) -> None:
         frames: list[tuple[str, Frame]] = []
@@ -169,6 +160,8 @@ class RequestRunner:
             running.marks.update(step.marks)
             if step.events:
                 frames.append((step.request_id, StepFrame(tuple(step.events), step.sampled_mono_ns)))
+            for encoded in step.vectors:
+                frames += ((step.request_id, frame) for frame in split_vector(encoded))
             if step.finished:
                 running.outcome.set_result(step)
                 if running.run.published_mono_ns is not None:
@@ -227,6 +220,30 @@ class RequestRunner:
             pass  # somebody else ended it: as good
         finally:
             self._publisher.end(run)
+
+
+def _describe_request(running: _Running) -> EngineRequest | EncodeRequest:
+    """What the engine is to do, less what earlier attempts did."""
+    request = running.request
+    if request.embedding is not None:
+        return EncodeRequest(
+            request_id=request.request_id,
+            inputs=request.embedding.inputs,
+            dimensions=request.embedding.dimensions,
+            priority=request.priority,
+            parse_special=request.parse_special,
+            emitted=running.encoded,
+        )
+    return EngineRequest(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        sampling=request.sampling,
+        num_choices=request.num_choices,
+        priority=request.priority,
+        parse_special=request.parse_special,
+        add_special=request.add_special,
+        emitted=running.emitted,
+    )
 
 
 def collect_emitted(run: Run, num_choices: int) -> tuple[tuple[int, ...], ...]:

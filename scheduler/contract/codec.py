@@ -7,14 +7,18 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from scheduler.contract.errors import ContractError
-from scheduler.contract.messages import StepFrame, TerminalFrame
+from scheduler.contract.messages import StepFrame, TerminalFrame, VectorFrame
 
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 STEP_KIND: Final = b"t"
+VECTOR_KIND: Final = b"v"
 TERMINAL_KIND: Final = b"f"
 
+Frame = StepFrame | VectorFrame | TerminalFrame
+
+_KINDS: Final = {StepFrame: STEP_KIND, VectorFrame: VECTOR_KIND, TerminalFrame: TERMINAL_KIND}
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
 
@@ -42,13 +46,12 @@ def decode(data: bytes, kind: type[T] | Any) -> T:
     return result
 
 
-def encode_frame(frame: StepFrame | TerminalFrame) -> bytes:
+def encode_frame(frame: Frame) -> bytes:
     """A token-log element: kind byte, then MessagePack."""
-    kind = TERMINAL_KIND if isinstance(frame, TerminalFrame) else STEP_KIND
-    return kind + _encoder.encode(frame)
+    return _KINDS[type(frame)] + _encoder.encode(frame)
 
 
-def decode_frame(data: bytes) -> StepFrame | TerminalFrame:
+def decode_frame(data: bytes) -> Frame:
     """The frame in a token-log element.
 
     Raises:
@@ -58,6 +61,8 @@ def decode_frame(data: bytes) -> StepFrame | TerminalFrame:
         return decode(data[1:], StepFrame)
     if data[:1] == TERMINAL_KIND:
         return decode(data[1:], TerminalFrame)
+    if data[:1] == VECTOR_KIND:
+        return decode(data[1:], VectorFrame)
     raise ContractError(f"unknown frame kind {data[:1]!r}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from scheduler.contract.errors import ErrorInfo
-from scheduler.contract.states import FinishReason, Priority, SlotState, Tier
+from scheduler.contract.states import FinishReason, Priority, SlotState, Task, Tier
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -31,8 +31,16 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
 
 
+class EmbeddingInputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What to embed: texts, or token ids taken as they are. ``dimensions``: numbers of each vector, 0 for all."""
+
+    inputs: tuple[str | tuple[int, ...], ...]
+    dimensions: int = 0
+
+
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One accepted request, as enqueued. ``prompt`` is rendered text, or token ids taken as they are."""
+    """One accepted request, as enqueued. ``prompt`` is rendered text, or token ids taken as they are; where
+    ``embedding`` is set, that is what is asked for, and prompt and sampling mean nothing."""
 
     request_id: str
     model: str
@@ -47,6 +55,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     user: str | None = None
     accepted_at_s: float = 0.0
     marks: dict[str, int] = {}  # Mark -> mono ns, filled so far
+    embedding: EmbeddingInputs | None = None
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -81,6 +90,21 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True):
 
     events: tuple[TokenEvent, ...]
     sampled_mono_ns: int = 0
+
+
+class VectorFrame(msgspec.Struct, frozen=True, array_like=True):
+    """Numbers ``offset`` on of the vector of input ``index``, float32 little-endian."""
+
+    index: int
+    num_tokens: int  # of the input
+    num_values: int  # of the whole vector
+    offset: int
+    values: bytes
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the vector is complete with this frame."""
+        return self.offset + len(self.values) // 4 == self.num_values
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -122,6 +146,8 @@ class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):
     weights_bytes: int = 0
     worker_bytes: int = 0  # private memory to reserve for one worker, KV included
     refused: ErrorInfo | None = None
+    task: Task = Task.GENERATE
+    vector_size: int = 0  # numbers in a vector of a model that embeds
 
 
 # --- scheduler inbox (stream) ------------------------------------------------------------------------------

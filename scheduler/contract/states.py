@@ -15,6 +15,13 @@ class Tier(StrEnum):
     HOT = "T4"  # worker alive and serving
 
 
+class Task(StrEnum):
+    """What a model does."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+
+
 class SlotState(StrEnum):
     """A worker's slot. One writer: the worker's slot loop.
 

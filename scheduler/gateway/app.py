@@ -21,7 +21,7 @@ from scheduler.contract.connection import connect
 from scheduler.contract.environment import ProcessSettings, read_process_settings
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.telemetry import configure_logging
-from scheduler.gateway import health, routes_admin, routes_chat, routes_completions, routes_models
+from scheduler.gateway import health, routes_admin, routes_chat, routes_completions, routes_embeddings, routes_models
 from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.hub import Hub
@@ -43,6 +43,7 @@ def build_app(gateway: Gateway) -> web.Application:
         [
             web.post("/v1/chat/completions", routes_chat.create_chat_completion),
             web.post("/v1/completions", routes_completions.create_completion),
+            web.post("/v1/embeddings", routes_embeddings.create_embeddings),
             web.get("/v1/models", routes_models.list_models),
             web.get("/v1/models/{model:.+}", routes_models.get_model),
             web.get("/healthz", health.get_liveness),

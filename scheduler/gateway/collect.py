@@ -12,7 +12,7 @@ from aiohttp import web
 from scheduler.contract.messages import StepFrame, TokenLogprob, Trace
 from scheduler.contract.states import FinishReason
 from scheduler.contract.telemetry import Mark
-from scheduler.gateway.exchange import Exchange, Part, as_exception
+from scheduler.gateway.exchange import Exchange, OnStep, OnVector, Part, as_exception
 from scheduler.gateway.request_schema import Call, Endpoint
 from scheduler.gateway.responses import (
     ChatChoice,
@@ -61,18 +61,7 @@ class CollectedCall:
         Raises:
             GlowplugError: refused, failed, or not finished within the configured limits.
         """
-        exchange = self._exchange
-        await exchange.start(self._on_step)
-        while not await exchange.wait_done(LIMIT_CHECK_EVERY_S):
-            overdue = await exchange.find_overdue(streamed=False)
-            if overdue is not None:
-                raise as_exception(overdue)
-        if exchange.error is not None:
-            raise as_exception(exchange.error)
-        now_mono_ns = time.monotonic_ns()
-        for part in exchange.parts:
-            part.marks[Mark.FIRST_BYTE] = now_mono_ns
-        trace = await exchange.record()
+        trace = await wait_answer(self._exchange, on_step=self._on_step)
         return web.Response(body=self._build_body(), content_type="application/json", headers=build_headers(trace))
 
     def _on_step(self, part: Part, frame: StepFrame) -> None:
@@ -122,6 +111,25 @@ class CollectedCall:
         return LegacyCompletion(
             f"cmpl-{self._exchange.request_id}", created_at_s, call.card.name, fingerprint(call.card), choices, usage
         )
+
+
+async def wait_answer(exchange: Exchange, on_step: OnStep | None = None, on_vector: OnVector | None = None) -> Trace:
+    """Start ``exchange`` and wait for its end, frames going to the callbacks; its trace.
+
+    Raises:
+        GlowplugError: refused, failed, or not finished within the configured limits.
+    """
+    await exchange.start(on_step, on_vector)
+    while not await exchange.wait_done(LIMIT_CHECK_EVERY_S):
+        overdue = await exchange.find_overdue(streamed=False)
+        if overdue is not None:
+            raise as_exception(overdue)
+    if exchange.error is not None:
+        raise as_exception(exchange.error)
+    now_mono_ns = time.monotonic_ns()
+    for part in exchange.parts:
+        part.marks[Mark.FIRST_BYTE] = now_mono_ns
+    return await exchange.record()
 
 
 def build_headers(trace: Trace) -> dict[str, str]:

@@ -16,7 +16,8 @@ import structlog
 from redis.exceptions import RedisError
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
-from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame, Trace
+from scheduler.contract.codec import Frame
+from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame, Trace, VectorFrame
 from scheduler.contract.telemetry import Mark
 from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import Gateway
@@ -43,6 +44,8 @@ class Part:
 
 #: Called on the event loop for each step: which request, and what the step added.
 OnStep = Callable[[Part, StepFrame], None]
+#: Likewise for each frame of a vector.
+OnVector = Callable[[Part, VectorFrame], None]
 
 
 class Exchange:
@@ -57,6 +60,7 @@ class Exchange:
         self.has_frames = False
         self._gateway = gateway
         self._on_step: OnStep | None = None
+        self._on_vector: OnVector | None = None
         self._unfinished = len(call.prompts)
         self.parts = [self._build_part(i, accepted_mono_ns) for i in range(len(call.prompts))]
         self._log = structlog.get_logger()
@@ -73,18 +77,19 @@ class Exchange:
             priority=call.priority,
             add_special=call.endpoint is Endpoint.COMPLETIONS,
             user=call.user,
+            embedding=call.embedding,
             accepted_at_s=time.time(),
             marks={Mark.ACCEPTED: accepted_mono_ns},
         )
         return Part(request, i * call.num_choices)
 
-    async def start(self, on_step: OnStep) -> None:
+    async def start(self, on_step: OnStep | None = None, on_vector: OnVector | None = None) -> None:
         """Subscribe, then enqueue, every request.
 
         Raises:
             GlowplugError: the queue is full (429), or Redis does not answer (503). Nothing stays enqueued: close().
         """
-        self._on_step = on_step
+        self._on_step, self._on_vector = on_step, on_vector
         gateway = self._gateway
         for part in self.parts:
             gateway.hub.open(part.request.request_id, self._make_callback(part))
@@ -193,8 +198,8 @@ class Exchange:
 
     # --- frames -------------------------------------------------------------------------------------------------
 
-    def _make_callback(self, part: Part) -> Callable[[StepFrame | TerminalFrame], None]:
-        def on_frame(frame: StepFrame | TerminalFrame) -> None:
+    def _make_callback(self, part: Part) -> Callable[[Frame], None]:
+        def on_frame(frame: Frame) -> None:
             try:
                 self._on_frame(part, frame)
             except Exception:  # one request's bug must not stop the frames of all others
@@ -203,14 +208,17 @@ class Exchange:
 
         return on_frame
 
-    def _on_frame(self, part: Part, frame: StepFrame | TerminalFrame) -> None:
+    def _on_frame(self, part: Part, frame: Frame) -> None:
         self.last_frame_mono_s = time.monotonic()
         if part.terminal is not None:
             return
         part.marks.setdefault(Mark.RECEIVED, time.monotonic_ns())
-        if isinstance(frame, StepFrame):
+        if not isinstance(frame, TerminalFrame):
             self.has_frames = True
-            if self._on_step is not None and self.error is None:
+            if isinstance(frame, VectorFrame):
+                if self._on_vector is not None and self.error is None:
+                    self._on_vector(part, frame)
+            elif self._on_step is not None and self.error is None:
                 self._on_step(part, frame)
             return
         part.terminal = frame

@@ -1,10 +1,11 @@
-"""What both generating endpoints share: a validated call becomes an answer, and nothing of it is left running."""
+"""What all endpoints that wake a model share: a validated call becomes an answer, and nothing of it is left running."""
 
 from __future__ import annotations
 
 from aiohttp import web
 
 from scheduler.gateway.collect import CollectedCall
+from scheduler.gateway.embeddings import EmbeddedCall
 from scheduler.gateway.exchange import Exchange
 from scheduler.gateway.gateway import GATEWAY
 from scheduler.gateway.request_log import RequestFacts
@@ -30,6 +31,8 @@ async def answer_call(
     try:
         if call.stream:
             return await StreamedCall(request, gateway, exchange).run()
+        if call.embedding is not None:
+            return await EmbeddedCall(exchange).run()
         return await CollectedCall(exchange).run()
     finally:
         exchange.close()

@@ -19,12 +19,13 @@ from redis.exceptions import RedisError
 from scheduler.contract import codec, keys, token_log
 from scheduler.contract.connection import CONNECTION_ERRORS
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
-from scheduler.contract.messages import StageEvent, StepFrame, TerminalFrame
+from scheduler.contract.codec import Frame
+from scheduler.contract.messages import StageEvent, TerminalFrame
 from scheduler.contract.subscription import Subscription
 
 _log = structlog.get_logger()
 
-OnFrame = Callable[[StepFrame | TerminalFrame], None]
+OnFrame = Callable[[Frame], None]
 OnStage = Callable[[StageEvent], None]
 
 SILENCE_S: Final = 0.5  # after this long without a frame, a stream's log is read
@@ -208,7 +209,7 @@ class Hub:
         stream.heard_s = asyncio.get_running_loop().time()
         stream.silence_s = self._silence_s
         stream.delivered.append(data)
-        frame: StepFrame | TerminalFrame
+        frame: Frame
         try:
             frame = codec.decode_frame(data)
         except ContractError as error:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import ErrorCode, GlowplugError
-from scheduler.contract.messages import ModelCard, SamplingParams
+from scheduler.contract.messages import EmbeddingInputs, ModelCard, SamplingParams
 from scheduler.contract.states import Priority
 from scheduler.gateway.errors import bad_field
 from scheduler.gateway.field_reader import FieldReader, json_type
@@ -31,15 +31,16 @@ Prompt = str | tuple[int, ...]
 
 
 class Endpoint(StrEnum):
-    """Which of the two generating endpoints was called; also a metrics label."""
+    """Which of the endpoints that wake a model was called; also a metrics label."""
 
     CHAT = "chat"
     COMPLETIONS = "completions"
+    EMBEDDINGS = "embeddings"
 
     @property
     def prompt_field(self) -> str:
         """The request field that holds the prompt."""
-        return "messages" if self is Endpoint.CHAT else "prompt"
+        return {Endpoint.CHAT: "messages", Endpoint.EMBEDDINGS: "input"}.get(self, "prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Call:
     echo: bool
     priority: Priority
     user: str | None
+    embedding: EmbeddingInputs | None = None  # set: this is what is asked for, and no text
+    as_base64: bool = False
 
     @property
     def total_choices(self) -> int:

@@ -6,6 +6,8 @@ import time
 
 from aiohttp import web
 
+from scheduler.contract.states import Task
+from scheduler.gateway.embedding_schema import require_task
 from scheduler.gateway.gateway import GATEWAY
 from scheduler.gateway.generate import answer_call
 from scheduler.gateway.request_body import read_json_body
@@ -21,5 +23,6 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     accepted_mono_ns = time.monotonic_ns()
     card = await gateway.directory.get_card(read_model_name(body))
     facts.model = card.name
+    require_task(card, Task.GENERATE)
     call = read_chat_call(body, card, gateway.templates)
     return await answer_call(request, facts, call, accepted_mono_ns)

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import ModelCard, ModelStatus
-from scheduler.contract.states import Tier
+from scheduler.contract.states import Task, Tier
 from scheduler.gateway.gateway import GATEWAY
 from scheduler.gateway.model_directory import ModelDirectory
 
@@ -27,6 +27,7 @@ class ModelDocument(msgspec.Struct):
     architecture: str
     weight_format: str
     system_fingerprint: str
+    task: Task
     object: str = "model"
     owned_by: str = OWNER
 
@@ -67,6 +68,7 @@ def build_document(card: ModelCard, directory: ModelDirectory) -> ModelDocument:
         architecture=card.architecture,
         weight_format=card.weight_format,
         system_fingerprint=f"fp_{card.snapshot_id}",
+        task=card.task,
     )
 
 
