@@ -21,8 +21,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from scheduler.contract import codec, keys, token_log
-from scheduler.contract.connection import CONNECTION_ERRORS
 from scheduler.contract.codec import Frame as Frame
+from scheduler.contract.connection import CONNECTION_ERRORS
 from scheduler.contract.messages import GenerateRequest
 
 _log = structlog.get_logger()

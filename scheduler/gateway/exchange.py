@@ -15,8 +15,8 @@ import msgspec
 import structlog
 from redis.exceptions import RedisError
 
-from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
 from scheduler.contract.codec import Frame
+from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
 from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame, Trace, VectorFrame
 from scheduler.contract.telemetry import Mark
 from scheduler.gateway.errors import redis_within

@@ -17,9 +17,9 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from scheduler.contract import codec, keys, token_log
+from scheduler.contract.codec import Frame
 from scheduler.contract.connection import CONNECTION_ERRORS
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
-from scheduler.contract.codec import Frame
 from scheduler.contract.messages import StageEvent, TerminalFrame
 from scheduler.contract.subscription import Subscription
 
