@@ -157,16 +157,17 @@ def _prefix_of_chat(card: ModelCard, system: str | None, text: TextModel) -> tup
         ]
     except GlowplugError as error:
         raise BuildError(f"a system prompt cannot be primed: {error.info.message}") from error
-    return share_beginning([_tokenize(prompt, text) for prompt in prompts])
+    return share_beginning([_tokenize(prompt, text, add_special=False) for prompt in prompts])
 
 
 def _prefix_of_text(raw: str, text: TextModel) -> tuple[int, ...]:
-    return share_beginning([_tokenize(raw + continuation, text) for continuation in TEXTS])
+    return share_beginning([_tokenize(raw + continuation, text, add_special=True) for continuation in TEXTS])
 
 
-def _tokenize(prompt: str, text: TextModel) -> tuple[int, ...]:
-    """As the engine does it for a request with this prompt."""
-    return tokenize_prompt(EngineRequest("priming", prompt, SamplingParams(seed=0, max_tokens=1)), text)
+def _tokenize(prompt: str, text: TextModel, *, add_special: bool) -> tuple[int, ...]:
+    """As the engine does it for a request with this prompt: a chat's template writes special tokens itself."""
+    request = EngineRequest("priming", prompt, SamplingParams(seed=0, max_tokens=1), add_special=add_special)
+    return tokenize_prompt(request, text)
 
 
 @contextmanager
