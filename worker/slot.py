@@ -53,6 +53,8 @@ SETTLE_S: Final = 0.05
 MAX_RESUME_S: Final = 0.05
 #: Talk that serves no request waits for the first token, but not longer.
 MAX_SILENCE_S: Final = 0.15
+#: And so long after the step that chose it, so that it is logged and published before connections are made.
+SETTLE_AFTER_TOKEN_S: Final = 0.02
 LAST_WORDS_S: Final = 2.0  # for the last reports of a worker that ends
 EXIT_OK: Final = 0
 
@@ -78,6 +80,7 @@ class WorkerSlot:
         self._publisher = TokenPublisher(self._redis, on_fenced=self._on_fenced)
         wake = WakeRecord(order.worker_id, order.snapshot_id, order.cold_tier, self._marks)
         self._runner = RequestRunner(self._publisher, wake, self._was_cancelled)
+        self._has_stepped = False
         self._is_settled = asyncio.Event()  # a first token is out, or none so soon: other talk may begin
         self._claiming = ClaimingWorker(
             self._redis,
@@ -132,8 +135,12 @@ class WorkerSlot:
 
     def on_steps(self, steps: list[RequestStep]) -> None:
         self._runner.on_steps(steps)
-        if not self._is_settled.is_set():  # read across threads: at worst it is set twice
-            self._tell_loop(self._is_settled.set)
+        if not self._has_stepped:
+            self._has_stepped = True  # written only by the engine's thread
+            self._tell_loop(self._settle_soon)
+
+    def _settle_soon(self) -> None:
+        self._loop.call_later(SETTLE_AFTER_TOKEN_S, self._is_settled.set)
 
     # --- changes of state -------------------------------------------------------------------------------------------
 
