@@ -107,6 +107,7 @@ def measure_primed(report: Report, state_dir: Path, rounds: int) -> None:
         for _ in range(rounds):
             server.wait_asleep(PRIMED)
             cold.append(checked(post_stream(server.url, chat_body(PRIMED, max_tokens=1))).first_content_ms)
+        for _ in range(rounds):
             hot.append(checked(post_stream(server.url, chat_body(PRIMED, max_tokens=1))).first_content_ms)
     report.add("cold_first_content_primed", "ms", "T2", cold)
     report.add("hot_first_content_primed", "ms", "T4", hot)
