@@ -10,14 +10,11 @@ from typing import Any
 
 WIDTH, ROW, TOP, LABEL, RIGHT = 760, 24, 64, 96, 84
 STYLE = """
-:root{--ink:#1d2433;--soft:#69728a;--bar:#e8590c;--late:#1c7ed6;--rule:#dfe3ec;--page:#fff}
+text{font:13px sans-serif;fill:#1d2433}.soft{fill:#69728a}.title{font-weight:600;font-size:15px}
+.bar{fill:#e8590c}.late{fill:#1c7ed6}.rule{stroke:#dfe3ec}.page{fill:#fff}
 @media (prefers-color-scheme:dark){
-:root{--ink:#e6e9f2;--soft:#98a1b8;--bar:#ff8f4c;--late:#5db0ff;--rule:#333b4d;
---page:#11151f}}
-text{font:13px system-ui,sans-serif;fill:var(--ink)}
-.soft{fill:var(--soft)}.title{font-weight:600;font-size:15px}
-.bar{fill:var(--bar)}.late{fill:var(--late)}.rule{stroke:var(--rule)}.page{fill:var(--page)}
-"""
+text{fill:#e6e9f2}.soft{fill:#98a1b8}.bar{fill:#ff8f4c}.late{fill:#5db0ff}.rule{stroke:#333b4d}.page{fill:#11151f}}
+"""  # plain colours, no CSS variables: not every renderer knows them
 AFTER_READY = ("claim", "tokenise", "prefill", "first_token", "publish", "first_byte")
 
 
