@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import math
 import mmap
 import os
 import stat
@@ -240,7 +241,7 @@ class MappedBytes:
         """
         self._require_open()
         item = np.dtype(dtype)
-        count = int(np.prod(shape, dtype=object)) if shape else 1
+        count = math.prod(shape)
         if any(size < 0 for size in shape):
             raise MappingError(f"shape {shape} has a negative size")
         self._require_inside(offset, count * item.itemsize)

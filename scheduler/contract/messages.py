@@ -51,7 +51,6 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: Priority = Priority.INTERACTIVE
     parse_special: bool = True  # text such as <|im_end|> in the prompt becomes its special token
     add_special: bool = True  # the tokenizer's own BOS around the text; False for a chat, whose template writes it
-    echo: bool = False
     user: str | None = None
     accepted_at_s: float = 0.0
     marks: dict[str, int] = {}  # Mark -> mono ns, filled so far

@@ -25,10 +25,6 @@ class KvBudget:
         return self._reserved_tokens * self._bytes_per_token
 
     @property
-    def used_tokens(self) -> int:
-        return self._reserved_tokens
-
-    @property
     def free_tokens(self) -> int:
         return self.capacity_tokens - self._reserved_tokens
 
