@@ -243,6 +243,7 @@ def _describe_request(running: _Running) -> EngineRequest | EncodeRequest:
         parse_special=request.parse_special,
         add_special=request.add_special,
         emitted=running.emitted,
+        tenant=request.tenant,
     )
 
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 import msgspec
 
 from scheduler.contract.errors import ErrorInfo
-from scheduler.contract.states import FinishReason, Priority, SlotState, Task, Tier
+from scheduler.contract.states import FinishReason, GrammarKind, Priority, SlotState, Task, Tier
+
+
+class OutputGrammar(msgspec.Struct, frozen=True):
+    """What a completion must match. ``source`` is JSON text of a schema (``{}`` for any object), a regular
+    expression, or a Lark grammar."""
+
+    kind: GrammarKind
+    source: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -29,6 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     num_top_logprobs: int | None = None  # None: no log-probabilities; 0: the chosen token's only
     min_tokens: int = 0
     ignore_eos: bool = False
+    grammar: OutputGrammar | None = None
 
 
 class EmbeddingInputs(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -52,6 +61,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     parse_special: bool = True  # text such as <|im_end|> in the prompt becomes its special token
     add_special: bool = True  # the tokenizer's own BOS around the text; False for a chat, whose template writes it
     user: str | None = None
+    tenant: str = ""  # whose request it is; keys and values are shared within a tenant only
     accepted_at_s: float = 0.0
     marks: dict[str, int] = {}  # Mark -> mono ns, filled so far
     embedding: EmbeddingInputs | None = None

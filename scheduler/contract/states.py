@@ -22,6 +22,14 @@ class Task(StrEnum):
     EMBED = "embed"
 
 
+class GrammarKind(StrEnum):
+    """How the text that a completion must match is written down."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
 class SlotState(StrEnum):
     """A worker's slot. One writer: the worker's slot loop.
 

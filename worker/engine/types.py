@@ -26,6 +26,7 @@ class EngineRequest:
     parse_special: bool = True
     add_special: bool = True  # False where the prompt's text already holds the begin-of-sequence token
     emitted: tuple[tuple[int, ...], ...] = ()
+    tenant: str = ""  # keys and values are shared between requests of one tenant only
 
 
 @dataclass(frozen=True, slots=True)
