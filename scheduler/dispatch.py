@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Iterable
@@ -19,12 +20,11 @@ from scheduler.contract.states import Priority
 
 _log = structlog.get_logger()
 
-#: Claims go by score, oldest first. A class's offset is longer than any request lives, so classes never mix, and long
-#: enough that a host whose clock runs ahead does not enqueue into the future.
-SCORE_AGE_MS: Final = {
-    Priority.INTERACTIVE: 2 * keys.REQUEST_TTL_S * 1000,
-    Priority.BATCH: keys.REQUEST_TTL_S * 1000,
-}
+#: Claims go by score, lowest first; the first score of each class. Within a class tenants share by weight.
+FIRST_SCORE: Final = {Priority.INTERACTIVE: 0, Priority.BATCH: job_queue.BATCH_SCORE}
+#: What a request costs its tenant's share, in tokens: prompt bytes by four, and at most this many for each choice.
+FAIR_BYTES_PER_TOKEN: Final = 4
+FAIR_MAX_COMPLETION_TOKENS: Final = 512
 DEFAULT_MAX_QUEUED: Final = 1000
 QUEUE_FULL_RETRY_AFTER_S: Final = 2
 OVERLOADED_RETRY_AFTER_S: Final = 5
@@ -42,8 +42,12 @@ class Dispatcher:
         self._claim = redis.register_script(job_queue.CLAIM)
         self._finish = redis.register_script(job_queue.FINISH)
 
-    async def enqueue(self, request: GenerateRequest, max_queued: int = DEFAULT_MAX_QUEUED) -> int:
+    async def enqueue(
+        self, request: GenerateRequest, max_queued: int = DEFAULT_MAX_QUEUED, *, weight: float = 1.0
+    ) -> int:
         """Queue a request, wake a claiming worker and tell the scheduler, in one round trip.
+
+        ``weight`` is the share of ``request.tenant`` against other tenants' where several wait for one model.
 
         Requires: the caller's gateway channel is subscribed. On success: returns how many requests of the model were
         queued or running before it. On failure: nothing was queued. Retrying the call after a lost reply is safe.
@@ -62,15 +66,18 @@ class Dispatcher:
                     keys.queue(request.model),
                     keys.bell(request.model),
                     keys.INBOX,
+                    keys.fair(request.model),
                 ],
                 args=[
                     max_queued,
                     keys.REQUEST_TTL_S * 1000,
                     job_queue.encode_job(request, now_ms),
-                    now_ms - SCORE_AGE_MS[request.priority],
+                    FIRST_SCORE[request.priority],
                     request.request_id,
                     codec.encode(demand),
                     keys.INBOX_MAX_ENTRIES,
+                    request.tenant,
+                    max(1, math.ceil(compute_fair_cost(request) / weight)),
                 ],
             )
         except (*CONNECTION_ERRORS, OutOfMemoryError) as error:
@@ -174,3 +181,15 @@ class Dispatcher:
             args=[owner, request_id, "1", keys.RESULT_TTL_S],
         )
         return ended
+
+
+def compute_fair_cost(request: GenerateRequest) -> int:
+    """What ``request`` counts in its tenant's share, in tokens: an estimate, since nobody has tokenised it yet."""
+    if request.embedding is not None:
+        return sum(_estimate_tokens(one) for one in request.embedding.inputs)
+    completion = min(request.sampling.max_tokens, FAIR_MAX_COMPLETION_TOKENS) * request.num_choices
+    return _estimate_tokens(request.prompt) + completion
+
+
+def _estimate_tokens(prompt: str | tuple[int, ...]) -> int:
+    return 1 + (len(prompt) // FAIR_BYTES_PER_TOKEN if isinstance(prompt, str) else len(prompt))

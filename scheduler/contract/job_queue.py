@@ -31,10 +31,19 @@ ACCEPTED: Final = 1
 DUPLICATE: Final = 0
 FULL: Final = -1
 
+#: Scores are virtual start tags (start-time fair queueing), not times: those of batch jobs begin here, far behind any
+#: interactive one (a thousand million requests of one busy period), and before every wall-clock "due before".
+BATCH_SCORE: Final = 10**12
+
+_FAIR: Final = keys.fair("").removeprefix(keys.queue(""))
 _RING: Final = "redis.call('XADD', {bell}, 'MAXLEN', '1', '*', 'r', '1')"
 
-#: KEYS: job, result, queue, bell, inbox.
-#: ARGV: most jobs allowed in the queue, TTL ms, body, score, request id, demand, most inbox entries.
+#: KEYS: job, result, queue, bell, inbox, fair.
+#: ARGV: most jobs allowed in the queue, TTL ms, body, first score of its class, request id, demand, most inbox entries,
+#: tenant, cost (whole, already divided by the tenant's weight).
+#: The score is max(virtual time of the class, end of the tenant's last request): a tenant that floods the queue stands
+#: behind its own requests, one that comes now and then stands at the head. Source: Goyal, Vin, Cheng, "Start-time Fair
+#: Queuing", SIGCOMM 1996; virtual time is the tag claimed last, and an empty queue begins anew.
 #: Returns (ACCEPTED | DUPLICATE | FULL, queue length before). The same body again is the same call, retried after a
 #: lost reply: accepted, whether it still waits or has already finished.
 ENQUEUE: Final = f"""
@@ -46,7 +55,13 @@ if finished == redis.sha1hex(ARGV[3]) then return {{{ACCEPTED}, depth}} end
 if known or finished then return {{{DUPLICATE}, depth}} end
 if depth >= tonumber(ARGV[1]) then return {{{FULL}, depth}} end
 redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2])
-redis.call('ZADD', KEYS[3], ARGV[4], ARGV[5])
+if depth == 0 then redis.call('DEL', KEYS[6]) end
+local ends = ARGV[4] .. ':' .. ARGV[8]
+local tags = redis.call('HMGET', KEYS[6], ARGV[4], ends)
+local tag = math.max(tonumber(ARGV[4]), tonumber(tags[1] or 0), tonumber(tags[2] or 0))
+redis.call('ZADD', KEYS[3], string.format('%.0f', tag), ARGV[5])
+redis.call('HSET', KEYS[6], ends, string.format('%.0f', tag + ARGV[9]))
+redis.call('PEXPIRE', KEYS[6], ARGV[2])
 {_RING.format(bell="KEYS[4]")}
 redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[7], '*', '{keys.FIELD}', ARGV[6])
 return {{{ACCEPTED}, depth}}
@@ -63,6 +78,9 @@ for i = 1, #due, 2 do
     claimed[#claimed + 1] = due[i]
     claimed[#claimed + 1] = due[i + 1]
     room = room - 1
+    local class = tonumber(due[i + 1]) < {BATCH_SCORE} and '0' or '{BATCH_SCORE}'
+    redis.call('HSET', KEYS[1] .. '{_FAIR}', class, due[i + 1])
+    redis.call('PEXPIRE', KEYS[1] .. '{_FAIR}', {keys.REQUEST_TTL_S * 1000})
   end
 end
 return claimed

@@ -36,6 +36,11 @@ def queue(model: str) -> str:
     return f"{PREFIX}q:{model}"
 
 
+def fair(model: str) -> str:
+    """Hash beside a queue: virtual time of each class and the last tag of each tenant; gone with the queue."""
+    return f"{PREFIX}q:{model}:fair"
+
+
 def bell(model: str) -> str:
     """Stream of length 1 that wakes claiming workers."""
     return f"{PREFIX}q:{model}:bell"

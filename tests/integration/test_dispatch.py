@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from scheduler.contract import codec, keys
+from scheduler.contract import codec, job_queue, keys
 from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
 from scheduler.contract.messages import Demand, InboxMessage
 from scheduler.contract.states import Priority
@@ -92,6 +92,45 @@ async def test_interactive_is_ahead_of_batch(
     await dispatcher.enqueue(make_request("b-first"))
     await dispatcher.enqueue(make_request("a-second"))
     assert await redis.zrange(keys.queue(MODEL), 0, -1) == [b"b-first", b"a-second", b"batch"]
+
+
+async def claim(redis: Redis, room: int) -> list[str]:
+    """Claim up to ``room`` requests, as a worker does."""
+    script = redis.register_script(job_queue.CLAIM)
+    found = await script(keys=[keys.queue(MODEL)], args=[2_000_000_000_000, room, 10_000, "w", 10_000])
+    return [request_id.decode() for request_id in found[::2]]
+
+
+async def test_a_flood_of_one_tenant_does_not_hold_up_another(redis: Redis, dispatcher: Dispatcher) -> None:
+    """Who has sent a hundred stands behind them; who sends one is served next, in mid-flood too."""
+    for i in range(100):
+        await dispatcher.enqueue(make_request(f"a{i}", tenant="a"))
+    assert await claim(redis, 10) == [f"a{i}" for i in range(10)]
+    await dispatcher.enqueue(make_request("b0", tenant="b"))
+    await dispatcher.enqueue(make_request("b1", tenant="b"))
+    assert await claim(redis, 5) == ["b0", "a10", "b1", "a11", "a12"]
+
+
+async def test_tenants_share_by_weight_and_classes_do_not_mix(redis: Redis, dispatcher: Dispatcher) -> None:
+    """Weight 3 gets three of four places; a batch request of an idle tenant still waits for all interactive ones."""
+    await dispatcher.enqueue(make_request("batch", tenant="c", priority=Priority.BATCH))
+    for i in range(40):
+        await dispatcher.enqueue(make_request(f"a{i}", tenant="a"), weight=3.0)
+        await dispatcher.enqueue(make_request(f"b{i}", tenant="b"), weight=1.0)
+    first = await claim(redis, 40)
+    assert 29 <= sum(request_id.startswith("a") for request_id in first) <= 31
+    assert (await claim(redis, 41))[-1] == "batch"
+
+
+async def test_idle_time_saves_up_no_share_and_leaves_no_debt(redis: Redis, dispatcher: Dispatcher) -> None:
+    """When the queue has been empty all begin alike, and what tells the order is gone with its TTL."""
+    for i in range(50):
+        await dispatcher.enqueue(make_request(f"a{i}", tenant="a"))
+        await dispatcher.cancel(f"a{i}", MODEL)
+    await dispatcher.enqueue(make_request("a-new", tenant="a"))
+    await dispatcher.enqueue(make_request("b-new", tenant="b"))
+    assert await claim(redis, 2) == ["a-new", "b-new"]
+    assert 0 < await redis.ttl(keys.fair(MODEL)) <= keys.REQUEST_TTL_S
 
 
 async def test_cancel_before_start_removes_the_request(redis: Redis, dispatcher: Dispatcher) -> None:

@@ -74,7 +74,8 @@ async def test_request_runs_once_and_leaves_nothing_private(redis: Redis, dispat
         await eventually(lambda: worker.num_running == 0)
     assert handler.started == [("r1", 1)]
     assert await dispatcher.queue_depth(MODEL) == 0
-    remaining = {key for key in await redis.keys("*") if key not in {keys.bell(MODEL).encode(), keys.INBOX.encode()}}
+    of_the_queue = {key.encode() for key in (keys.bell(MODEL), keys.fair(MODEL), keys.INBOX)}
+    remaining = set(await redis.keys("*")) - of_the_queue
     assert remaining == {keys.result("r1").encode()}
     assert 0 < await redis.ttl(keys.result("r1")) <= keys.RESULT_TTL_S
 
