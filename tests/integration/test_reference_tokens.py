@@ -12,11 +12,11 @@ from engine_fixtures import EngineHarness, greedy, make_request
 from llama_programs import build_plan, store_matrix
 from model_fixtures import smollm2_gguf  # noqa: F401  # a fixture
 
+from worker.backends.host_sampling import compute_logprobs
 from worker.backends.numkong_cpu import NumKongBackend
 from worker.backends.numpy_reference import NumpyBackend
 from worker.backends.protocol import ModelPlan, SequenceInput, WeightTensor
 from worker.build.gguf_source import open_gguf
-from worker.engine.sampling import compute_logprobs
 
 RUNS: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent.parent / "data" / "smollm2_reference_runs.json").read_text()
