@@ -9,9 +9,13 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-from worker.slot import prepare_to_fork, run_worker
-from worker.spawn_order import SpawnedFds, SpawnOrder
-from worker.zygote import Zygote
+from worker.lean_imports import leave_out_unused
+
+leave_out_unused()
+
+from worker.slot import prepare_to_fork, run_worker  # noqa: E402  # after what it must not import
+from worker.spawn_order import SpawnedFds, SpawnOrder  # noqa: E402
+from worker.zygote import Zygote  # noqa: E402
 
 
 def run_inspected(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:

@@ -25,6 +25,9 @@ def main(arguments: list[str]) -> int:
 
             return run_agent(zygote)
         case ["zygote", fd] if fd.isdecimal():
+            from worker.lean_imports import leave_out_unused
+
+            leave_out_unused()
             from worker.zygote import main as run_zygote
 
             return run_zygote(int(fd))
