@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from redis.asyncio import Redis
@@ -15,7 +15,7 @@ from redis.exceptions import OutOfMemoryError
 from scheduler.contract import codec, job_queue, keys, token_log
 from scheduler.contract.connection import CONNECTION_ERRORS
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo, GlowplugError
-from scheduler.contract.messages import Demand, GenerateRequest, TerminalFrame
+from scheduler.contract.messages import Demand, GenerateRequest, RequestRecord, TerminalFrame
 from scheduler.contract.states import Priority
 
 _log = structlog.get_logger()
@@ -41,13 +41,20 @@ class Dispatcher:
         self._cancel = redis.register_script(job_queue.CANCEL)
         self._claim = redis.register_script(job_queue.CLAIM)
         self._finish = redis.register_script(job_queue.FINISH)
+        self._recover = redis.register_script(job_queue.RECOVER)
 
     async def enqueue(
-        self, request: GenerateRequest, max_queued: int = DEFAULT_MAX_QUEUED, *, weight: float = 1.0
+        self,
+        request: GenerateRequest,
+        max_queued: int = DEFAULT_MAX_QUEUED,
+        *,
+        weight: float = 1.0,
+        record: RequestRecord | None = None,
     ) -> int:
         """Queue a request, wake a claiming worker and tell the scheduler, in one round trip.
 
         ``weight`` is the share of ``request.tenant`` against other tenants' where several wait for one model.
+        ``record`` lets a client that lost its gateway go on at another.
 
         Requires: the caller's gateway channel is subscribed. On success: returns how many requests of the model were
         queued or running before it. On failure: nothing was queued. Retrying the call after a lost reply is safe.
@@ -56,29 +63,9 @@ class Dispatcher:
             GlowplugError: QUEUE_FULL at ``max_queued`` requests queued or running; INVALID_REQUEST for an id that is
                 queued, running or just finished; OVERLOADED when Redis is out of memory or unreachable.
         """
-        now_ms = int(time.time() * 1000)
-        demand = Demand(request.model, request.request_id, time.monotonic_ns())
         try:
             outcome, depth = await self._enqueue(
-                keys=[
-                    keys.job(request.request_id),
-                    keys.result(request.request_id),
-                    keys.queue(request.model),
-                    keys.bell(request.model),
-                    keys.INBOX,
-                    keys.fair(request.model),
-                ],
-                args=[
-                    max_queued,
-                    keys.REQUEST_TTL_S * 1000,
-                    job_queue.encode_job(request, now_ms),
-                    FIRST_SCORE[request.priority],
-                    request.request_id,
-                    codec.encode(demand),
-                    keys.INBOX_MAX_ENTRIES,
-                    request.tenant,
-                    max(1, math.ceil(compute_fair_cost(request) / weight)),
-                ],
+                keys=_enqueue_keys(request), args=_enqueue_arguments(request, max_queued, weight, record)
             )
         except (*CONNECTION_ERRORS, OutOfMemoryError) as error:
             raise GlowplugError(
@@ -99,10 +86,31 @@ class Dispatcher:
             )
         return int(depth)
 
-    async def cancel(self, request_id: str, model: str) -> bool:
-        """The client went away: drop the request if it has not started, else tell the run. Idempotent.
+    async def recover(
+        self, request: GenerateRequest, *, weight: float = 1.0, record: RequestRecord | None = None
+    ) -> int:
+        """Queue an accepted request again whose job the server has lost; what :data:`job_queue.RECOVER` found.
 
-        Returns whether it had not started. Either way a run that begins later ends at once.
+        Requires: ``request.generation`` is higher than before, and the frames that its client has seen are in the log.
+
+        Raises:
+            RedisError: the server could not be reached, or refused the write.
+        """
+        found = await self._recover(
+            keys=[
+                *_enqueue_keys(request),
+                keys.token_log(request.request_id),
+                keys.cancelled(request.request_id),
+            ],
+            args=_enqueue_arguments(request, 0, weight, record),
+        )
+        return int(found)
+
+    async def cancel(self, request_id: str, model: str, gateway_id: str = "") -> bool:
+        """The client went away: end the request if it has not started, else tell the run. Idempotent.
+
+        Returns whether it had not started. Either way a run that begins later ends at once. With ``gateway_id``:
+        nothing happens when the client has gone on at another gateway.
 
         Raises:
             RedisError: the server could not be reached.
@@ -114,10 +122,14 @@ class Dispatcher:
                 keys.queue(model),
                 keys.job(request_id),
                 keys.retry(request_id),
+                keys.listener(request_id),
             ],
-            args=[request_id, keys.REQUEST_TTL_S, keys.control_channel(model)],
+            args=[request_id, keys.REQUEST_TTL_S, keys.control_channel(model), gateway_id],
         )
-        return bool(dropped)
+        if dropped == 1:  # no run will end its log
+            error = ErrorInfo(ErrorCode.CANCELLED, "the client went away before the request ran")
+            await token_log.end_log(self._redis, request_id, gateway_id, TerminalFrame(error=error))
+        return bool(dropped == 1)
 
     async def queue_depth(self, model: str) -> int:
         """Requests of ``model`` that are queued or running."""
@@ -193,3 +205,36 @@ def compute_fair_cost(request: GenerateRequest) -> int:
 
 def _estimate_tokens(prompt: str | tuple[int, ...]) -> int:
     return 1 + (len(prompt) // FAIR_BYTES_PER_TOKEN if isinstance(prompt, str) else len(prompt))
+
+
+def _enqueue_keys(request: GenerateRequest) -> list[str]:
+    return [
+        keys.job(request.request_id),
+        keys.result(request.request_id),
+        keys.queue(request.model),
+        keys.bell(request.model),
+        keys.INBOX,
+        keys.fair(request.model),
+        keys.listener(request.request_id),
+        keys.record(request.request_id),
+    ]
+
+
+def _enqueue_arguments(
+    request: GenerateRequest, max_queued: int, weight: float, record: RequestRecord | None
+) -> list[Any]:
+    now_ms = int(time.time() * 1000)
+    demand = Demand(request.model, request.request_id, time.monotonic_ns())
+    return [
+        max_queued,
+        keys.REQUEST_TTL_S * 1000,
+        job_queue.encode_job(request, now_ms),
+        FIRST_SCORE[request.priority],
+        request.request_id,
+        codec.encode(demand),
+        keys.INBOX_MAX_ENTRIES,
+        request.tenant,
+        max(1, math.ceil(compute_fair_cost(request) / weight)),
+        request.gateway_id,
+        b"" if record is None else codec.encode(record),
+    ]

@@ -191,7 +191,7 @@ class GatewayHarness:
 
 def events_of(blocks: Sequence[str]) -> list[Any]:
     """The decoded data events, ``[DONE]`` left out."""
-    return [json.loads(block[6:]) for block in blocks if block.startswith("data: {")]
+    return [json.loads(block[6:].partition("\n")[0]) for block in blocks if block.startswith("data: {")]
 
 
 def comments_of(blocks: Sequence[str]) -> list[str]:

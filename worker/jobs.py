@@ -47,6 +47,8 @@ BELL_BLOCK_MS: Final = 5000
 QUEUE_READ_LIMIT: Final = 2000  # must exceed the jobs that can run on one queue: they stay in it while they run
 MAX_TRIES: Final = 5
 BACK_OFF_S: Final = 0.25
+#: Attempt numbers of a request that was queued anew lie above all of those before.
+STARTS_PER_GENERATION: Final = 1000
 
 
 class _Payload(bytes):
@@ -252,7 +254,7 @@ class ClaimingWorker(Worker):
         if self._closing:
             raise asyncio.CancelledError
         try:
-            await self._handler(request, context["job_try"])
+            await self._handler(request, request.generation * STARTS_PER_GENERATION + context["job_try"])
         except Fenced as error:
             # Another run has the request, so this one must not end it. arq queues a cancelled run again, which
             # changes nothing while the other one holds the lease, and saves the request if that one has died.

@@ -12,7 +12,8 @@ CLAIM     in the queue, no lease                             leased to the calle
 RENEW     leased to the caller, or no lease and in the queue lease runs on
 FINISH    leased to the caller, or no lease                  gone, or back in the queue
 RELEASE   leased to the named worker                         claimable at once
-CANCEL    none                                               flagged; gone if not running
+CANCEL    the caller listens, or nobody is asked for         flagged; gone if not running
+RECOVER   no job, no end in the log                          queued again, demand announced
 ========= ================================================== =========================
 """
 
@@ -35,12 +36,34 @@ FULL: Final = -1
 #: interactive one (a thousand million requests of one busy period), and before every wall-clock "due before".
 BATCH_SCORE: Final = 10**12
 
+#: What RECOVER found.
+REQUEUED: Final = 1
+STILL_HELD: Final = 0  # the job is there: nothing was lost
+ENDED: Final = -1  # the log has its terminal frame
+EXPIRED: Final = -2  # in the queue, but its body has run out: it waited too long
+GIVEN_UP: Final = -3  # cancelled before it ran
+
 _FAIR: Final = keys.fair("").removeprefix(keys.queue(""))
 _RING: Final = "redis.call('XADD', {bell}, 'MAXLEN', '1', '*', 'r', '1')"
 
-#: KEYS: job, result, queue, bell, inbox, fair.
+_PUT: Final = f"""
+redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2])
+if redis.call('ZCARD', KEYS[3]) == 0 then redis.call('DEL', KEYS[6]) end
+local ends = ARGV[4] .. ':' .. ARGV[8]
+local tags = redis.call('HMGET', KEYS[6], ARGV[4], ends)
+local tag = math.max(tonumber(ARGV[4]), tonumber(tags[1] or 0), tonumber(tags[2] or 0))
+redis.call('ZADD', KEYS[3], string.format('%.0f', tag), ARGV[5])
+redis.call('HSET', KEYS[6], ends, string.format('%.0f', tag + ARGV[9]))
+redis.call('PEXPIRE', KEYS[6], ARGV[2])
+redis.call('SET', KEYS[7], ARGV[10], 'EX', {keys.RECORD_TTL_S})
+if ARGV[11] ~= '' then redis.call('SET', KEYS[8], ARGV[11], 'EX', {keys.RECORD_TTL_S}) end
+{_RING.format(bell="KEYS[4]")}
+redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[7], '*', '{keys.FIELD}', ARGV[6])
+"""
+
+#: KEYS: job, result, queue, bell, inbox, fair, listener, record.
 #: ARGV: most jobs allowed in the queue, TTL ms, body, first score of its class, request id, demand, most inbox entries,
-#: tenant, cost (whole, already divided by the tenant's weight).
+#: tenant, cost (whole, already divided by the tenant's weight), gateway id, record or empty.
 #: The score is max(virtual time of the class, end of the tenant's last request): a tenant that floods the queue stands
 #: behind its own requests, one that comes now and then stands at the head. Source: Goyal, Vin, Cheng, "Start-time Fair
 #: Queuing", SIGCOMM 1996; virtual time is the tag claimed last, and an empty queue begins anew.
@@ -54,17 +77,20 @@ local finished = redis.call('GET', KEYS[2])
 if finished == redis.sha1hex(ARGV[3]) then return {{{ACCEPTED}, depth}} end
 if known or finished then return {{{DUPLICATE}, depth}} end
 if depth >= tonumber(ARGV[1]) then return {{{FULL}, depth}} end
-redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2])
-if depth == 0 then redis.call('DEL', KEYS[6]) end
-local ends = ARGV[4] .. ':' .. ARGV[8]
-local tags = redis.call('HMGET', KEYS[6], ARGV[4], ends)
-local tag = math.max(tonumber(ARGV[4]), tonumber(tags[1] or 0), tonumber(tags[2] or 0))
-redis.call('ZADD', KEYS[3], string.format('%.0f', tag), ARGV[5])
-redis.call('HSET', KEYS[6], ends, string.format('%.0f', tag + ARGV[9]))
-redis.call('PEXPIRE', KEYS[6], ARGV[2])
-{_RING.format(bell="KEYS[4]")}
-redis.call('XADD', KEYS[5], 'MAXLEN', '~', ARGV[7], '*', '{keys.FIELD}', ARGV[6])
+{_PUT}
 return {{{ACCEPTED}, depth}}
+"""
+
+#: KEYS as of ENQUEUE, then the log and the flag of a cancelled request. ARGV as of ENQUEUE; an accepted request is
+#: never refused for the queue's length. Requires: what the client has seen is back in the log.
+RECOVER: Final = f"""
+local last = redis.call('LINDEX', KEYS[9], -1)
+if last and string.byte(last) == {codec.TERMINAL_KIND[0]} then return {ENDED} end
+if redis.call('EXISTS', KEYS[1]) == 1 then return {STILL_HELD} end
+if redis.call('ZSCORE', KEYS[3], ARGV[5]) then return {EXPIRED} end
+if redis.call('EXISTS', KEYS[10]) == 1 then return {GIVEN_UP} end
+{_PUT}
+return {REQUEUED}
 """
 
 #: KEYS[1] queue. ARGV: due before (ms), room, lease ms, owner, most ids looked at.
@@ -101,6 +127,8 @@ for i = 4, #ARGV do
     redis.call('SET', lease, ARGV[2], 'PX', ARGV[1])
   end
   redis.call('PEXPIRE', '{keys.job("")}' .. ARGV[i], ARGV[3])
+  redis.call('EXPIRE', '{keys.listener("")}' .. ARGV[i], {keys.RECORD_TTL_S})
+  redis.call('EXPIRE', '{keys.record("")}' .. ARGV[i], {keys.RECORD_TTL_S})
 end
 return lost
 """
@@ -115,7 +143,7 @@ redis.call('DEL', KEYS[1])
 if ARGV[3] == '1' then
   local body = redis.call('GET', KEYS[4])
   redis.call('ZREM', KEYS[5], ARGV[2])
-  redis.call('DEL', KEYS[3], KEYS[4])
+  redis.call('DEL', KEYS[3], KEYS[4], '{keys.listener("")}' .. ARGV[2])
   if body then redis.call('SET', KEYS[2], redis.sha1hex(body), 'EX', ARGV[4]) end
 else
   {_RING.format(bell="KEYS[6]")}
@@ -137,12 +165,17 @@ if released > 0 then {_RING.format(bell="KEYS[2]")} end
 return released
 """
 
-#: KEYS: cancelled, in-progress, queue, job, retry. ARGV: request id, flag TTL s, control channel.
-#: Returns 1 when it had not started and is gone, 0 when a run (if any) was told.
+#: KEYS: cancelled, in-progress, queue, job, retry, listener. ARGV: request id, flag TTL s, control channel, and the
+#: gateway whose client went away, or empty: its word does not count once another gateway listens.
+#: Returns 1 when it had not started and is gone, 0 when a run (if any) was told, -1 when another one listens.
 CANCEL: Final = """
+if ARGV[4] ~= '' then
+  local listener = redis.call('GET', KEYS[6])
+  if listener and listener ~= ARGV[4] then return -1 end
+end
 redis.call('SET', KEYS[1], '1', 'EX', ARGV[2])
 if redis.call('EXISTS', KEYS[2]) == 0 and redis.call('ZREM', KEYS[3], ARGV[1]) == 1 then
-  redis.call('DEL', KEYS[4], KEYS[5])
+  redis.call('DEL', KEYS[4], KEYS[5], KEYS[6])
   return 1
 end
 redis.call('PUBLISH', ARGV[3], ARGV[1])

@@ -12,12 +12,15 @@ LOG_TTL_S: Final = 600  # token log after its last frame
 TRACE_TTL_S: Final = 3600
 NODE_TTL_S: Final = 10
 WORKER_TTL_S: Final = 5
+RECORD_TTL_S: Final = REQUEST_TTL_S + LOG_TTL_S  # what a client needs to come back: as long as there is a log to read
+GATEWAY_TTL_S: Final = 5
 RESULT_TTL_S: Final = 60  # arq result kept, so that a repeated enqueue is refused
 
 JOB_FUNCTION: Final = "generate"  # arq function name
 MODELS: Final = PREFIX + "models"  # hash name -> ModelCard; owner: node agents
 NODES: Final = PREFIX + "nodes"  # set of node ids; owner: node agents
 WORKERS: Final = PREFIX + "workers"  # set of worker ids; owner: node agents
+GATEWAYS: Final = PREFIX + "gateways"  # set of gateway ids; owner: gateways (in), sweeper (out)
 INBOX: Final = PREFIX + "inbox"  # stream of InboxMessage; owner: scheduler leader (trimmed)
 EVENTS: Final = PREFIX + "events"  # pub/sub: StageEvent
 LEADER: Final = PREFIX + "leader"  # string: leader id, with TTL
@@ -27,6 +30,8 @@ TRACES: Final = PREFIX + "traces"  # list of request ids, newest first, trimmed
 SECURITY_COUNTS: Final = PREFIX + "security"  # hash kind -> count; owner: node agents
 INBOX_MAX_ENTRIES: Final = 10_000
 TRACES_MAX_ENTRIES: Final = 1_000
+
+LISTENER_MARK: Final = "#"  # after the gateway's id in the value of a listener key
 
 FIELD: Final = "m"  # the one field of our stream entries
 
@@ -79,6 +84,21 @@ def fence(request_id: str) -> str:
 def cancelled(request_id: str) -> str:
     """Set when the client went away; a run that begins later ends at once."""
     return f"{PREFIX}cancel:{request_id}"
+
+
+def record(request_id: str) -> str:
+    """RequestRecord of a streamed call, under its first request's id."""
+    return f"{PREFIX}request:{request_id}"
+
+
+def listener(request_id: str) -> str:
+    """Id of the gateway that listens for the request's client: the one that took it, or the last that resumed it."""
+    return f"{PREFIX}listener:{request_id}"
+
+
+def gateway_alive(gateway_id: str) -> str:
+    """Sign of life of a gateway, with TTL."""
+    return f"{PREFIX}gateway:{gateway_id}"
 
 
 def gateway_channel(gateway_id: str) -> str:

@@ -65,6 +65,26 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     accepted_at_s: float = 0.0
     marks: dict[str, int] = {}  # Mark -> mono ns, filled so far
     embedding: EmbeddingInputs | None = None
+    generation: int = 0  # how often it was queued anew because the server had lost it; its runs fence off older ones
+
+
+class RequestRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A streamed call as any gateway can go on with it: who may, and what its events are made of.
+
+    ``part_ids`` are its requests, one for each prompt. No prompt is kept, unless the client asked for its echo.
+    """
+
+    request_id: str
+    tenant: str
+    model: str
+    snapshot_id: str
+    endpoint: str
+    gateway_id: str
+    part_ids: tuple[str, ...]
+    num_choices: int
+    include_usage: bool
+    created_at_s: int
+    echoes: tuple[str, ...] = ()
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -91,6 +91,8 @@ class Metric(StrEnum):
     TTFT_SECONDS = "glowplug_time_to_first_token_seconds"  # labels: model, tier
     TOKEN_DELIVERY_SECONDS = "glowplug_token_delivery_seconds"
     TOKENS_TOTAL = "glowplug_tokens_total"  # labels: model, kind (prompt|completion)
+    RECOVERIES_TOTAL = "glowplug_recoveries_total"
+    SWEPT_TOTAL = "glowplug_swept_total"  # labels: kind
     IN_FLIGHT = "glowplug_requests_in_flight"  # labels: model
     QUEUE_DEPTH = "glowplug_queue_depth"  # labels: model
     WORKERS = "glowplug_workers"  # labels: model, state

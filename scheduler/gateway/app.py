@@ -21,10 +21,19 @@ from scheduler.contract.connection import connect
 from scheduler.contract.environment import ProcessSettings, read_process_settings
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.telemetry import configure_logging
-from scheduler.gateway import health, routes_admin, routes_chat, routes_completions, routes_embeddings, routes_models
+from scheduler.gateway import (
+    health,
+    resumption,
+    routes_admin,
+    routes_chat,
+    routes_completions,
+    routes_embeddings,
+    routes_models,
+)
 from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.hub import Hub
+from scheduler.gateway.presence import Presence
 from scheduler.gateway.request_log import add_standard_headers, observe_request
 from scheduler.gateway.settings import GatewaySettings, read_gateway_settings
 
@@ -43,6 +52,7 @@ def build_app(gateway: Gateway) -> web.Application:
         [
             web.post("/v1/chat/completions", routes_chat.create_chat_completion),
             web.post("/v1/completions", routes_completions.create_completion),
+            web.get("/v1/requests/{request_id}/stream", resumption.resume_stream),
             web.post("/v1/embeddings", routes_embeddings.create_embeddings),
             web.get("/v1/models", routes_models.list_models),
             web.get("/v1/models/{model:.+}", routes_models.get_model),
@@ -66,6 +76,7 @@ class GatewayServer:
         gateway_id = f"{process.node_id}:{os.getpid()}:{secrets.token_hex(3)}"
         self._hub = Hub(self._redis, gateway_id)
         self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, _queue_limits(process, settings))
+        self._presence = Presence(self._redis, gateway_id)
         self._runner = web.AppRunner(
             build_app(self.gateway),
             access_log=None,
@@ -85,6 +96,7 @@ class GatewayServer:
         # Imports that the first request needs go on in a thread while this one waits for Redis.
         preloading = asyncio.create_task(asyncio.to_thread(self._preload), name="preload")
         await self._hub.start()
+        self._presence.start()
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._settings.host, self._settings.port, backlog=self._settings.backlog)
         await site.start()
@@ -102,6 +114,7 @@ class GatewayServer:
         await self._runner.cleanup()
         await self.gateway.wait_background(BACKGROUND_LIMIT_S)
         await self._hub.aclose()
+        await self._presence.aclose()
         await self._redis.aclose()
 
     def _preload(self) -> None:

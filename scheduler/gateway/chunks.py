@@ -8,6 +8,7 @@ import msgspec
 
 from scheduler.contract.messages import TokenEvent
 from scheduler.gateway import sse
+from scheduler.gateway.event_ids import EventIds
 from scheduler.gateway.request_schema import Call, Endpoint
 from scheduler.gateway.responses import (
     ChatChunk,
@@ -27,100 +28,110 @@ _encoder = msgspec.json.Encoder()
 
 
 class ChunkWriter(Protocol):
-    """Makes the events of one call's stream; each method's result is ready to be pushed."""
+    """Makes the events of one call's stream; each method's result is ready to be pushed.
 
-    def begin(self) -> bytes:
-        """What goes before the first token."""
+    Every event has an id. Those that the client has already come out empty.
+    """
 
-    def tokens(self, events: tuple[TokenEvent, ...], choice_offset: int) -> bytes:
+    def begin(self, part: int) -> bytes:
+        """What goes before the first token of prompt ``part``."""
+
+    def tokens(self, events: tuple[TokenEvent, ...], part: int) -> bytes:
         """What one step added; empty when all its text is held back."""
 
     def usage(self, usage: UsageBody) -> bytes:
         """The usage event."""
 
 
-def make_chunk_writer(call: Call, request_id: str, created_at_s: int) -> ChunkWriter:
+def make_chunk_writer(call: Call, request_id: str, created_at_s: int, ids: EventIds) -> ChunkWriter:
     """The writer for ``call``'s endpoint."""
     kind = ChatChunkWriter if call.endpoint is Endpoint.CHAT else LegacyChunkWriter
-    writer: ChunkWriter = kind(call, request_id, created_at_s)
+    writer: ChunkWriter = kind(call, request_id, created_at_s, ids)
     return writer
 
 
 class ChatChunkWriter:
     """``chat.completion.chunk`` events. With ``include_usage`` every chunk but the last has ``usage: null``."""
 
-    def __init__(self, call: Call, request_id: str, created_at_s: int) -> None:
+    def __init__(self, call: Call, request_id: str, created_at_s: int, ids: EventIds) -> None:
         self._call = call
+        self._ids = ids
         self._id = f"chatcmpl-{request_id}"
         self._created_at_s = created_at_s
         self._fingerprint = fingerprint(call.card)
 
-    def begin(self) -> bytes:
-        return b"".join(
-            self._chunk([ChatChunkChoice(index, Delta(role="assistant", content=""))])
-            for index in range(self._call.total_choices)
-        )
+    def begin(self, part: int) -> bytes:
+        role = Delta(role="assistant", content="")
+        return b"".join(self._chunk(part, [ChatChunkChoice(index, role)]) for index in _choices_of(self._call, part))
 
-    def tokens(self, events: tuple[TokenEvent, ...], choice_offset: int) -> bytes:
+    def tokens(self, events: tuple[TokenEvent, ...], part: int) -> bytes:
         pieces = []
         for event in events:
-            index = choice_offset + event.choice
+            index = part * self._call.num_choices + event.choice
             logprobs = None if event.logprob is None else ChatLogprobs([build_chat_token(event.logprob)])
             if event.text or logprobs is not None:
-                pieces.append(self._chunk([ChatChunkChoice(index, Delta(content=event.text), logprobs)]))
+                pieces.append(self._chunk(part, [ChatChunkChoice(index, Delta(content=event.text), logprobs)]))
             if event.finish_reason is not None:
-                pieces.append(self._chunk([ChatChunkChoice(index, Delta(), None, event.finish_reason.value)]))
+                pieces.append(self._chunk(part, [ChatChunkChoice(index, Delta(), None, event.finish_reason.value)]))
         return b"".join(pieces)
 
     def usage(self, usage: UsageBody) -> bytes:
-        return self._chunk([], usage)
+        return self._chunk(len(self._call.prompts) - 1, [], usage)
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: UsageBody | None = None) -> bytes:
+    def _chunk(self, part: int, choices: list[ChatChunkChoice], usage: UsageBody | None = None) -> bytes:
+        event_id = self._ids.next(part)
+        if event_id is None:
+            return b""
         chunk = ChatChunk(self._id, self._created_at_s, self._call.card.name, self._fingerprint, choices)
         if self._call.include_usage:
             chunk.usage = usage
-        return sse.event(_encoder.encode(chunk))
+        return sse.event(_encoder.encode(chunk), event_id)
 
 
 class LegacyChunkWriter:
     """``text_completion`` events. An echoed prompt is the first text of each of its choices."""
 
-    def __init__(self, call: Call, request_id: str, created_at_s: int) -> None:
+    def __init__(self, call: Call, request_id: str, created_at_s: int, ids: EventIds) -> None:
         self._call = call
+        self._ids = ids
         self._id = f"cmpl-{request_id}"
         self._created_at_s = created_at_s
         self._fingerprint = fingerprint(call.card)
         self._num_chars = [0] * call.total_choices
 
-    def begin(self) -> bytes:
-        call = self._call
-        if not call.echo:
+    def begin(self, part: int) -> bytes:
+        if not self._call.echo:
             return b""
-        return b"".join(
-            self._chunk([LegacyChoice(index, str(call.prompts[index // call.num_choices]))])
-            for index in range(call.total_choices)
-        )
+        prompt = str(self._call.prompts[part])
+        return b"".join(self._chunk(part, [LegacyChoice(index, prompt)]) for index in _choices_of(self._call, part))
 
-    def tokens(self, events: tuple[TokenEvent, ...], choice_offset: int) -> bytes:
+    def tokens(self, events: tuple[TokenEvent, ...], part: int) -> bytes:
         pieces = []
         for event in events:
-            index = choice_offset + event.choice
+            index = part * self._call.num_choices + event.choice
             logprobs = None
             if event.logprob is not None:
                 logprobs = empty_legacy_logprobs()
                 append_legacy_token(logprobs, event.logprob, self._num_chars[index])
             self._num_chars[index] += len(event.text)
             if event.text or logprobs is not None:
-                pieces.append(self._chunk([LegacyChoice(index, event.text, logprobs)]))
+                pieces.append(self._chunk(part, [LegacyChoice(index, event.text, logprobs)]))
             if event.finish_reason is not None:
-                pieces.append(self._chunk([LegacyChoice(index, "", None, event.finish_reason.value)]))
+                pieces.append(self._chunk(part, [LegacyChoice(index, "", None, event.finish_reason.value)]))
         return b"".join(pieces)
 
     def usage(self, usage: UsageBody) -> bytes:
-        return self._chunk([], usage)
+        return self._chunk(len(self._call.prompts) - 1, [], usage)
 
-    def _chunk(self, choices: list[LegacyChoice], usage: UsageBody | None = None) -> bytes:
+    def _chunk(self, part: int, choices: list[LegacyChoice], usage: UsageBody | None = None) -> bytes:
+        event_id = self._ids.next(part)
+        if event_id is None:
+            return b""
         chunk = LegacyCompletion(self._id, self._created_at_s, self._call.card.name, self._fingerprint, choices)
         if self._call.include_usage:
             chunk.usage = usage
-        return sse.event(_encoder.encode(chunk))
+        return sse.event(_encoder.encode(chunk), event_id)
+
+
+def _choices_of(call: Call, part: int) -> range:
+    return range(part * call.num_choices, (part + 1) * call.num_choices)

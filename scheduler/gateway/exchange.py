@@ -15,9 +15,17 @@ import msgspec
 import structlog
 from redis.exceptions import RedisError
 
+from scheduler.contract import job_queue, keys
 from scheduler.contract.codec import Frame
 from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
-from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame, Trace, VectorFrame
+from scheduler.contract.messages import (
+    GenerateRequest,
+    RequestRecord,
+    StepFrame,
+    TerminalFrame,
+    Trace,
+    VectorFrame,
+)
 from scheduler.contract.telemetry import Mark
 from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import Gateway
@@ -26,17 +34,38 @@ from scheduler.gateway.request_schema import Call, Endpoint
 from scheduler.gateway.traces import build_trace
 
 DEFAULT_WAKE_RETRY_AFTER_S: Final = 30
+#: How often a request is queued anew because the server lost it, before its client is told.
+MAX_GENERATIONS: Final = 5
+RECOVERY_RETRY_S: Final = 0.5
+RECOVERIES: Final = {
+    job_queue.REQUEUED: "queued again",
+    job_queue.STILL_HELD: "still there",
+    job_queue.ENDED: "ended",
+    job_queue.EXPIRED: "expired",
+    job_queue.GIVEN_UP: "given up",
+}
+EXPIRED: Final = ErrorInfo(
+    ErrorCode.OVERLOADED,
+    f"the request waited longer than {keys.REQUEST_TTL_S} s and was not run; try again",
+    retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S,
+)
+LOST: Final = ErrorInfo(
+    ErrorCode.BACKEND_UNAVAILABLE,
+    "the queue's server lost the request and it could not be queued again; send it again",
+    retry_after_s=1,
+)
 TRACE_WAIT_S: Final = 0.25
 
 
 class Part:
     """One generate request of an exchange. ``terminal`` is set once, by its last frame."""
 
-    __slots__ = ("choice_offset", "marks", "may_be_queued", "request", "terminal")
+    __slots__ = ("choice_offset", "index", "marks", "may_be_queued", "request", "terminal")
 
-    def __init__(self, request: GenerateRequest, choice_offset: int) -> None:
+    def __init__(self, request: GenerateRequest, index: int) -> None:
         self.request = request
-        self.choice_offset = choice_offset
+        self.index = index
+        self.choice_offset = index * request.num_choices
         self.marks: dict[str, int] = dict(request.marks)
         self.terminal: TerminalFrame | None = None
         self.may_be_queued = False
@@ -54,6 +83,7 @@ class Exchange:
     def __init__(self, gateway: Gateway, call: Call, request_id: str, accepted_mono_ns: int) -> None:
         self.call = call
         self.request_id = request_id
+        self.created_at_s = int(time.time())
         self.error: ErrorInfo | None = None
         self.done = asyncio.Event()
         self.started_mono_s = self.last_frame_mono_s = time.monotonic()
@@ -81,7 +111,7 @@ class Exchange:
             accepted_at_s=time.time(),
             marks={Mark.ACCEPTED: accepted_mono_ns},
         )
-        return Part(request, i * call.num_choices)
+        return Part(request, i)
 
     async def start(self, on_step: OnStep | None = None, on_vector: OnVector | None = None) -> None:
         """Subscribe, then enqueue, every request.
@@ -92,15 +122,77 @@ class Exchange:
         self._on_step, self._on_vector = on_step, on_vector
         gateway = self._gateway
         for part in self.parts:
-            gateway.hub.open(part.request.request_id, self._make_callback(part))
+            request_id, limit = part.request.request_id, gateway.queue_limit_of(part.request.model)
+            gateway.hub.open(request_id, self._make_callback(part), on_lost=self._make_recovery(part))
             part.may_be_queued = True
             try:
                 async with redis_within(gateway.settings.redis_limit_s, "queueing the request"):
-                    await gateway.dispatcher.enqueue(part.request, gateway.queue_limit_of(part.request.model))
+                    await gateway.dispatcher.enqueue(part.request, limit, record=self._build_record(part))
             except GlowplugError as error:
                 part.may_be_queued = error.info.code is not ErrorCode.QUEUE_FULL
                 raise
+            gateway.hub.expect(request_id)
             part.marks[Mark.ENQUEUED] = time.monotonic_ns()
+
+    def _build_record(self, part: Part) -> RequestRecord | None:
+        """What another gateway needs to go on with this call; None where the client could not come back for it."""
+        call = self.call
+        if part.index > 0 or not call.stream:
+            return None
+        return RequestRecord(
+            request_id=self.request_id,
+            tenant=part.request.tenant,
+            model=call.card.name,
+            snapshot_id=call.card.snapshot_id,
+            endpoint=call.endpoint.value,
+            gateway_id=part.request.gateway_id,
+            part_ids=tuple(part.request.request_id for part in self.parts),
+            num_choices=call.num_choices,
+            include_usage=call.include_usage,
+            created_at_s=self.created_at_s,
+            echoes=tuple(map(str, call.prompts)) if call.echo else (),
+        )
+
+    # --- a server that forgot -------------------------------------------------------------------------------------
+
+    def _make_recovery(self, part: Part) -> Callable[[], None]:
+        def on_lost() -> None:
+            self._gateway.run_in_background(self._recover(part), name=f"recover:{part.request.request_id}")
+
+        return on_lost
+
+    async def _recover(self, part: Part) -> None:
+        """The queue's server lost the request (a restart without its data): queue it again, under the same id.
+
+        Its next run reads the tokens that the client has from the log, where the hub has put them back.
+        """
+        while part.terminal is None and self.error is None:
+            request = msgspec.structs.replace(part.request, generation=part.request.generation + 1)
+            try:
+                if request.generation > MAX_GENERATIONS:
+                    found = job_queue.GIVEN_UP
+                else:
+                    found = await self._gateway.dispatcher.recover(request, record=self._build_record(part))
+            except (RedisError, OSError) as error:
+                self._log.warning("recovery_delayed", request_id=request.request_id, error=str(error))
+                await asyncio.sleep(RECOVERY_RETRY_S)
+                continue
+            part.request = request
+            self._gateway.metrics.on_recovery()
+            self._log.warning("request_recovered", request_id=request.request_id, found=RECOVERIES[found])
+            if found in (job_queue.EXPIRED, job_queue.GIVEN_UP):
+                await self._end_lost(part, found)
+            self._gateway.hub.expect(request.request_id)
+            return
+
+    async def _end_lost(self, part: Part, found: int) -> None:
+        """Nobody will run this request: say so, in its log too, where other listeners wait."""
+        error = EXPIRED if found == job_queue.EXPIRED else LOST
+        try:
+            await self._gateway.dispatcher.fail_request(part.request, error)
+        except (RedisError, OSError) as trouble:
+            self._log.warning("lost_request_not_ended", request_id=part.request.request_id, error=str(trouble))
+        self.fail(error)
 
     async def record(self) -> Trace:
         """Keep the traces of all requests and count them; the first one's is returned.

@@ -58,13 +58,17 @@ class Gateway:
             except GlowplugError as error:  # its requests get this error; other models serve
                 self._log.error("chat_template_refused", model=card.name, error=error.info.message)
 
+    def tenant_of(self, request: web.Request) -> str:
+        """Whose request it is; empty where there are no keys."""
+        return ""
+
     def cancel_in_background(self, request: GenerateRequest) -> None:
         """Tell queue and workers that nobody waits for ``request`` any more. Returns at once; never raises."""
         self.run_in_background(self._cancel(request), name=f"cancel:{request.request_id}")
 
     async def _cancel(self, request: GenerateRequest) -> None:
         try:
-            await self.dispatcher.cancel(request.request_id, request.model)
+            await self.dispatcher.cancel(request.request_id, request.model, self.gateway_id)
         except (RedisError, OSError) as error:
             self._log.warning("cancel_failed", request_id=request.request_id, error=str(error))
 

@@ -8,9 +8,9 @@ stream's next one, dropped when it is older; so each is delivered once, whicheve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import structlog
 from redis.asyncio import Redis
@@ -27,6 +27,7 @@ _log = structlog.get_logger()
 
 OnFrame = Callable[[Frame], None]
 OnStage = Callable[[StageEvent], None]
+OnLost = Callable[[], None]
 
 SILENCE_S: Final = 0.5  # after this long without a frame, a stream's log is read
 MAX_SILENCE_S: Final = 4.0  # reads back off to this while nothing comes (a model that is still waking)
@@ -51,6 +52,7 @@ class HubStatistics(NamedTuple):
 class _Stream:
     request_id: str
     on_frame: OnFrame
+    on_lost: OnLost | None
     next_seq: int
     heard_s: float  # loop time of the last frame, or of the last look at the log
     silence_s: float
@@ -58,7 +60,16 @@ class _Stream:
     first_seq: int = 0
     filling: bool = False
     fill_again: bool = False  # more was announced while its log was being read
+    is_queued: bool = False  # its job is in the queue: if it is there no more without a terminal frame, it was lost
     closed: bool = False
+
+
+@dataclass(slots=True)
+class _OtherChannel:
+    """Another gateway's channel, while streams that began there are open here."""
+
+    subscription: Subscription
+    num_listeners: int = 0
 
 
 class Hub:
@@ -75,7 +86,9 @@ class Hub:
         self._channel = keys.gateway_channel(gateway_id)
         self._repair_tail = redis.register_script(token_log.REPAIR_TAIL)
         self._subscription = Subscription(redis, [self._channel, keys.EVENTS], self._on_message, self._on_subscribed)
+        self._others: dict[str, _OtherChannel] = {}  # channels of other gateways, whose streams are resumed here
         self._streams: dict[str, _Stream] = {}
+        self._further: dict[str, list[_Stream]] = {}  # resumed ones
         self._stage_watchers: dict[str, list[OnStage]] = {}
         self._fills: set[asyncio.Task[None]] = set()
         self._watch: asyncio.TimerHandle | None = None
@@ -89,9 +102,10 @@ class Hub:
     async def aclose(self) -> None:
         """Unsubscribe and forget all streams. Idempotent."""
         await self._subscription.aclose()
-        for stream in self._streams.values():
-            stream.closed = True
-        self._streams.clear()
+        await asyncio.gather(*(other.subscription.aclose() for other in self._others.values()))
+        self._others.clear()
+        for stream in self._all_streams():
+            self._close(stream)
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
@@ -99,10 +113,18 @@ class Hub:
             task.cancel()
         await asyncio.gather(*self._fills, return_exceptions=True)
 
-    def open(self, request_id: str, on_frame: OnFrame, *, start: int = 0) -> None:
+    def open(
+        self,
+        request_id: str,
+        on_frame: OnFrame,
+        *,
+        start: int = 0,
+        on_lost: OnLost | None = None,
+    ) -> None:
         """Deliver the request's frames from number ``start`` on. Open before enqueueing, or frames may arrive late.
 
-        The stream closes by itself after its terminal frame.
+        The stream closes by itself after its terminal frame. ``on_lost`` is called when the request is neither in the
+        queue nor ended, once after each :meth:`expect`.
 
         Raises:
             ValueError: the stream is open already.
@@ -110,18 +132,68 @@ class Hub:
         if request_id in self._streams:
             raise ValueError(f"stream {request_id} is open already")
         loop = asyncio.get_running_loop()
-        stream = _Stream(request_id, on_frame, start, loop.time(), self._silence_s, first_seq=start)
+        stream = _Stream(request_id, on_frame, on_lost, start, loop.time(), self._silence_s, first_seq=start)
         self._streams[request_id] = stream
         if start > 0:
             self._fill([stream])
-        if self._watch is None:
-            self._watch = loop.call_later(self._silence_s / 2, self._on_watch)
+        self._ensure_watch()
+
+    def open_again(self, request_id: str, on_frame: OnFrame, on_lost: OnLost) -> Callable[[], None]:
+        """A further stream of a request that was enqueued earlier, here or elsewhere, from its first frame on.
+
+        The result closes it; it closes by itself after its terminal frame.
+        """
+        loop = asyncio.get_running_loop()
+        stream = _Stream(request_id, on_frame, on_lost, 0, loop.time(), self._silence_s, is_queued=True)
+        self._further.setdefault(request_id, []).append(stream)
+        self._fill([stream])
+        self._ensure_watch()
+        return lambda: self._close(stream)
+
+    def expect(self, request_id: str) -> None:
+        """The request is in the queue from now on."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.is_queued = True
+
+    def listen_to(self, gateway_id: str) -> Callable[[], None]:
+        """Hear also what is published for another gateway, whose streams are resumed here; the result ends that.
+
+        Workers need not be told: they go on publishing where the request began. Costs a connection while in use.
+        """
+        if keys.gateway_channel(gateway_id) == self._channel:
+            return lambda: None
+        other = self._others.get(gateway_id)
+        if other is None:
+            channel = keys.gateway_channel(gateway_id)
+            subscription = Subscription(self._redis, [channel], self._on_message, self._on_subscribed)
+            other = self._others[gateway_id] = _OtherChannel(subscription)
+            self._run(subscription.start(), f"subscribe to {channel}")
+        other.num_listeners += 1
+
+        def stop_listening() -> None:
+            other.num_listeners -= 1
+            if other.num_listeners == 0 and self._others.get(gateway_id) is other:
+                del self._others[gateway_id]
+                self._run(other.subscription.aclose(), f"unsubscribe from {gateway_id}")
+
+        return stop_listening
 
     def close(self, request_id: str) -> None:
         """Deliver nothing more of this request. Idempotent."""
-        stream = self._streams.pop(request_id, None)
+        stream = self._streams.get(request_id)
         if stream is not None:
-            stream.closed = True
+            self._close(stream)
+
+    def _close(self, stream: _Stream) -> None:
+        stream.closed = True
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+        further = self._further.get(stream.request_id, [])
+        if stream in further:
+            further.remove(stream)
+        if not further:
+            self._further.pop(stream.request_id, None)
 
     def watch_stages(self, model: str, on_stage: OnStage) -> Callable[[], None]:
         """Call ``on_stage`` for each stage event of ``model``; the result ends that. Events may be missed."""
@@ -139,7 +211,7 @@ class Hub:
     def statistics(self) -> HubStatistics:
         """Counts since the start, and the present number of streams."""
         return HubStatistics(
-            open_streams=len(self._streams),
+            open_streams=len(self._all_streams()),
             live=self._live,
             filled=self._filled,
             duplicates=self._duplicates,
@@ -154,10 +226,10 @@ class Hub:
 
     def _on_message(self, channel: str, data: bytes) -> None:
         try:
-            if channel == self._channel:
-                self._on_items(token_log.decode_items(data))
-            else:
+            if channel == keys.EVENTS:
                 self._on_stage(codec.decode(data, StageEvent))
+            else:
+                self._on_items(token_log.decode_items(data))
         except ContractError as error:
             # A token message's frames are in the logs; silence will lead there.
             _log.error("message_refused", channel=channel, error=str(error))
@@ -166,18 +238,25 @@ class Hub:
         behind: list[_Stream] = []
         for request_id, seq, frame in items:
             stream = self._streams.get(request_id)
-            if stream is None:
+            if stream is not None:
+                self._on_item(stream, seq, frame, behind)
+            elif request_id not in self._further:
                 self._unknown += 1
-            elif seq == stream.next_seq:
-                self._live += 1
-                self._deliver(stream, frame)
-            elif seq < stream.next_seq:
-                self._duplicates += 1
-            else:
-                self._gaps += 1
-                behind.append(stream)
+            if self._further:
+                for further in tuple(self._further.get(request_id, ())):
+                    self._on_item(further, seq, frame, behind)
         if behind:
             self._fill(behind)
+
+    def _on_item(self, stream: _Stream, seq: int, frame: bytes, behind: list[_Stream]) -> None:
+        if seq == stream.next_seq:
+            self._live += 1
+            self._deliver(stream, frame)
+        elif seq < stream.next_seq:
+            self._duplicates += 1
+        else:
+            self._gaps += 1
+            behind.append(stream)
 
     def _on_stage(self, event: StageEvent) -> None:
         for on_stage in tuple(self._stage_watchers.get(event.model, ())):
@@ -188,20 +267,27 @@ class Hub:
                 _log.exception("stage_callback_failed", model=event.model)
 
     def _on_subscribed(self) -> None:
-        self._fill(self._streams.values())
+        self._fill(self._all_streams())
+
+    def _all_streams(self) -> list[_Stream]:
+        return [*self._streams.values(), *(stream for further in self._further.values() for stream in further)]
+
+    def _ensure_watch(self) -> None:
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(self._silence_s / 2, self._on_watch)
 
     def _on_watch(self) -> None:
         """Look after streams that have been silent; runs only while streams are open."""
         self._watch = None
-        if not self._streams:
+        streams = self._all_streams()
+        if not streams:
             return
-        loop = asyncio.get_running_loop()
-        now_s = loop.time()
-        silent = [stream for stream in self._streams.values() if now_s - stream.heard_s >= stream.silence_s]
+        now_s = asyncio.get_running_loop().time()
+        silent = [stream for stream in streams if now_s - stream.heard_s >= stream.silence_s]
         for stream in silent:
             stream.silence_s = min(2 * stream.silence_s, self._max_silence_s)
         self._fill(silent)
-        self._watch = loop.call_later(self._silence_s / 2, self._on_watch)
+        self._ensure_watch()
 
     def _deliver(self, stream: _Stream, data: bytes) -> None:
         """Hand over frame ``stream.next_seq``."""
@@ -218,14 +304,14 @@ class Hub:
                 error=ErrorInfo(ErrorCode.INTERNAL, "the token log holds a frame that does not decode")
             )
         if isinstance(frame, TerminalFrame):
-            self.close(stream.request_id)
+            self._close(stream)
         try:
             stream.on_frame(frame)
         except Exception:  # one client's sink must not stop the others' tokens
             self._callback_errors += 1
             _log.exception("frame_callback_failed", request_id=stream.request_id)
             if not stream.closed:
-                self.close(stream.request_id)
+                self._close(stream)
 
     # --- gap fill ---------------------------------------------------------------------------------------------
 
@@ -238,9 +324,12 @@ class Hub:
                 stream.filling = True
                 wanted.append(stream)
         if wanted:
-            task = asyncio.get_running_loop().create_task(self._read_logs(wanted), name="gap fill")
-            self._fills.add(task)
-            task.add_done_callback(self._fills.discard)
+            self._run(self._read_logs(wanted), "gap fill")
+
+    def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._fills.add(task)
+        task.add_done_callback(self._fills.discard)
 
     async def _read_logs(self, streams: list[_Stream]) -> None:
         again: list[_Stream] = []
@@ -257,14 +346,18 @@ class Hub:
 
     async def _read_batch(self, streams: list[_Stream]) -> None:
         starts = [stream.next_seq for stream in streams]
+        were_queued = [stream.is_queued for stream in streams]
         async with self._redis.pipeline(transaction=False) as pipeline:
             for stream, start in zip(streams, starts, strict=True):
                 log = keys.token_log(stream.request_id)
+                # The job first: one that ends in between is missed there and has its terminal frame here.
+                pipeline.exists(keys.job(stream.request_id))
                 pipeline.llen(log)
                 pipeline.lrange(log, start, -1)
             replies = await pipeline.execute()
         now_s = asyncio.get_running_loop().time()
-        for stream, start, length, frames in zip(streams, starts, replies[::2], replies[1::2], strict=True):
+        rows = zip(streams, starts, were_queued, replies[::3], replies[1::3], replies[2::3], strict=True)
+        for stream, start, was_queued, has_job, length, frames in rows:
             stream.heard_s = now_s
             for seq, data in enumerate(frames, start):
                 # Live messages may have overtaken this reply: only the next one counts.
@@ -273,6 +366,10 @@ class Hub:
                     self._deliver(stream, data)
             if length < start and not stream.closed:
                 await self._repair(stream)
+            if was_queued and not has_job and not stream.closed:
+                stream.is_queued = False
+                if stream.on_lost is not None:
+                    stream.on_lost()
 
     async def _repair(self, stream: _Stream) -> None:
         """The server lost frames that the client has seen: give them back, so that a new run goes on from there."""

@@ -47,6 +47,10 @@ class GatewayMetrics:
         """A request for ``model`` began (+1) or ended (-1)."""
         self.ensure_ready().in_flight.labels(model).inc(change)
 
+    def on_recovery(self) -> None:
+        """A request that the queue's server had lost was looked for."""
+        self.ensure_ready().recoveries.inc()
+
     def on_delivery(self, sampled_mono_ns: int, written_mono_ns: int) -> None:
         """A step's tokens were written to a client's socket."""
         seconds = (written_mono_ns - sampled_mono_ns) / 1e9
@@ -104,6 +108,7 @@ class _Instruments:
         self.delivery = histogram(
             Metric.TOKEN_DELIVERY_SECONDS, "Token sampled to written to the client.", buckets=DELIVERY_BUCKETS_S
         )
+        self.recoveries = counter(Metric.RECOVERIES_TOTAL, "Requests that the queue's server had lost.")
         self.in_flight = gauge(Metric.IN_FLIGHT, "Requests this gateway holds.", "model")
         self.queue_depth = gauge(Metric.QUEUE_DEPTH, "Requests queued or running.", "model")
         self.workers = gauge(Metric.WORKERS, "Workers by slot state.", "model", "state")

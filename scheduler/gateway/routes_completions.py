@@ -13,12 +13,16 @@ from scheduler.gateway.generate import answer_call
 from scheduler.gateway.request_body import read_json_body
 from scheduler.gateway.request_log import FACTS
 from scheduler.gateway.request_schema import Endpoint, read_completion_call, read_model_name
+from scheduler.gateway.resumption import resume_by_header
 
 
 async def create_completion(request: web.Request) -> web.StreamResponse:
     """Complete the prompts. Everything that can be refused is refused here, before a model is woken."""
     gateway, facts = request.app[GATEWAY], request[FACTS]
     facts.endpoint = Endpoint.COMPLETIONS
+    resumed = await resume_by_header(request)
+    if resumed is not None:
+        return resumed
     body = await read_json_body(request, gateway.settings)
     accepted_mono_ns = time.monotonic_ns()
     card = await gateway.directory.get_card(read_model_name(body))

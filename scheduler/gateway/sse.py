@@ -11,9 +11,9 @@ from typing import Final
 DONE: Final = b"data: [DONE]\n\n"
 
 
-def event(data: bytes) -> bytes:
-    """An event. ``data`` is JSON without line breaks."""
-    return b"data: %b\n\n" % data
+def event(data: bytes, event_id: bytes = b"") -> bytes:
+    """An event. ``data`` is JSON without line breaks. The id comes last: naive clients look at the first line only."""
+    return b"data: %b\nid: %b\n\n" % (data, event_id) if event_id else b"data: %b\n\n" % data
 
 
 def comment(text: str) -> bytes:

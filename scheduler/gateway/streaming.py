@@ -14,6 +14,7 @@ from scheduler.contract.telemetry import Mark
 from scheduler.gateway import sse
 from scheduler.gateway.chunks import make_chunk_writer
 from scheduler.gateway.errors import encode_error
+from scheduler.gateway.event_ids import EventIds
 from scheduler.gateway.event_stream import EventStream
 from scheduler.gateway.exchange import Exchange, Part
 from scheduler.gateway.gateway import Gateway
@@ -26,13 +27,15 @@ FIRST_STAGE: Final = "queued"
 class StreamedCall:
     """One streamed call from its headers to ``[DONE]``. Used once, by its handler."""
 
-    def __init__(self, request: web.Request, gateway: Gateway, exchange: Exchange) -> None:
+    def __init__(self, request: web.Request, gateway: Gateway, exchange: Exchange, seen: tuple[int, ...] = ()) -> None:
+        """``seen``: the events that the client has already, of a call that it resumes."""
         self._gateway = gateway
         self._exchange = exchange
         self._model = exchange.call.card.name
         self._stream = EventStream(request, {}, gateway.settings.max_write_buffer_bytes)
-        self._chunks = make_chunk_writer(exchange.call, exchange.request_id, int(time.time()))
-        self._begun = False
+        ids = EventIds(exchange.request_id, len(exchange.parts), seen)
+        self._chunks = make_chunk_writer(exchange.call, exchange.request_id, exchange.created_at_s, ids)
+        self._begun: set[int] = set()  # prompts whose first events are out
         self._stage = StageEvent(self._model, FIRST_STAGE)
         self._log = structlog.get_logger()
 
@@ -84,18 +87,20 @@ class StreamedCall:
                 self._stream.push(sse.comment(f"waiting model={self._model}"))
 
     def _on_step(self, part: Part, frame: StepFrame) -> None:
-        tokens = self._chunks.tokens(frame.events, part.choice_offset)
-        if not self._begun:
-            self._begun = True
-            self._stream.push(self._chunks.begin() + tokens)
-        elif tokens:
-            self._stream.push(tokens)
+        tokens = self._begin(part) + self._chunks.tokens(frame.events, part.index)
+        self._stream.push(tokens)
         if self._stream.is_cut:
             self._exchange.fail(ErrorInfo(ErrorCode.CANCELLED, "the client is gone or reads too slowly"))
         elif tokens:
             written_mono_ns = time.monotonic_ns()
             part.marks.setdefault(Mark.FIRST_BYTE, written_mono_ns)
             self._gateway.metrics.on_delivery(frame.sampled_mono_ns, written_mono_ns)
+
+    def _begin(self, part: Part) -> bytes:
+        if part.index in self._begun:
+            return b""
+        self._begun.add(part.index)
+        return self._chunks.begin(part.index)
 
     def _on_stage(self, event: StageEvent) -> None:
         self._gateway.directory.invalidate()
@@ -118,7 +123,7 @@ class StreamedCall:
         if exchange.error is not None:
             return self._error_event()
         trace = await exchange.record()
-        pieces = [] if self._begun else [self._chunks.begin()]
+        pieces = [self._begin(part) for part in exchange.parts]
         if exchange.call.include_usage:
             usages = [part.terminal.usage for part in exchange.parts if part.terminal is not None]
             pieces.append(self._chunks.usage(build_usage(usages)))
