@@ -12,9 +12,15 @@ from scheduler.contract import keys
 LEASE_S: Final = 3.0
 RENEW_EVERY_S: Final = 1.0
 
+#: The token grows by one, but is at least the server's clock in milliseconds: a server that lost its data must not
+#: begin again at one, which agents that saw more would take for a deposed leader.
 _ACQUIRE: Final = """
-if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return redis.call('INCR', KEYS[2]) end
-return 0
+if not redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 0 end
+local now = redis.call('TIME')
+local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
+local token = math.max(tonumber(redis.call('GET', KEYS[2]) or '0') + 1, now_ms)
+redis.call('SET', KEYS[2], string.format('%.0f', token))
+return token
 """
 _RENEW: Final = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end

@@ -179,6 +179,7 @@ class Scheduler:
             case ModelsChanged():  # also an agent's first word: its node may be new
                 await self._read_cards()
                 await self._read_nodes()
+                await self._read_queues(self._fleet.model_names())  # a model may have come after its first requests
         return isinstance(message, Demand)
 
     # --- reading ----------------------------------------------------------------------------------------------

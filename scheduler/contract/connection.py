@@ -7,7 +7,7 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
+from redis.backoff import EqualJitterBackoff
 from redis.exceptions import BusyLoadingError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -38,7 +38,7 @@ def connection_options(url: str) -> dict[str, Any]:
     options.update(
         decode_responses=False,
         protocol=2,
-        retry=Retry(ExponentialBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S), RETRIES),
+        retry=Retry(EqualJitterBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S), RETRIES),
         retry_on_timeout=True,
         retry_on_error=[RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError],
         lib_name=None,  # no CLIENT SETINFO: two commands less on every connection of a cold start

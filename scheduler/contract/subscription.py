@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -75,7 +76,7 @@ class Subscription:
                 await connection.disconnect(nowait=True)
             if self._num_subscribes > num_subscribes:
                 delay_s = RECONNECT_BASE_S
-            await asyncio.sleep(delay_s)
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # not all at the same instant
             delay_s = min(delay_s * 2, RECONNECT_CAP_S)
 
     async def _listen(self, connection: Any) -> None:

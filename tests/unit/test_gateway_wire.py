@@ -20,6 +20,7 @@ from scheduler.contract.telemetry import Mark
 from scheduler.gateway import sse
 from scheduler.gateway.chunks import make_chunk_writer
 from scheduler.gateway.errors import HttpError, encode_error, error_response
+from scheduler.gateway.event_ids import EventIds
 from scheduler.gateway.metrics import GatewayMetrics
 from scheduler.gateway.request_ids import create_request_id, is_request_id
 from scheduler.gateway.request_schema import Call, read_chat_call, read_completion_call
@@ -38,14 +39,14 @@ def chat_call(**fields: Any) -> Call:
 
 
 def decode(payload: bytes) -> list[Any]:
-    return [json.loads(block[6:]) for block in payload.decode().split("\n\n") if block]
+    return [json.loads(block[6:].partition("\n")[0]) for block in payload.decode().split("\n\n") if block]
 
 
 def test_chat_chunks_have_the_keys_that_clients_look_for() -> None:
     """Role first and once, null finish_reason until the last, no usage key unless asked for."""
-    writer = make_chunk_writer(chat_call(), "ID", 5)
+    writer = make_chunk_writer(chat_call(), "ID", 5, EventIds("ID", 1))
     first, *rest = decode(
-        writer.begin() + writer.tokens((TokenEvent(0, 1, "a"), TokenEvent(0, 2, "", FinishReason.LENGTH)), 0)
+        writer.begin(0) + writer.tokens((TokenEvent(0, 1, "a"), TokenEvent(0, 2, "", FinishReason.LENGTH)), 0)
     )
     assert first == {
         "id": "chatcmpl-ID",
@@ -63,9 +64,9 @@ def test_chat_chunks_have_the_keys_that_clients_look_for() -> None:
 
 def test_usage_is_null_in_every_chunk_but_its_own() -> None:
     """With include_usage; the usage chunk has no choices."""
-    writer = make_chunk_writer(chat_call(stream_options={"include_usage": True}), "ID", 5)
+    writer = make_chunk_writer(chat_call(stream_options={"include_usage": True}), "ID", 5, EventIds("ID", 1))
     usage = build_usage([Usage(3, 4, 1), Usage(1, 1, 0)])
-    first, last = decode(writer.begin() + writer.usage(usage))
+    first, last = decode(writer.begin(0) + writer.usage(usage))
     assert first["usage"] is None
     assert last["choices"] == []
     assert last["usage"] == {
@@ -78,7 +79,7 @@ def test_usage_is_null_in_every_chunk_but_its_own() -> None:
 
 def test_held_back_text_writes_nothing_and_its_logprob_still_arrives() -> None:
     """A token in the middle of a character has no text; with logprobs its position must not be lost."""
-    writer = make_chunk_writer(chat_call(logprobs=True, top_logprobs=2), "ID", 5)
+    writer = make_chunk_writer(chat_call(logprobs=True, top_logprobs=2), "ID", 5, EventIds("ID", 1))
     assert writer.tokens((TokenEvent(0, 7, ""),), 0) == b""
     (chunk,) = decode(writer.tokens((TokenEvent(0, 7, "", None, LOGPROB),), 0))
     (content,) = chunk["choices"][0]["logprobs"]["content"]
@@ -90,14 +91,16 @@ def test_held_back_text_writes_nothing_and_its_logprob_still_arrives() -> None:
 def test_legacy_chunks_echo_each_prompt_and_number_choices_through() -> None:
     """Two prompts with n=2 are choices 0 to 3; offsets count characters."""
     body = {"prompt": ["p", "q"], "n": 2, "stream": True, "echo": True}
-    writer = make_chunk_writer(read_completion_call(body, make_card()), "ID", 5)
-    assert [(c["choices"][0]["index"], c["choices"][0]["text"]) for c in decode(writer.begin())] == [
+    writer = make_chunk_writer(read_completion_call(body, make_card()), "ID", 5, EventIds("ID", 2))
+    assert [(c["choices"][0]["index"], c["choices"][0]["text"]) for c in decode(writer.begin(0) + writer.begin(1))] == [
         (0, "p"),
         (1, "p"),
         (2, "q"),
         (3, "q"),
     ]
-    plain = make_chunk_writer(read_completion_call({"prompt": "p", "logprobs": 2}, make_card()), "ID", 5)
+    plain = make_chunk_writer(
+        read_completion_call({"prompt": "p", "logprobs": 2}, make_card()), "ID", 5, EventIds("ID", 1)
+    )
     chunks = decode(plain.tokens((TokenEvent(0, 1, "né", None, LOGPROB), TokenEvent(0, 1, "x", None, LOGPROB)), 0))
     assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks] == [[0], [2]]
     assert chunks[0]["object"] == "text_completion"
@@ -106,9 +109,9 @@ def test_legacy_chunks_echo_each_prompt_and_number_choices_through() -> None:
 @given(st.text(max_size=40))
 def test_any_text_survives_as_one_event(text: str) -> None:
     """Line breaks and controls in a token never split an event."""
-    writer = make_chunk_writer(chat_call(), "ID", 5)
+    writer = make_chunk_writer(chat_call(), "ID", 5, EventIds("ID", 1))
     payload = writer.tokens((TokenEvent(0, 1, text or "x"),), 0)
-    assert payload.count(b"\n") == 2
+    assert payload.count(b"\n") == 3
     (chunk,) = decode(payload)
     assert chunk["choices"][0]["delta"]["content"] == (text or "x")
 

@@ -1,0 +1,47 @@
+"""A gateway that dies or drains while it streams: its clients go on at another one, or their requests are ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.eventually import eventually
+from tests.fleet_fixtures import Answer, Fleet, started_fleet
+from tests.model_fixtures import SMOLLM2
+
+
+def copy_linked(source: Path, target: Path) -> Path:
+    """A private state folder; blobs are hard links."""
+
+    def copy(one: str, other: str) -> None:
+        os.link(one, other) if "/blobs/" in one else shutil.copy2(one, other)
+
+    return Path(shutil.copytree(source, target, copy_function=copy))
+
+
+@pytest.fixture
+async def fleet(smollm2_state_dir: Path, short_tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with started_fleet(copy_linked(smollm2_state_dir, short_tmp_path / "s")) as running:
+        yield running
+
+
+async def test_a_stream_goes_on_at_another_gateway_after_kill_9(fleet: Fleet) -> None:
+    """Every event once and in order, the text of an undisturbed run, and its usage; also after the end."""
+    calm = await fleet.ask(Answer(), model=SMOLLM2, max_tokens=40)
+    calm.check()
+    storm = Answer()
+    asking = asyncio.create_task(fleet.ask(storm, model=SMOLLM2, max_tokens=40))
+    await eventually(lambda: len(storm.ids) >= 8)
+    fleet.send("gateway-0", signal.SIGKILL)
+    await asking
+    storm.check()
+    assert storm.num_resumes >= 1
+    assert (storm.text, storm.completion_tokens) == (calm.text, calm.completion_tokens)
+    whole = await fleet.ask(Answer(request_id=storm.request_id), "gateway-1")
+    assert (whole.ids, whole.text) == (storm.ids, storm.text)
