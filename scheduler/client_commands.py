@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ import click
 from scheduler.command import state_dir_option
 
 NO_SERVER_EXIT: Final = 3
+#: The API key to send, where the server needs one; `ps` and `trace` need the scope admin.
+API_KEY: Final = "GLOWPLUG_API_KEY"
+#: Certificate authority of an https server, where the system does not know it.
+CA_FILE: Final = "GLOWPLUG_CA_FILE"
 REQUEST_TIMEOUT_S: Final = 600.0
 BAR_COLUMNS: Final = 44
 
@@ -163,7 +168,16 @@ def _server_url(state_dir: Path, url: str | None) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise NoServer(f"no server runs on {state_dir} ({path} is missing): start one with `glowplug serve`") from error
-    return f"http://{found['host']}:{found['port']}"
+    return f"{found.get('scheme', 'http')}://{found['host']}:{found['port']}"
+
+
+def _connect(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:
+    if scheme != "https":
+        return http.client.HTTPConnection(host, port, timeout=REQUEST_TIMEOUT_S)
+    import ssl
+
+    context = ssl.create_default_context(cafile=os.environ.get(CA_FILE))
+    return http.client.HTTPSConnection(host, port, timeout=REQUEST_TIMEOUT_S, context=context)
 
 
 def _request(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
@@ -174,10 +188,13 @@ def _request(url: str, method: str, path: str, body: dict[str, Any] | None = Non
         ClickException: the server answered with an error; its message.
     """
     address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=REQUEST_TIMEOUT_S)
+    connection = _connect(address.scheme, address.hostname or "127.0.0.1", address.port)
     try:
         payload = None if body is None else json.dumps(body)
-        connection.request(method, path, payload, {"Content-Type": "application/json"} if body else {})
+        headers = {"Content-Type": "application/json"} if body else {}
+        if api_key := os.environ.get(API_KEY):
+            headers["Authorization"] = f"Bearer {api_key}"
+        connection.request(method, path, payload, headers)
         response = connection.getresponse()
     except OSError as error:
         raise NoServer(f"{url} does not answer: {error}") from error

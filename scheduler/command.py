@@ -23,7 +23,7 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "export": ("worker.build.transport_commands", "export_command", "Write a snapshot to one compressed file."),
     "import": ("worker.build.transport_commands", "import_command", "Bring a snapshot in from a file."),
     "gc": ("worker.build.store_commands", "gc", "Delete blobs that no snapshot names."),
-    "keys": ("worker.build.keys_command", "keys", "Manage the keys that sign and encrypt snapshots."),
+    "keys": ("worker.build.keys_command", "keys", "Manage keys: of snapshots, and of the API."),
     "resign": ("worker.build.keys_command", "resign", "Sign snapshots with the newest key."),
     "guests": ("guests.command", "guests", "Compile, inspect and run guests (WebAssembly)."),
     "serve": ("scheduler.serve_command", "serve", "Start everything on this machine and serve."),
@@ -33,6 +33,12 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "ps": ("scheduler.client_commands", "ps", "Show models, tiers, workers and idle timers."),
     "run": ("scheduler.client_commands", "run", "Stream an answer to the terminal."),
     "trace": ("scheduler.client_commands", "trace", "Draw where the time of a request went."),
+}
+
+
+#: (verb, sub-verb) -> (module, attribute): sub-verbs that another package than the verb's own offers
+SUB_VERBS: Final[dict[tuple[str, str], tuple[str, str]]] = {
+    ("keys", "api"): ("scheduler.api_keys_command", "api"),
 }
 
 
@@ -47,6 +53,9 @@ class LazyGroup(click.Group):
             return None
         module, attribute, _ = VERBS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
+        for (verb, sub_verb), (sub_module, sub_attribute) in SUB_VERBS.items():
+            if verb == cmd_name and isinstance(command, click.Group):
+                command.add_command(getattr(importlib.import_module(sub_module), sub_attribute), sub_verb)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,18 +13,56 @@ from scheduler.command import state_dir_option
 from scheduler.contract import environment
 
 
+def listener_options(function: Any) -> Any:
+    """What ``serve`` and ``gateway`` share: where to listen, TLS, and whether keys are needed."""
+    file = click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True)
+    for option in (
+        click.option("--no-auth", is_flag=True, help="Need no API keys, on loopback only, even if there are some."),
+        click.option("--tls-key", type=file, help="PEM file of its private key."),
+        click.option("--tls-cert", type=file, help="PEM file: serve HTTPS with this certificate (SIGHUP: read again)."),
+        click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free."),
+        click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    ):
+        function = option(function)
+    return function
+
+
+def export_listener(tls_cert: Path | None, tls_key: Path | None, no_auth: bool) -> None:
+    """Hand the options on to the gateway process.
+
+    Raises:
+        ClickException: one of the two TLS files is missing.
+    """
+    if (tls_cert is None) != (tls_key is None):
+        raise click.ClickException("--tls-cert and --tls-key go together")
+    if tls_cert is not None and tls_key is not None:
+        os.environ.update(GLOWPLUG_TLS_CERT=str(tls_cert), GLOWPLUG_TLS_KEY=str(tls_key))
+    if no_auth:
+        os.environ["GLOWPLUG_NO_AUTH"] = "1"
+
+
 @click.command()
 @state_dir_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
+@listener_options
 @click.option("--idle-timeout-s", type=click.FloatRange(min=0.05), help="Scale a model to zero after this idle time.")
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
 @click.option("--dev", is_flag=True, help="Make a signing key in the state folder if there is none.")
-def serve(state_dir: Path, host: str, port: int, idle_timeout_s: float | None, config: Path | None, dev: bool) -> None:
+def serve(
+    state_dir: Path,
+    host: str,
+    port: int,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    no_auth: bool,
+    idle_timeout_s: float | None,
+    config: Path | None,
+    dev: bool,
+) -> None:
     """Start embedded Redis (or use REDIS_URL), gateway, scheduler and node agent; Ctrl-C drains and stops them."""
     from scheduler.supervisor import ServeOptions, run_serve
 
     _check_config(config)
+    export_listener(tls_cert, tls_key, no_auth)
     options = ServeOptions(
         state_dir=state_dir, host=host, port=port, idle_timeout_s=idle_timeout_s, config_path=config, dev=dev
     )
@@ -32,10 +71,10 @@ def serve(state_dir: Path, host: str, port: int, idle_timeout_s: float | None, c
 
 @click.command()
 @state_dir_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free port.")
-def gateway(state_dir: Path, host: str, port: int) -> None:
+@listener_options
+def gateway(state_dir: Path, host: str, port: int, tls_cert: Path | None, tls_key: Path | None, no_auth: bool) -> None:
     """Start the HTTP gateway alone; finds the rest through REDIS_URL."""
+    export_listener(tls_cert, tls_key, no_auth)
     os.environ.update(GLOWPLUG_HOST=host, GLOWPLUG_PORT=str(port))
     _become("scheduler", "gateway")
 

@@ -21,7 +21,6 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -31,11 +30,11 @@ from typing import Any, Final
 
 from scheduler.child_process import EXIT_SETTINGS, Child, decide_restart_delay_s, read_start_ticks, stop_leftovers
 from scheduler.embedded_redis import EmbeddedRedisError, EmbeddedServer, ensure_server, server_url, stop_server
+from scheduler.readiness_probe import answers_ready, own_scheme
 
 READY_FD: Final = "GLOWPLUG_READY_FD"  # the gateway writes {"host", "port"} to it once it accepts
 READY_POLL_S: Final = 0.01
 SLOW_READY_POLL_S: Final = 0.25
-READY_PROBE_TIMEOUT_S: Final = 1.0
 SLOW_START_S: Final = 10.0
 LEFTOVER_GRACE_S: Final = 3.0
 AT_ONCE_GRACE_S: Final = 5.0
@@ -225,7 +224,7 @@ class _Supervisor:
                 self._on_exit(child)
             if child.restart_at_s is not None and child.restart_at_s <= time.monotonic():
                 self._start(child.name)
-        if not self.is_ready and self.address is not None and _answers_ready(self.address):
+        if not self.is_ready and self.address is not None and answers_ready(self.address):
             self._on_ready()
 
     def _wait_s(self) -> float | None:
@@ -267,10 +266,12 @@ class _Supervisor:
         assert self.address is not None
         self.is_ready = True
         host, port = self.address
+        scheme = own_scheme()
         self._write_json(
             "serve.json",
             {
                 "pid": os.getpid(),
+                "scheme": scheme,
                 "host": host,
                 "port": port,
                 "redis_url": self.redis_url,
@@ -279,7 +280,7 @@ class _Supervisor:
         )
         started_ms = round((time.monotonic() - self.started_s) * 1000)
         shown = f"[{host}]" if ":" in host else host
-        print(f"glowplug serves http://{shown}:{port} ({started_ms} ms)", flush=True)
+        print(f"glowplug serves {scheme}://{shown}:{port} ({started_ms} ms)", flush=True)
 
     def _on_exit(self, child: Child) -> None:
         pid, code = child.pid, child.reap()
@@ -373,15 +374,3 @@ class _Supervisor:
         temporary = self._path(f"{name}.tmp")
         temporary.write_text(json.dumps(value))
         temporary.rename(self._path(name))
-
-
-def _answers_ready(address: tuple[str, int]) -> bool:
-    """Whether the gateway says that it can serve: itself, Redis and a node agent are there."""
-    host, port = address
-    connect_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    try:
-        with socket.create_connection((connect_host, port), timeout=READY_PROBE_TIMEOUT_S) as client:
-            client.sendall(b"GET /readyz HTTP/1.0\r\nHost: glowplug\r\n\r\n")
-            return client.recv(64).split(b" ")[1:2] == [b"200"]
-    except OSError:
-        return False

@@ -14,6 +14,7 @@ NODE_TTL_S: Final = 10
 WORKER_TTL_S: Final = 5
 RECORD_TTL_S: Final = REQUEST_TTL_S + LOG_TTL_S  # what a client needs to come back: as long as there is a log to read
 GATEWAY_TTL_S: Final = 5
+USAGE_TTL_S: Final = 40 * 86_400  # usage of one day
 RESULT_TTL_S: Final = 60  # arq result kept, so that a repeated enqueue is refused
 
 JOB_FUNCTION: Final = "generate"  # arq function name
@@ -28,6 +29,8 @@ LEADER_TOKEN: Final = PREFIX + "leader:token"  # counter: fencing tokens
 STATUS: Final = PREFIX + "status"  # string: StatusReport; owner: scheduler leader
 TRACES: Final = PREFIX + "traces"  # list of request ids, newest first, trimmed
 SECURITY_COUNTS: Final = PREFIX + "security"  # hash kind -> count; owner: node agents
+KEYS_USED: Final = PREFIX + "keys:used"  # hash API key id -> wall-clock second; owner: gateways
+LIMITS: Final = PREFIX + "limit"  # prefix of the rate limiter's windows, each with TTL
 INBOX_MAX_ENTRIES: Final = 10_000
 TRACES_MAX_ENTRIES: Final = 1_000
 
@@ -129,3 +132,13 @@ def worker(worker_id: str) -> str:
 def trace(request_id: str) -> str:
     """Trace, with TTL."""
     return f"{PREFIX}trace:{request_id}"
+
+
+def usage(day: str) -> str:
+    """Hash of one UTC day (YYYY-MM-DD): what each tenant, key and model used, with TTL."""
+    return f"{PREFIX}usage:{day}"
+
+
+def tenant_running(tenant: str) -> str:
+    """Sorted set of a tenant's calls under way; score: when the lease of each ends. With TTL."""
+    return f"{PREFIX}tenant:{tenant}:running"

@@ -9,6 +9,7 @@ import os
 import resource
 import secrets
 import signal
+import ssl
 from collections.abc import Callable
 from typing import Final
 
@@ -16,9 +17,11 @@ import structlog
 import uvloop
 from aiohttp import web
 
+from scheduler.api_keys import key_file_path
+from scheduler.audit_log import open_audit_log
 from scheduler.contract import job_queue
 from scheduler.contract.connection import connect
-from scheduler.contract.environment import ProcessSettings, read_process_settings
+from scheduler.contract.environment import ProcessSettings, SettingsError, read_process_settings
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.telemetry import configure_logging
 from scheduler.gateway import (
@@ -30,22 +33,23 @@ from scheduler.gateway import (
     routes_embeddings,
     routes_models,
 )
+from scheduler.gateway.access import AccessControl, check_access
 from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.hub import Hub
+from scheduler.gateway.listener import ListeningSite, load_certificate, make_tls_context
 from scheduler.gateway.presence import Presence
 from scheduler.gateway.request_log import add_standard_headers, observe_request
 from scheduler.gateway.settings import GatewaySettings, read_gateway_settings
 
 BACKGROUND_LIMIT_S: Final = 2.0
-KEEPALIVE_S: Final = 75.0
 
 _log = structlog.get_logger()
 
 
 def build_app(gateway: Gateway) -> web.Application:
     """The application around ``gateway``; its hub must be started before the first request."""
-    app = web.Application(middlewares=[observe_request], client_max_size=gateway.settings.max_body_bytes)
+    app = web.Application(middlewares=[observe_request, check_access], client_max_size=gateway.settings.max_body_bytes)
     app[GATEWAY] = gateway
     app.on_response_prepare.append(add_standard_headers)
     app.add_routes(
@@ -75,13 +79,14 @@ class GatewayServer:
         self._redis = connect(process.redis_url)
         gateway_id = f"{process.node_id}:{os.getpid()}:{secrets.token_hex(3)}"
         self._hub = Hub(self._redis, gateway_id)
-        self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, _queue_limits(process, settings))
+        self._state_dir = process.state_dir
+        access = AccessControl(key_file_path(process.state_dir), no_auth=settings.no_auth)
+        self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, access, _queue_limits(process, settings))
+        self._tls: ssl.SSLContext | None = None
         self._presence = Presence(self._redis, gateway_id)
         self._runner = web.AppRunner(
             build_app(self.gateway),
-            access_log=None,
             handler_cancellation=True,
-            keepalive_timeout=KEEPALIVE_S,
             # aiohttp waits this long for a handler, then as long again before it cancels it: two halves of the grace.
             shutdown_timeout=settings.drain_grace_s / 2,
         )
@@ -92,14 +97,19 @@ class GatewayServer:
 
         Raises:
             OSError: the address cannot be bound.
+            SettingsError: strangers could come in, or key or certificate files cannot be used.
         """
+        settings = self._settings
+        self.gateway.access.load(settings.host)  # before anything listens
+        self.gateway.audit = open_audit_log(self._state_dir)
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            self._tls = make_tls_context(settings.tls_certificate, settings.tls_key)
         # Imports that the first request needs go on in a thread while this one waits for Redis.
         preloading = asyncio.create_task(asyncio.to_thread(self._preload), name="preload")
         await self._hub.start()
         self._presence.start()
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._settings.host, self._settings.port, backlog=self._settings.backlog)
-        await site.start()
+        await ListeningSite(self._runner, settings, self._tls).start()
         self.host, self.port = self._runner.addresses[0][:2]
         self._announce()
         await preloading
@@ -116,6 +126,19 @@ class GatewayServer:
         await self._hub.aclose()
         await self._presence.aclose()
         await self._redis.aclose()
+        if self.gateway.audit is not None:
+            self.gateway.audit.close()
+
+    def reload_certificate(self) -> None:
+        """Read the certificate again, for connections from now on; one that cannot be used changes nothing."""
+        settings = self._settings
+        if self._tls is None or settings.tls_certificate is None or settings.tls_key is None:
+            return
+        try:
+            load_certificate(self._tls, settings.tls_certificate, settings.tls_key)
+            _log.info("certificate_reloaded")
+        except SettingsError as error:
+            _log.error("certificate_not_reloaded", error=str(error))
 
     def _preload(self) -> None:
         self.gateway.metrics.ensure_ready()
@@ -151,6 +174,8 @@ async def run_gateway(settings: GatewaySettings, process: ProcessSettings) -> No
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     server = GatewayServer(settings, process)
+    if settings.tls_certificate is not None:
+        loop.add_signal_handler(signal.SIGHUP, server.reload_certificate)
     stopped = asyncio.create_task(first.wait(), name="signal")
     starting = asyncio.create_task(server.start(), name="start")
     await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)

@@ -29,6 +29,7 @@ from scheduler.contract.messages import (
 from scheduler.contract.telemetry import Mark
 from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import Gateway
+from scheduler.gateway.identity import ANONYMOUS, Identity
 from scheduler.gateway.request_ids import create_request_id
 from scheduler.gateway.request_schema import Call, Endpoint
 from scheduler.gateway.traces import build_trace
@@ -80,8 +81,11 @@ OnVector = Callable[[Part, VectorFrame], None]
 class Exchange:
     """One call's requests. Owner of their hub streams: :meth:`close` gives them back, and cancels what still runs."""
 
-    def __init__(self, gateway: Gateway, call: Call, request_id: str, accepted_mono_ns: int) -> None:
+    def __init__(
+        self, gateway: Gateway, call: Call, request_id: str, accepted_mono_ns: int, identity: Identity = ANONYMOUS
+    ) -> None:
         self.call = call
+        self.identity = identity
         self.request_id = request_id
         self.created_at_s = int(time.time())
         self.error: ErrorInfo | None = None
@@ -107,6 +111,7 @@ class Exchange:
             priority=call.priority,
             add_special=call.endpoint is Endpoint.COMPLETIONS,
             user=call.user,
+            tenant=self.identity.tenant,
             embedding=call.embedding,
             accepted_at_s=time.time(),
             marks={Mark.ACCEPTED: accepted_mono_ns},

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from aiohttp import web
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from scheduler.audit_log import AuditLog
 from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.messages import GenerateRequest, ModelCard
@@ -20,6 +21,9 @@ from scheduler.gateway.metrics import GatewayMetrics
 from scheduler.gateway.model_directory import ModelDirectory
 from scheduler.gateway.settings import GatewaySettings
 from scheduler.gateway.traces import TraceStore
+
+if TYPE_CHECKING:
+    from scheduler.gateway.access import AccessControl  # which itself needs GATEWAY
 
 
 class Gateway:
@@ -34,6 +38,7 @@ class Gateway:
         redis: Redis,
         hub: Hub,
         gateway_id: str,
+        access: AccessControl,
         queue_limit_of: Callable[[str], int] | None = None,
     ) -> None:
         self.settings = settings
@@ -41,6 +46,9 @@ class Gateway:
         self.hub = hub
         self.dispatcher = Dispatcher(redis)
         self.gateway_id = gateway_id
+        self.access = access
+        self.audit: AuditLog | None = None
+        self.bodies_bytes = 0  # being read now; see request_body
         self.queue_limit_of = queue_limit_of or (lambda model: settings.max_queued)
         self.templates = ChatTemplates()
         self.directory = ModelDirectory(redis, settings.redis_limit_s, on_card=self._on_card)
@@ -84,6 +92,11 @@ class Gateway:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._log.error("background_task_failed", task=task.get_name(), exc_info=error)
+
+    def audit_nowait(self, actor: str, act: str, **facts: Any) -> None:
+        """Append to the audit log, off the loop. Returns at once; never raises."""
+        if self.audit is not None:
+            self.run_in_background(asyncio.to_thread(self.audit.write, actor, act, **facts), name=f"audit:{act}")
 
     async def wait_background(self, limit_s: float) -> None:
         """Wait for cancellations and trace writes under way, at most ``limit_s``."""

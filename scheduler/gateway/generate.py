@@ -8,6 +8,7 @@ from scheduler.gateway.collect import CollectedCall
 from scheduler.gateway.embeddings import EmbeddedCall
 from scheduler.gateway.exchange import Exchange
 from scheduler.gateway.gateway import GATEWAY
+from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.request_log import RequestFacts
 from scheduler.gateway.request_schema import Call
 from scheduler.gateway.streaming import StreamedCall
@@ -26,7 +27,7 @@ async def answer_call(
     """
     gateway = request.app[GATEWAY]
     facts.stream = call.stream
-    exchange = Exchange(gateway, call, facts.request_id, accepted_mono_ns)
+    exchange = Exchange(gateway, call, facts.request_id, accepted_mono_ns, request[IDENTITY])
     gateway.metrics.on_in_flight(call.card.name, +1)
     try:
         if call.stream:

@@ -18,6 +18,7 @@ from scheduler.contract.errors import ContractError, ErrorCode, GlowplugError
 from scheduler.contract.messages import ModelCard, ModelStatus, StatusReport, Trace
 from scheduler.contract.states import SlotState, Tier
 from scheduler.gateway.errors import redis_within
+from scheduler.gateway.identity import Identity
 from scheduler.gateway.traces import compute_ttft_ms
 
 REFRESH_EVERY_S: Final = 0.5
@@ -80,25 +81,32 @@ class ModelDirectory:
         """The next reader refreshes: an event said that cards or workers changed."""
         self._refreshed_mono_s = -REFRESH_EVERY_S
 
-    async def get_card(self, name: str) -> ModelCard:
-        """The card of ``name``, which may serve.
+    async def get_card(self, name: str, identity: Identity) -> ModelCard:
+        """The card of ``name``, which may serve and which ``identity`` may see.
+
+        What it may not see takes the same way, to the same error, as what does not exist.
 
         Raises:
             GlowplugError: unknown model, or one whose snapshot was refused (that refusal).
         """
         await self.ensure_fresh()
-        card = self._cards.get(name)
+        card = self.find_card(name, identity)
         if card is None:
             await self.refresh()  # published since the last refresh?
-            card = self._cards.get(name)
+            card = self.find_card(name, identity)
         if card is None:
-            known = ", ".join(sorted(self._cards)[:MAX_NAMES_IN_ERROR]) or "none; build one with `glowplug build`"
+            visible = sorted(filter(identity.may_see, self._cards))
+            known = ", ".join(visible[:MAX_NAMES_IN_ERROR]) or "none; build one with `glowplug build`"
             raise GlowplugError(
                 ErrorCode.MODEL_NOT_FOUND, f'no model "{name}" here; known models: {known}', param="model"
             )
         if card.refused is not None:
             raise refusal_of(card.refused.code, card.refused.message, card.refused.retry_after_s)
         return card
+
+    def find_card(self, name: str, identity: Identity) -> ModelCard | None:
+        """The card of ``name`` as of the last refresh; None when it does not exist for ``identity``."""
+        return self._cards.get(name) if identity.may_see(name) else None
 
     async def ensure_fresh(self) -> None:
         """Refresh if the cache is older than half a second; one refresh at a time."""

@@ -20,10 +20,11 @@ from scheduler.gateway.errors import (
     http_error_response,
 )
 from scheduler.gateway.gateway import GATEWAY, Gateway
+from scheduler.gateway.identity import ANONYMOUS, IDENTITY
 from scheduler.gateway.request_ids import create_request_id
+from scheduler.gateway.response_headers import add_response_headers
 
 CLIENT_GONE_STATUS: Final = 499  # nginx's word for it; only in log and metrics
-SERVER_NAME: Final = "glowplug"
 MAX_CLIENT_ID_CHARS: Final = 64
 SECURITY_CODES: Final = frozenset({ErrorCode.SNAPSHOT_SIGNATURE_INVALID, ErrorCode.SNAPSHOT_CORRUPT})
 
@@ -57,7 +58,7 @@ async def add_standard_headers(request: web.Request, response: web.StreamRespons
     facts = request.get(FACTS)
     if facts is not None:
         response.headers["X-Request-Id"] = facts.request_id
-    response.headers["Server"] = SERVER_NAME
+    add_response_headers(request, response, request.app[GATEWAY].settings)
 
 
 @web.middleware
@@ -108,6 +109,7 @@ def _finish(request: web.Request, gateway: Gateway, facts: RequestFacts, status:
         return
     gateway.metrics.on_request(facts.model, facts.endpoint, status)
     client_id = request.headers.get("X-Request-Id")
+    identity = request.get(IDENTITY, ANONYMOUS)
     _log.info(
         "request",
         request_id=facts.request_id,
@@ -117,5 +119,7 @@ def _finish(request: web.Request, gateway: Gateway, facts: RequestFacts, status:
         status=status,
         code=facts.error_code,
         duration_ms=round((time.monotonic() - facts.started_mono_s) * 1e3, 1),
+        tenant=identity.tenant or None,
+        key_id=identity.key_id or None,
         client_request_id=client_id[:MAX_CLIENT_ID_CHARS] if client_id else None,
     )

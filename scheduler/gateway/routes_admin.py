@@ -1,6 +1,7 @@
 """For operators and the command line: fleet status, traces, metrics.
 
-``/admin`` answers loopback connections only, unless GLOWPLUG_ADMIN=1. ``/metrics`` answers everybody.
+Where API keys are required, all of this needs one with the scope ``admin``. Without keys, ``/admin`` answers loopback
+connections only, unless GLOWPLUG_ADMIN=1, and ``/metrics`` answers everybody.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from scheduler.contract import keys
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.gateway.errors import HttpError, redis_within
 from scheduler.gateway.gateway import GATEWAY
+from scheduler.gateway.identity import ANONYMOUS, IDENTITY
 from scheduler.gateway.settings import ADMIN, GatewaySettings
 from scheduler.gateway.traces import build_document
 
@@ -23,13 +25,13 @@ _log = structlog.get_logger()
 
 
 def check_admin(request: web.Request, settings: GatewaySettings) -> None:
-    """Let loopback (and unix-socket) connections through.
+    """Let loopback (and unix-socket) connections through, and who has a key (its scope was checked before).
 
     Raises:
         HttpError: 403 for others, unless the settings open the admin paths.
     """
     peer = request.transport.get_extra_info("peername") if request.transport is not None else None
-    if settings.admin_from_anywhere or not isinstance(peer, tuple):
+    if settings.admin_from_anywhere or request.get(IDENTITY, ANONYMOUS).key is not None or not isinstance(peer, tuple):
         return
     address = ipaddress.ip_address(peer[0].split("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)

@@ -10,6 +10,7 @@ from scheduler.contract.states import Task
 from scheduler.gateway.embedding_schema import require_task
 from scheduler.gateway.gateway import GATEWAY
 from scheduler.gateway.generate import answer_call
+from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.request_body import read_json_body
 from scheduler.gateway.request_log import FACTS
 from scheduler.gateway.request_schema import Endpoint, read_completion_call, read_model_name
@@ -25,7 +26,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
         return resumed
     body = await read_json_body(request, gateway.settings)
     accepted_mono_ns = time.monotonic_ns()
-    card = await gateway.directory.get_card(read_model_name(body))
+    card = await gateway.directory.get_card(read_model_name(body), request[IDENTITY])
     facts.model = card.name
     require_task(card, Task.GENERATE)
     call = read_completion_call(body, card)

@@ -11,6 +11,7 @@ from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import ModelCard, ModelStatus
 from scheduler.contract.states import Task, Tier
 from scheduler.gateway.gateway import GATEWAY
+from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.model_directory import ModelDirectory
 
 OWNER: Final = "glowplug"
@@ -38,10 +39,11 @@ class ModelList(msgspec.Struct):
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """All models, by name."""
-    directory = request.app[GATEWAY].directory
+    """All models that the key may see, by name."""
+    directory, identity = request.app[GATEWAY].directory, request[IDENTITY]
     await directory.ensure_fresh()
-    found = [build_document(card, directory) for _, card in sorted(directory.cards.items())]
+    visible = sorted(filter(identity.may_see, directory.cards))
+    found = [build_document(directory.cards[name], directory) for name in visible]
     return web.Response(body=msgspec.json.encode(ModelList(found)), content_type="application/json")
 
 
@@ -49,7 +51,7 @@ async def get_model(request: web.Request) -> web.Response:
     """One model, also a refused one."""
     directory, name = request.app[GATEWAY].directory, request.match_info["model"]
     await directory.ensure_fresh()
-    card = directory.cards.get(name)
+    card = directory.find_card(name, request[IDENTITY])
     if card is None:
         raise GlowplugError(
             ErrorCode.MODEL_NOT_FOUND, f'no model "{name[:200]}" here; GET /v1/models lists them', param="model"

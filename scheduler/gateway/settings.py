@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -17,6 +18,10 @@ ADMIN: Final = "GLOWPLUG_ADMIN"
 REQUEST_LIMIT_S: Final = "GLOWPLUG_REQUEST_LIMIT_S"
 COLD_START_LIMIT_S: Final = "GLOWPLUG_COLD_START_LIMIT_S"
 DRAIN_GRACE_S: Final = "GLOWPLUG_GATEWAY_DRAIN_GRACE_S"
+NO_AUTH: Final = "GLOWPLUG_NO_AUTH"
+TLS_CERT: Final = "GLOWPLUG_TLS_CERT"
+TLS_KEY: Final = "GLOWPLUG_TLS_KEY"
+CORS_ORIGINS: Final = "GLOWPLUG_CORS_ORIGINS"  # comma-separated, e.g. https://app.example.com
 MAX_BODY_BYTES: Final = "GLOWPLUG_MAX_BODY_BYTES"
 
 MIB: Final = 1024 * 1024
@@ -46,6 +51,16 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     max_body_bytes: int = 8 * MIB
     max_write_buffer_bytes: int = MIB
     backlog: int = 4096
+    no_auth: bool = False  # asked for; on loopback only
+    tls_certificate: Path | None = None  # PEM files; both or none
+    tls_key: Path | None = None
+    cors_origins: tuple[str, ...] = ()
+    header_limit_s: float = 20.0  # from a connection to its first whole header
+    keepalive_s: float = 75.0  # from an answer to the next whole header
+    write_limit_s: float = 30.0  # for a client to take what was written to it
+    stream_limit_s: float = 3600.0  # a whole stream
+    max_connections: int = 20_000
+    max_bodies_bytes: int = 512 * MIB  # bodies being read, of all clients together
 
 
 def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySettings:
@@ -56,6 +71,7 @@ def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySetting
     """
     defaults = GatewaySettings()
     ready_fd = env.get(READY_FD)
+    certificate, key = _read_tls(env)
     return GatewaySettings(
         host=env.get(HOST) or defaults.host,
         port=_read_integer(PORT, env.get(PORT), defaults.port, high=65535),
@@ -65,7 +81,19 @@ def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySetting
         cold_start_limit_s=read_positive_float(COLD_START_LIMIT_S, defaults.cold_start_limit_s, env),
         drain_grace_s=read_positive_float(DRAIN_GRACE_S, defaults.drain_grace_s, env),
         max_body_bytes=int(read_positive_float(MAX_BODY_BYTES, defaults.max_body_bytes, env)),
+        no_auth=env.get(NO_AUTH) == "1",
+        tls_certificate=certificate,
+        tls_key=key,
+        cors_origins=tuple(origin.strip() for origin in (env.get(CORS_ORIGINS) or "").split(",") if origin.strip()),
     )
+
+
+def _read_tls(env: Mapping[str, str]) -> tuple[Path | None, Path | None]:
+    certificate, key = env.get(TLS_CERT), env.get(TLS_KEY)
+    if bool(certificate) != bool(key):
+        missing = TLS_KEY if certificate else TLS_CERT
+        raise SettingsError(f"TLS needs a certificate and its key, as PEM files: {missing} is not set")
+    return (Path(certificate), Path(key)) if certificate and key else (None, None)
 
 
 def _read_integer(name: str, text: str | None, default: int, *, high: int) -> int:

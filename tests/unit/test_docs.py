@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ import click
 import pytest
 import yaml
 
-from scheduler.command import VERBS
+from scheduler.command import VERBS, main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")])
@@ -33,8 +32,8 @@ def typed_commands(text: str) -> list[list[str]]:
 
 def command_of(words: list[str]) -> click.Command:
     """The command that ``words`` call, sub-commands followed."""
-    module, attribute, _ = VERBS[words[0]]
-    command: click.Command = getattr(importlib.import_module(module), attribute)
+    command = main.get_command(click.Context(main), words[0])
+    assert command is not None
     for word in words[1:]:
         if not isinstance(command, click.Group):
             break

@@ -36,7 +36,7 @@ _DOES: Final[dict[KeyStatus, str]] = {
 
 @click.group(short_help="Manage the keys that sign and encrypt snapshots.")
 def keys() -> None:
-    """Manage the keys that sign and encrypt snapshots."""
+    """Manage the keys that sign and encrypt snapshots; those that clients send are under `glowplug keys api`."""
 
 
 @keys.command("new", short_help="Make a key file with a signing key.")

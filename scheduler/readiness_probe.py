@@ -1,0 +1,39 @@
+"""Asking our own gateway whether it can serve. Only the standard library: on the path of a cold start from nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Final
+
+#: Set where the gateway serves TLS.
+TLS_CERT: Final = "GLOWPLUG_TLS_CERT"
+PROBE_LIMIT_S: Final = 1.0
+
+
+def own_scheme() -> str:
+    """``https`` where the gateway serves TLS."""
+    return "https" if os.environ.get(TLS_CERT) else "http"
+
+
+def answers_ready(address: tuple[str, int]) -> bool:
+    """Whether the gateway says that it can serve: itself, Redis and a node agent are there. Blocks, bounded."""
+    host, port = address
+    connect_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    try:
+        with _connect(connect_host, port) as client:
+            client.sendall(b"GET /readyz HTTP/1.0\r\nHost: glowplug\r\n\r\n")
+            return client.recv(64).split(b" ")[1:2] == [b"200"]
+    except OSError:
+        return False
+
+
+def _connect(host: str, port: int) -> socket.socket:
+    client = socket.create_connection((host, port), timeout=PROBE_LIMIT_S)
+    if own_scheme() == "http":
+        return client
+    import ssl  # only who serves TLS pays for it
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the certificate is for clients to check: it is our own server
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(client)
