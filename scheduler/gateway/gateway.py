@@ -17,6 +17,7 @@ from scheduler.contract.errors import GlowplugError
 from scheduler.contract.messages import GenerateRequest, ModelCard
 from scheduler.dispatch import Dispatcher
 from scheduler.gateway.hub import Hub
+from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.metrics import GatewayMetrics
 from scheduler.gateway.model_directory import ModelDirectory
 from scheduler.gateway.settings import GatewaySettings
@@ -68,7 +69,7 @@ class Gateway:
 
     def tenant_of(self, request: web.Request) -> str:
         """Whose request it is; empty where there are no keys."""
-        return ""
+        return request[IDENTITY].tenant
 
     def cancel_in_background(self, request: GenerateRequest) -> None:
         """Tell queue and workers that nobody waits for ``request`` any more. Returns at once; never raises."""

@@ -22,6 +22,7 @@ from scheduler.gateway.errors import HttpError, redis_within
 from scheduler.gateway.event_ids import HEADER, read_event_id
 from scheduler.gateway.exchange import LOST, Exchange, OnStep, OnVector, Part
 from scheduler.gateway.gateway import GATEWAY, Gateway
+from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.request_ids import is_request_id
 from scheduler.gateway.request_log import FACTS
 from scheduler.gateway.request_schema import Call, Endpoint
@@ -126,7 +127,9 @@ async def _resume(request: web.Request, request_id: str, seen: tuple[int, ...]) 
     gateway, facts = request.app[GATEWAY], request[FACTS]
     facts.endpoint = ENDPOINT
     record = await _find_record(gateway, request_id)
-    if record is None or record.tenant != gateway.tenant_of(request) or len(seen) not in (0, len(record.part_ids)):
+    if record is None or len(seen) not in (0, len(record.part_ids)):
+        raise _not_found(request_id)
+    if record.tenant != gateway.tenant_of(request) or not request[IDENTITY].may_see(record.model):
         raise _not_found(request_id)
     facts.model, facts.stream = record.model, True
     facts.request_id = record.request_id

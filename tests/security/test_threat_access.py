@@ -228,6 +228,27 @@ async def test_threat_other_tenants_models(gateway: GatewayHarness, tmp_path: Pa
         assert "secret" not in str(answers)
 
 
+async def test_threat_other_tenants_stream(gateway: GatewayHarness, tmp_path: Path, token: str) -> None:
+    """Who knows another tenant's request id cannot read its stream: answered like an id that never was."""
+    body = chat_body(stream=True)
+    async with gateway.client.post(gateway.url + CHAT, json=body, headers=bearer(token)) as response:
+        request_id = response.headers["X-Request-Id"]
+        await response.read()
+    other = bearer(add_key(tmp_path, tenant="b"))
+
+    async def is_known() -> bool:
+        return await status_of(gateway, "GET", "/v1/models", headers=other) == 200
+
+    await eventually(is_known)
+    path = "/v1/requests/{}/stream"
+    assert await status_of(gateway, "GET", path.format(request_id), headers=bearer(token)) == 200
+    for wanted in (request_id, "0" * 26):
+        assert await status_of(gateway, "GET", path.format(wanted), headers=other) == 404
+    event = {**other, "Last-Event-ID": f"{request_id}.0"}
+    async with gateway.client.post(gateway.url + CHAT, json=body, headers=event) as response:
+        assert "Hello" not in await response.text() or request_id not in response.headers["X-Request-Id"]
+
+
 def test_threat_open_to_the_network() -> None:
     """Beyond loopback a gateway does not start without keys, nor with --no-auth; the remedy is named."""
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.com", ""):
