@@ -167,7 +167,7 @@ async def test_a_body_that_does_not_arrive_is_a_408(redis_url: str, tmp_path: Pa
     ],
 )
 async def test_malformed_http_is_refused_and_harms_nobody_else(gateway: GatewayHarness, garbage: bytes) -> None:
-    """TLS on a plain port, absurd versions and headers, request smuggling: an error in the API's shape, others go on."""
+    """TLS on a plain port, absurd versions and headers, smuggling: an error in the API's shape, others go on."""
     reader, writer = await asyncio.open_connection(gateway.server.host, gateway.server.port)
     writer.write(garbage)
     answer = await asyncio.wait_for(reader.read(), 10)
