@@ -52,19 +52,32 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 def reference_of(plan: ModelPlan) -> BoundModel:
     """The reference backend over the same stored weights."""
-    return NumpyBackend().bind(plan)
+    return bind(NumpyBackend(), plan)
 
 
-def run_tokens(bound: BoundModel, token_ids: list[int], chunks: list[int]) -> list[FloatArray]:
+NUM_BLOCKS = 256
+#: Block tables that no test hands out: for a sequence beside those of the test.
+SPARE_BLOCKS = tuple(range(NUM_BLOCKS - 16, NUM_BLOCKS))
+
+
+def bind(backend: Backend, plan: ModelPlan) -> BoundModel:
+    """``plan`` bound, with KV blocks."""
+    bound = backend.bind(plan)
+    bound.open_kv(NUM_BLOCKS)
+    return bound
+
+
+def run_tokens(
+    bound: BoundModel, token_ids: list[int], chunks: list[int], block_table: tuple[int, ...] = SPARE_BLOCKS
+) -> list[FloatArray]:
     """Logits after each chunk of one sequence."""
-    slot = bound.open_slot(len(token_ids))
     results = []
     start = 0
     for size in chunks:
         share = tuple(token_ids[start : start + size])
-        results.append(bound.step((SequenceInput(slot, start, share),))[0].copy())
+        results.append(bound.step((SequenceInput(block_table, start, share),))[0].copy())
         start += size
-    bound.close_slot(slot)
+    bound.release_blocks(block_table)
     return results
 
 
@@ -76,7 +89,7 @@ def test_logits_agree_with_the_reference(backend: Backend, config_name: str, dty
     tokens = list(np.random.default_rng(1).integers(0, TINY.vocab_size, 100))
     chunks = [37, 20, 1, 1, 41]
     expected = run_tokens(reference_of(plan), tokens, chunks)
-    actual = run_tokens(backend.bind(plan), tokens, chunks)
+    actual = run_tokens(bind(backend, plan), tokens, chunks)
     for got, want in zip(actual, expected, strict=True):
         np.testing.assert_allclose(got, want, atol=TOLERANCE[dtype], rtol=0)
 
@@ -88,7 +101,7 @@ def test_chunking_does_not_change_the_result(name: str, chunks: list[int]) -> No
     """However a prompt is cut into steps, the logits after it are those of one step."""
     total = min(sum(chunks), TINY.context_length)
     tokens = [int(token) for token in np.random.default_rng(2).integers(0, TINY.vocab_size, total)]
-    bound = BACKENDS[name]().bind(random_plan(TINY))
+    bound = bind(BACKENDS[name](), random_plan(TINY))
     sizes: list[int] = []
     for size in chunks:
         sizes.append(min(size, total - sum(sizes)))
@@ -101,35 +114,55 @@ def test_chunking_does_not_change_the_result(name: str, chunks: list[int]) -> No
 def test_batch_gives_each_sequence_its_own_logits(backend: Backend, num_sequences: int) -> None:
     """Prefills, decodes and silent chunks mixed in one step give what each sequence gets alone."""
     plan = random_plan(TINY)
-    bound = backend.bind(plan)
+    bound = bind(backend, plan)
     rng = np.random.default_rng(3)
     prompts = [list(map(int, rng.integers(0, TINY.vocab_size, 3 + 2 * i))) for i in range(num_sequences)]
-    slots = [bound.open_slot(64) for _ in prompts]
+    tables = [(4 * i, 4 * i + 2, 4 * i + 1, 4 * i + 3) for i in range(num_sequences)]  # two runs meet in a sequence
     half = tuple(
-        SequenceInput(slot, 0, tuple(prompt[:2]), wants_logits=False)
-        for slot, prompt in zip(slots, prompts, strict=True)
+        SequenceInput(table, 0, tuple(prompt[:2]), num_logits=0) for table, prompt in zip(tables, prompts, strict=True)
     )
     assert len(bound.step(half)) == 0
     rest = tuple(
-        SequenceInput(slot, 2, tuple(prompt[2:]), wants_logits=index % 3 != 1)
-        for index, (slot, prompt) in enumerate(zip(slots, prompts, strict=True))
+        SequenceInput(table, 2, tuple(prompt[2:]), num_logits=int(index % 3 != 1))
+        for index, (table, prompt) in enumerate(zip(tables, prompts, strict=True))
     )
     logits = bound.step(rest).copy()
     alone = [run_tokens(reference_of(plan), prompt, [len(prompt)])[0] for prompt in prompts]
     wanted = [expected for index, expected in enumerate(alone) if index % 3 != 1]
     np.testing.assert_allclose(logits, wanted, atol=3e-4)
-    decodes = tuple(SequenceInput(slot, len(prompt), (5,)) for slot, prompt in zip(slots, prompts, strict=True))
+    decodes = tuple(SequenceInput(table, len(prompt), (5,)) for table, prompt in zip(tables, prompts, strict=True))
     decoded = bound.step(decodes).copy()
     alone = [run_tokens(reference_of(plan), [*prompt, 5], [len(prompt), 1])[1] for prompt in prompts]
     np.testing.assert_allclose(decoded, alone, atol=3e-4)
 
 
-def test_copied_prefix_continues_like_the_original(backend: Backend) -> None:
-    """A slot that got a prefix by copy computes what a slot that computed it does, and leaves the source alone."""
-    bound = backend.bind(random_plan(TINY))
-    source, target = bound.open_slot(20), bound.open_slot(20)
+@pytest.mark.parametrize("config_name", ["tiny", "window"])
+def test_scattered_blocks_compute_what_neighbouring_ones_do(backend: Backend, config_name: str) -> None:
+    """Whatever blocks a sequence has, in one run or in many, its logits are the same in prefill and decode."""
+    bound = bind(backend, random_plan(CONFIGS[config_name]))
+    tokens = list(map(int, np.random.default_rng(4).integers(0, TINY.vocab_size, 100)))
+    chunks = [37, 20, 1, 1, 20, 21]
+    expected = run_tokens(bound, tokens, chunks)
+    for table in ((9, 3, 4, 5, 1, 0, 7), (8, 6, 4, 2, 0, 1, 3), (0, 1, 2, 5, 6, 7, 8)):
+        for found, wanted in zip(run_tokens(bound, tokens, chunks, table), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=3e-4)
+
+
+def test_logits_of_the_last_tokens_are_those_of_single_steps(backend: Backend) -> None:
+    """A step that wants the logits of several tokens gives what one step a token gives, beside another sequence."""
+    bound = bind(backend, random_plan(TINY))
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    expected = run_tokens(bound, tokens, [4, 1, 1, 1])[1:] + run_tokens(bound, [8, 9], [2])
+    inputs = (SequenceInput((0,), 0, tuple(tokens), num_logits=3), SequenceInput((1,), 0, (8, 9)))
+    np.testing.assert_allclose(bound.step(inputs), expected, atol=3e-4)
+
+
+def test_copied_block_continues_like_the_original(backend: Backend) -> None:
+    """A block that got its tokens by copy leads to the logits of the original, which it leaves alone."""
+    bound = bind(backend, random_plan(TINY))
+    source, target = (0,), (5,)
     bound.step((SequenceInput(source, 0, (1, 2, 3, 4, 5)),))
-    bound.copy_prefix(source, target, 4)
+    bound.copy_blocks([(0, 5)])
     other = bound.step((SequenceInput(target, 4, (9,)),))[0].copy()
     same = bound.step((SequenceInput(source, 5, (6,)),))[0].copy()
     np.testing.assert_allclose(other, run_tokens(bound, [1, 2, 3, 4, 9], [5])[0], atol=3e-4)
@@ -137,17 +170,17 @@ def test_copied_prefix_continues_like_the_original(backend: Backend) -> None:
 
 
 def test_restored_prefix_continues_as_if_it_had_been_computed_here(backend: Backend) -> None:
-    """Keys and values captured from one model fill a slot of another: what follows has the logits of a whole run."""
+    """Keys and values captured from one model fill blocks of another: what follows has the logits of a whole run."""
     plan = random_plan(TINY)
-    bound, elsewhere = backend.bind(plan), backend.bind(plan)
-    source = elsewhere.open_slot(20)
+    bound, elsewhere = bind(backend, plan), bind(backend, plan)
+    source = (3, 4)
     elsewhere.step((SequenceInput(source, 0, (1, 2, 3, 4, 5)),))
     captured = elsewhere.capture_prefix(source, 4)
     assert captured.shape == (TINY.num_layers, 2, TINY.num_kv_heads, 4, TINY.head_dim)
     elsewhere.close()
     captured.flags.writeable = False
     for num_tokens in (4, 2):  # all of it, and its first tokens
-        target = bound.open_slot(20)
+        target = (7, 2)
         bound.restore_prefix(target, captured[:, :, :, :num_tokens])
         np.testing.assert_array_equal(bound.capture_prefix(target, num_tokens), captured[:, :, :, :num_tokens])
         tail = tuple([1, 2, 3, 4, 9, 8][num_tokens:])
@@ -156,33 +189,50 @@ def test_restored_prefix_continues_as_if_it_had_been_computed_here(backend: Back
 
 
 def test_prefix_that_does_not_fit_is_refused(backend: Backend) -> None:
-    """More tokens than the slot holds or has room for, or another model's shape: an error, and no half-filled slot."""
-    bound = backend.bind(random_plan(TINY))
-    slot = bound.open_slot(20)
-    with pytest.raises(BackendError, match="the slot holds 0"):
-        bound.capture_prefix(slot, 1)
+    """More tokens than the table has room for, or another model's shape: an error, and nothing is written."""
+    bound = bind(backend, random_plan(TINY))
+    slot = (0, 1)
+    with pytest.raises(BackendError, match="33 tokens in blocks for 32"):
+        bound.capture_prefix(slot, 33)
     shape = (TINY.num_layers, 2, TINY.num_kv_heads, 3, TINY.head_dim)
     for wrong in (shape[:4], (shape[0] + 1, *shape[1:]), (*shape[:3], 1 << 20, TINY.head_dim)):
-        with pytest.raises(BackendError, match="prefix of"):
+        with pytest.raises(BackendError, match=r"prefix of|tokens in blocks"):
             bound.restore_prefix(slot, np.broadcast_to(np.float32(0), wrong))
-    bound.restore_prefix(slot, np.zeros(shape, np.float32))
+    assert not bound.capture_prefix(slot, 32).any()
+    bound.restore_prefix(slot, np.ones(shape, np.float32))
 
 
-def test_reused_slot_shows_nothing_of_its_former_sequence(backend: Backend) -> None:
-    """A spare slot goes to a new sequence without a trace of the old one, and slots are counted."""
-    bound = backend.bind(random_plan(TINY))
+def test_reused_block_shows_nothing_of_its_former_sequence(backend: Backend) -> None:
+    """A released block goes to a new sequence without a trace of the old one, and its memory is counted."""
+    bound = bind(backend, random_plan(TINY))
     first = run_tokens(bound, [1, 2, 3], [3])[0]
     run_tokens(bound, [7] * 90, [90])
     np.testing.assert_array_equal(run_tokens(bound, [1, 2, 3], [3])[0], first)
-    assert bound.statistics()["num_open_slots"] == 0
-    assert bound.statistics()["kv_spare_bytes"] > 0
+    assert bound.statistics()["kv_spare_bytes"] == len(SPARE_BLOCKS) * bound.kv_block_bytes
+
+
+def test_memory_of_released_blocks_goes_back_beyond_the_spare_limit(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the limit whole pages of released blocks are empty again; blocks in use keep what they hold."""
+    monkeypatch.setattr("worker.backends.kv_blocks.MAX_SPARE_BYTES", 0)
+    bound = bind(backend, random_plan(replace(TINY, head_dim=64)))
+    run_tokens(bound, [1] * 40, [40], (0, 1, 2))
+    kept = run_tokens(bound, [1, 2, 3], [3], (0,))
+    bound.step((SequenceInput((0, 1), 0, (1,) * 20),))
+    assert bound.statistics()["kv_resident_bytes"] == 2 * bound.kv_block_bytes
+    bound.release_blocks((1,))
+    assert bound.statistics()["kv_resident_bytes"] == bound.kv_block_bytes
+    assert not bound.capture_prefix((1,), 16).any()
+    assert bound.capture_prefix((0,), 16).all()
+    np.testing.assert_array_equal(run_tokens(bound, [1, 2, 3], [3], (1,)), kept)
 
 
 def test_closed_model_lets_go_of_its_weights(backend: Backend) -> None:
     """After close nothing refers to the weights any more, so that their mapping can be closed too."""
     plan = random_plan(TINY)
     watched = weakref.ref(plan.tensors[3].data)
-    bound = backend.bind(plan)
+    bound = bind(backend, plan)
     run_tokens(bound, [1, 2, 3], [3])
     bound.close()
     del plan
@@ -194,30 +244,39 @@ def test_weights_are_read_in_place_and_never_written() -> None:
     plan = random_plan(TINY, dtype="bfloat16")
     for tensor in plan.tensors:
         tensor.data.flags.writeable = False
-    run_tokens(NumKongBackend().bind(plan), [1, 2, 3], [3])
+    run_tokens(bind(NumKongBackend(), plan), [1, 2, 3], [3])
 
 
 @pytest.mark.parametrize(
-    ("start", "num_tokens", "message"), [(1, 1, "holds 0"), (0, 0, "0 tokens"), (0, 129, "opened for")]
+    ("block_table", "start", "num_tokens", "message"),
+    [
+        ((0, 1), 0, 0, "0 tokens"),
+        ((0, 1), -1, 2, "position -1"),
+        ((0, 1), 16, 17, "33 tokens in blocks for 32"),
+        ((), 0, 1, "1 tokens in blocks for 0"),
+        (tuple(range(9)), 0, 129, "context is 128"),
+        ((NUM_BLOCKS,), 0, 1, "KV block 256: there are 256"),
+        ((-1,), 0, 1, "KV block -1"),
+    ],
 )
-def test_step_outside_its_slot_is_refused(backend: Backend, start: int, num_tokens: int, message: str) -> None:
-    """A gap, nothing, or more than the slot holds is an error that says which."""
-    bound = backend.bind(random_plan(TINY))
-    slot = bound.open_slot(TINY.context_length)
+def test_step_outside_its_blocks_is_refused(
+    backend: Backend, block_table: tuple[int, ...], start: int, num_tokens: int, message: str
+) -> None:
+    """Nothing to compute, too few blocks, blocks that do not exist, or beyond the context: an error that says which."""
+    bound = bind(backend, random_plan(TINY))
     with pytest.raises(BackendError, match=message):
-        bound.step((SequenceInput(slot, start, (1,) * num_tokens),))
+        bound.step((SequenceInput(block_table, start, (1,) * num_tokens),))
 
 
-def test_slot_beyond_the_context_is_refused(backend: Backend) -> None:
-    """A slot larger than the model's context cannot be opened; closing twice is harmless."""
-    bound = backend.bind(random_plan(TINY))
-    with pytest.raises(BackendError, match="context is 128"):
-        bound.open_slot(129)
-    slot = bound.open_slot(10)
-    bound.close_slot(slot)
-    bound.close_slot(slot)
-    with pytest.raises(BackendError, match="not open"):
-        bound.step((SequenceInput(slot, 0, (1,)),))
+def test_kv_memory_is_opened_once_and_closed_for_good(backend: Backend) -> None:
+    """A second opening is an error; closing twice is harmless, and no step runs without blocks."""
+    bound = bind(backend, random_plan(TINY))
+    with pytest.raises(BackendError, match="open already"):
+        bound.open_kv(1)
+    bound.close()
+    bound.close()
+    with pytest.raises(BackendError, match="there are 0"):
+        bound.step((SequenceInput((0,), 0, (1,)),))
 
 
 def change_tensor(plan: ModelPlan, name: str, changed: WeightTensor) -> ModelPlan:
@@ -259,17 +318,16 @@ def test_program_without_row_selection_runs(backend: Backend) -> None:
         vocab_size=16,
         context_length=8,
     )
-    bound = backend.bind(plan)
-    slots = [bound.open_slot(4), bound.open_slot(4)]
-    logits = bound.step((SequenceInput(slots[0], 0, (3, 4)), SequenceInput(slots[1], 0, (5,))))
+    bound = bind(backend, plan)
+    logits = bound.step((SequenceInput((0,), 0, (3, 4)), SequenceInput((1,), 0, (5,))))
     np.testing.assert_allclose(logits, embed[[4, 5]] @ head.T, atol=1e-4)
 
 
 def test_kv_bytes_are_those_of_keys_and_values(backend: Backend) -> None:
-    """The budget's unit is the real size of a token: float32 keys and values of every layer."""
+    """The budget's unit is the real size of 16 tokens: float32 keys and values of every layer."""
     config: LlamaConfig = TINY
     bound = backend.bind(random_plan(config))
-    assert bound.kv_bytes_per_token == 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim
+    assert bound.kv_block_bytes == 16 * 2 * 4 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
 def test_governor_gives_up_threads_while_products_stall() -> None:

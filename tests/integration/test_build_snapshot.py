@@ -65,10 +65,11 @@ def _restore(state: BuiltState, engine: GuestEngine) -> RestoredModel:
 def _logits(model: RestoredModel, token_ids: list[int], first: int = PREFILL_TOKENS) -> FloatArray:
     """Logits of positions ``first - 1`` on: one prefill, then a decode step for each token."""
     bound = NumpyBackend().bind(model.loaded.plan)
-    slot = bound.open_slot(len(token_ids))
-    rows = [bound.step((SequenceInput(slot, 0, tuple(token_ids[:first])),))[0].copy()]
+    bound.open_kv(8)
+    table = tuple(range(8))
+    rows = [bound.step((SequenceInput(table, 0, tuple(token_ids[:first])),))[0].copy()]
     for position in range(first, len(token_ids)):
-        rows.append(bound.step((SequenceInput(slot, position, (token_ids[position],)),))[0].copy())
+        rows.append(bound.step((SequenceInput(table, position, (token_ids[position],)),))[0].copy())
     bound.close()
     return np.stack(rows)
 

@@ -50,13 +50,14 @@ def guest_program(guest: InitialisedGuest, kind: ProgramKind) -> Program:
 def run(plan: ModelPlan) -> list[FloatArray]:
     """Logits of a prefill of two sequences, and of two decode steps."""
     bound = NumpyBackend().bind(plan)
-    slots = [bound.open_slot(16), bound.open_slot(16)]
+    bound.open_kv(2)
     steps = [((5, 6, 7, 8, 9, 10, 11), (40, 41, 42)), ((12,), (43,)), ((13,), (44,))]
     results = []
     positions = [0, 0]
     for step in steps:
         inputs = tuple(
-            SequenceInput(slot, position, ids) for slot, position, ids in zip(slots, positions, step, strict=True)
+            SequenceInput((block,), position, ids)
+            for block, (position, ids) in enumerate(zip(positions, step, strict=True))
         )
         results.append(bound.step(inputs).copy())
         positions = [position + len(ids) for position, ids in zip(positions, step, strict=True)]

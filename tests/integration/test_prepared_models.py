@@ -108,14 +108,11 @@ def test_a_prepared_model_answers_as_a_restored_one(
     resumed = inherited.model.resume(1)
     ids = resumed.loaded.text.tokenize("hello", add_special=True, parse_special=True)
     assert ids == plain.loaded.text.tokenize("hello", add_special=True, parse_special=True)
+    for model in (bound, inherited.bound):
+        model.open_kv(3)
     for num_tokens in (1, 5, 40):
-        step = (SequenceInput(0, 0, tuple((ids * 40)[:num_tokens])),)
-        rows = []
-        for model in (bound, inherited.bound):
-            slot = model.open_slot(64)
-            rows.append(model.step((SequenceInput(slot, 0, step[0].token_ids),)).copy())
-            model.close_slot(slot)
-        assert np.array_equal(*rows)
+        step = (SequenceInput((0, 1, 2), 0, tuple((ids * 40)[:num_tokens])),)
+        assert np.array_equal(*[model.step(step).copy() for model in (bound, inherited.bound)])
     bound.close()
     del bound, model
     resumed._text.close()

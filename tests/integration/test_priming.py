@@ -262,9 +262,10 @@ def compute_logits(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[Float
     keys_values = loaded.prefixes.find(token_ids)
     assert keys_values is not None
     first, rest = tuple(token_ids[: keys_values.shape[3]]), tuple(token_ids[keys_values.shape[3] :])
-    primed, portioned, at_once = (bound.open_slot(64) for _ in range(3))
+    bound.open_kv(12)
+    primed, portioned, at_once = ((i, i + 1, i + 2, i + 3) for i in (0, 4, 8))
     bound.restore_prefix(primed, keys_values)
-    bound.step((SequenceInput(portioned, 0, first, wants_logits=False),))
+    bound.step((SequenceInput(portioned, 0, first, num_logits=0),))
     steps = [(primed, len(first), rest), (portioned, len(first), rest), (at_once, 0, tuple(token_ids))]
     found = [bound.step((SequenceInput(*step),))[0].copy() for step in steps]
     bound.close()

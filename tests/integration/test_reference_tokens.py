@@ -65,12 +65,13 @@ def test_reference_backend_gives_the_reference_tokens(plans: dict[str, ModelPlan
 def test_numkong_bf16_agrees_wherever_the_choice_is_clear(plans: dict[str, ModelPlan]) -> None:
     """Fed the reference's tokens: same argmax in each step with a clear margin, log-probabilities within 0.35."""
     bound = NumKongBackend().bind(plans["bfloat16"])
-    slots = [bound.open_slot(len(run["prompt_tokens"]) + len(run["generated"])) for run in RUNS]
+    bound.open_kv(16 * len(RUNS))
+    tables = [tuple(range(16 * i, 16 * i + 16)) for i in range(len(RUNS))]
     shares: list[tuple[int, tuple[int, ...]]] = [(0, tuple(run["prompt_tokens"])) for run in RUNS]
     num_clear = 0
     for step in range(max(len(run["generated"]) for run in RUNS)):
         active = [i for i, run in enumerate(RUNS) if step < len(run["generated"])]
-        logits = bound.step(tuple(SequenceInput(slots[i], *shares[i]) for i in active))
+        logits = bound.step(tuple(SequenceInput(tables[i], *shares[i]) for i in active))
         for row, i in zip(logits, active, strict=True):
             (best, best_logprob), (_, second_logprob) = RUNS[i]["top5"][step][:2]
             for token, logprob in RUNS[i]["top5"][step]:

@@ -112,12 +112,13 @@ def test_greedy_tokens_are_the_float32_references(smollm2: Sealed, engine: Guest
         ids = model.loaded.text.tokenize(vectors["rendered"], add_special=True, parse_special=True)
         assert ids == vectors["prompt_tokens"]
         bound = NumpyBackend().bind(model.loaded.plan)
-        slot = bound.open_slot(len(ids) + len(vectors["generated"]))
-        logits = bound.step((SequenceInput(slot, 0, tuple(ids)),))
+        bound.open_kv(16)
+        table = tuple(range(16))
+        logits = bound.step((SequenceInput(table, 0, tuple(ids)),))
         for position, expected in enumerate(vectors["generated"], start=len(ids)):
             token_id = int(logits[0].argmax())
             assert token_id == expected
-            logits = bound.step((SequenceInput(slot, position, (token_id,)),))
+            logits = bound.step((SequenceInput(table, position, (token_id,)),))
         bound.close()
         del bound, logits
 

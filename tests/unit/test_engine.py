@@ -21,6 +21,7 @@ from worker.backends.protocol import FloatArray, SequenceInput
 from worker.engine.batch import decide_step
 
 PROMPTS = ["5 6 7", "11 12 13 14 15 16 17", "3", "40 41 42 43 44"]
+BLOCK_BYTES = 16 * 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
 LONG_PROMPT = tuple(3 + i % 80 for i in range(100))
 
 
@@ -35,12 +36,13 @@ SOLO_TOKENS = [solo(prompt, greedy(12)).token_ids() for prompt in PROMPTS]
 def test_greedy_tokens_equal_the_backends_own_argmax() -> None:
     """The engine adds nothing to what the backend computes step by step."""
     bound = NumpyBackend().bind(random_plan(TINY))
-    slot = bound.open_slot(32)
+    bound.open_kv(2)
+    table = (0, 1)
     tokens = [5, 6, 7]
-    logits = bound.step((SequenceInput(slot, 0, (5, 6, 7)),))
+    logits = bound.step((SequenceInput(table, 0, (5, 6, 7)),))
     for _ in range(11):
         tokens.append(int(logits[0].argmax()))
-        logits = bound.step((SequenceInput(slot, len(tokens) - 1, (tokens[-1],)),))
+        logits = bound.step((SequenceInput(table, len(tokens) - 1, (tokens[-1],)),))
     tokens.append(int(logits[0].argmax()))
     assert SOLO_TOKENS[0] == tokens[3:][: len(SOLO_TOKENS[0])]
 
@@ -62,14 +64,13 @@ def test_final_step_has_usage_marks_and_reason() -> None:
         st.tuples(st.sampled_from(["join", "cancel", "round"]), st.integers(0, 3)), min_size=4, max_size=30
     ),
     max_running=st.integers(1, 4),
-    budget_blocks=st.integers(2, 5),
+    budget_blocks=st.integers(2, 8),
 )
 def test_any_interleaving_leaves_every_sequence_its_solo_tokens(
     script: list[tuple[str, int]], max_running: int, budget_blocks: int
 ) -> None:
     """Joins, leaves, cancels and preemptions in any order change no token of anybody else."""
-    block_bytes = 64 * 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
-    harness = EngineHarness(max_running=max_running, kv_budget_bytes=budget_blocks * block_bytes)
+    harness = EngineHarness(max_running=max_running, kv_budget_bytes=budget_blocks * BLOCK_BYTES)
     prompt_of: dict[str, int] = {}
     cancelled: set[str] = set()
     for action, number in script:
@@ -94,15 +95,14 @@ def test_any_interleaving_leaves_every_sequence_its_solo_tokens(
         else:
             assert outcome.token_ids() == expected
     assert harness.text.num_open == 0
-    assert harness.bound.statistics()["num_open_slots"] == 0
+    assert harness.engine.statistics().kv_used_bytes == 0
 
 
 def test_preempted_request_goes_on_where_it_was() -> None:
     """With KV memory for too few blocks the later request waits, computes its tokens again, and repeats none."""
-    block_bytes = 64 * 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
     sampling = greedy(100, ignore_eos=True)
     expected = [solo(prompt, sampling).token_ids() for prompt in PROMPTS[:2]]
-    harness = EngineHarness(kv_budget_bytes=3 * block_bytes)
+    harness = EngineHarness(kv_budget_bytes=9 * BLOCK_BYTES)
     outcomes = [harness.submit(make_request(f"r{i}", PROMPTS[i], sampling)) for i in range(2)]
     harness.run_until_done()
     assert harness.engine.statistics().num_preemptions > 0
@@ -253,8 +253,8 @@ def test_zero_max_tokens_ends_at_once() -> None:
     assert (outcome.token_ids(), outcome.finish_reasons()) == ([-1], {0: FinishReason.LENGTH})
 
 
-def test_cancel_frees_the_slot_before_the_next_step() -> None:
-    """A cancelled request has no slot, no guest state and no further event after one round."""
+def test_cancel_frees_the_blocks_before_the_next_step() -> None:
+    """A cancelled request has no KV blocks, no guest state and no further event after one round."""
     harness = EngineHarness()
     outcome = harness.submit(make_request("r", "5 6 7", greedy(100, ignore_eos=True)))
     for _ in range(3):
@@ -265,7 +265,7 @@ def test_cancel_frees_the_slot_before_the_next_step() -> None:
     assert outcome.final is not None
     assert outcome.final.error is not None
     assert outcome.final.error.code is ErrorCode.CANCELLED
-    assert (harness.bound.statistics()["num_open_slots"], harness.text.num_open) == (0, 0)
+    assert (harness.engine.statistics().kv_used_bytes, harness.text.num_open) == (0, 0)
 
 
 def test_guest_trap_ends_its_request_only() -> None:
@@ -292,7 +292,7 @@ class FailingModel:
     def __init__(self) -> None:
         self._bound = NumpyBackend().bind(random_plan(TINY))
         self.fails = False
-        self.kv_bytes_per_token = self._bound.kv_bytes_per_token
+        self.kv_block_bytes = self._bound.kv_block_bytes
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._bound, name)

@@ -30,11 +30,12 @@ QUESTION = (11, 12, 13, 14, 15)
 def prime(*token_ids: tuple[int, ...], backend: Backend | None = None) -> PrefixIndex:
     """An index of prefixes computed as a build does."""
     bound = (backend or NumpyBackend()).bind(random_plan(LONG))
+    bound.open_kv(64)
+    table = tuple(range(64))
 
     def compute(ids: tuple[int, ...]) -> FloatArray:
-        slot = bound.open_slot(len(ids))
-        bound.step((SequenceInput(slot, 0, ids, wants_logits=False),))
-        return bound.capture_prefix(slot, len(ids))
+        bound.step((SequenceInput(table, 0, ids, num_logits=0),))
+        return bound.capture_prefix(table, len(ids))
 
     return PrefixIndex(PrimedPrefixArray(ids, compute(ids)) for ids in token_ids)
 
@@ -91,7 +92,8 @@ def test_logits_after_a_primed_prefix_are_those_of_a_whole_prefill(name: str) ->
     bound = backend.bind(random_plan(LONG))
     keys_values = prime(SYSTEM, backend=backend).find(SYSTEM + QUESTION)
     assert keys_values is not None
-    whole, rest = bound.open_slot(64), bound.open_slot(64)
+    bound.open_kv(8)
+    whole, rest = (0, 1, 2, 3), (7, 6, 5, 4)
     expected = bound.step((SequenceInput(whole, 0, SYSTEM + QUESTION),))[0].copy()
     bound.restore_prefix(rest, keys_values)
     found = bound.step((SequenceInput(rest, len(SYSTEM), QUESTION),))[0]
@@ -158,14 +160,14 @@ def test_rest_behind_a_prefix_is_prefilled_in_chunks() -> None:
 
 def test_adopted_tokens_count_against_the_kv_budget_and_are_given_back() -> None:
     """A primed sequence reserves as much as an unprimed one; a preempted one adopts its prefix again."""
-    token_bytes = harness().bound.kv_bytes_per_token
-    primed = harness(prime(SYSTEM), kv_budget_bytes=128 * token_bytes)
+    block_bytes = harness().bound.kv_block_bytes
+    primed = harness(prime(SYSTEM), kv_budget_bytes=8 * block_bytes)
     plain = harness()
     batch = make_request("batch", SYSTEM + QUESTION, greedy(40), priority=Priority.BATCH)
     urgent = make_request("urgent", SYSTEM + QUESTION[::-1], greedy(60))
     outcome = primed.submit(batch)
     primed.run_round()
-    assert primed.engine.statistics().kv_used_bytes == 64 * token_bytes
+    assert primed.engine.statistics().kv_used_bytes == 3 * block_bytes
     second = primed.submit(urgent)
     primed.run_until_done()
     assert primed.engine.statistics().num_preemptions >= 1
@@ -190,7 +192,7 @@ def test_prefix_that_cannot_be_restored_ends_its_request_alone() -> None:
     index = PrefixIndex([PrimedPrefixArray(SYSTEM, np.zeros((1, 2, 1, len(SYSTEM), 2), np.float32))])
     primed = harness(index)
     with pytest.raises(BackendError):
-        primed.bound.restore_prefix(primed.bound.open_slot(64), np.zeros((1, 2, 1, 3, 2), np.float32))
+        primed.bound.restore_prefix((0,), np.zeros((1, 2, 1, 3, 2), np.float32))
     bad, good = primed.submit(make_request("bad", SYSTEM + QUESTION)), primed.submit(make_request("good", QUESTION))
     primed.run_until_done()
     assert bad.final is not None

@@ -36,11 +36,12 @@ def test_prefill_then_decode_gives_the_logits_of_transformers(name: str) -> None
     with open_hugging_face(DATA / name) as source:
         weights = {tensor.name: _store(tensor) for tensor in source.tensors}
         bound = NumpyBackend().bind(build_plan(source.config, weights))
-    slot = bound.open_slot(len(token_ids))
-    logits = bound.step((SequenceInput(slot, 0, tuple(token_ids[:PREFILL_TOKENS])),))
+    bound.open_kv(8)
+    table = tuple(range(8))
+    logits = bound.step((SequenceInput(table, 0, tuple(token_ids[:PREFILL_TOKENS])),))
     np.testing.assert_allclose(logits[0], golden["logits"][PREFILL_TOKENS - 1], atol=TOLERANCE, rtol=0)
     for position in range(PREFILL_TOKENS, len(token_ids)):
-        logits = bound.step((SequenceInput(slot, position, (token_ids[position],)),))
+        logits = bound.step((SequenceInput(table, position, (token_ids[position],)),))
         np.testing.assert_allclose(logits[0], golden["logits"][position], atol=TOLERANCE, rtol=0)
     bound.close()
 

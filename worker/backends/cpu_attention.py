@@ -1,4 +1,9 @@
-"""Attention of the CPU backend: float32 NumPy over KV slots, one sequence at a time, in bounded memory."""
+"""Attention of the CPU backend: float32 NumPy over KV blocks, one sequence at a time, in bounded memory.
+
+Keys and values are read where they lie. A sequence's blocks are a few *runs* of neighbouring ones, usually one, and a
+run is a plain matrix; scores are computed run by run into one buffer, there is one softmax, and values are summed run
+by run. Nothing is gathered.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from worker.backends.kv_slots import KvSlot
+from worker.backends.kv_blocks import KvBlocks, Runs
 from worker.backends.protocol import FloatArray
 
 Call = Callable[[], None]
@@ -21,9 +26,11 @@ _MAX_SCORES: Final = 4 * 1024 * 1024
 
 @dataclass(slots=True)
 class SequenceShare:
-    """Tokens ``first`` to ``first + num_tokens`` of the step belong to ``slot``, at positions ``start`` on."""
+    """Tokens ``first`` to ``first + num_tokens`` of the step belong to one sequence, at positions ``start`` on.
+    ``runs`` of KV memory hold all its tokens, those of the step included; ``targets`` those of the step alone."""
 
-    slot: KvSlot
+    runs: Runs
+    targets: Runs
     first: int
     num_tokens: int
     start: int
@@ -58,10 +65,27 @@ class AttentionScratch:
         return self._flat[:num_elements].reshape(num_heads, num_rows, num_keys)
 
 
+def skip_tokens(runs: Runs, num_tokens: int) -> Runs:
+    """``runs`` without their first ``num_tokens`` tokens."""
+    if len(runs) == 1:  # the usual case
+        return ((runs[0][0] + num_tokens, runs[0][1]),)
+    kept: list[tuple[int, int]] = []
+    for begin, end in runs:
+        if num_tokens < end - begin:
+            kept.append((begin + num_tokens, end))
+        num_tokens = max(0, num_tokens - (end - begin))
+    return tuple(kept)
+
+
 def bind_kv_append(
-    source: FloatArray, shares: list[SequenceShare], layer: int, columns: tuple[int, int], heads: tuple[int, int]
+    source: FloatArray,
+    memory: KvBlocks,
+    shares: list[SequenceShare],
+    layer: int,
+    columns: tuple[int, int],
+    heads: tuple[int, int],
 ) -> Call:
-    """Store keys and values of ``source`` ``[N, T]`` (from ``columns``, ``heads`` = number and width) in the slots."""
+    """Store keys and values of ``source`` ``[N, T]`` (from ``columns``, ``heads`` = number and width) in the blocks."""
     num_heads, head_dim = heads
     key_column, value_column = columns
     size = num_heads * head_dim
@@ -69,9 +93,12 @@ def bind_kv_append(
         both = source[key_column : key_column + 2 * size].reshape(2 * num_heads, head_dim, -1).transpose(0, 2, 1)
 
         def append_both() -> None:
+            planes = memory.layers[layer]
             for share in shares:
-                end = share.start + share.num_tokens
-                share.slot.layers[layer][:, share.start : end] = both[:, share.first : share.first + share.num_tokens]
+                first = share.first
+                for begin, end in share.targets:
+                    planes[:, begin:end] = both[:, first : first + end - begin]
+                    first += end - begin
 
         return append_both
 
@@ -79,11 +106,13 @@ def bind_kv_append(
     values = source[value_column : value_column + size].reshape(num_heads, head_dim, -1).transpose(0, 2, 1)
 
     def append() -> None:
+        planes = memory.layers[layer]
         for share in shares:
-            end = share.start + share.num_tokens
-            planes = share.slot.layers[layer]
-            planes[:num_heads, share.start : end] = keys[:, share.first : share.first + share.num_tokens]
-            planes[num_heads:, share.start : end] = values[:, share.first : share.first + share.num_tokens]
+            first = share.first
+            for begin, end in share.targets:
+                planes[:num_heads, begin:end] = keys[:, first : first + end - begin]
+                planes[num_heads:, begin:end] = values[:, first : first + end - begin]
+                first += end - begin
 
     return append
 
@@ -92,6 +121,7 @@ def bind_attention(
     source: FloatArray,
     out: FloatArray,
     queries: FloatArray,
+    memory: KvBlocks,
     shares: list[SequenceShare],
     shape: AttentionShape,
     scratch: AttentionScratch,
@@ -110,14 +140,15 @@ def bind_attention(
     def attend() -> None:
         np.multiply(source_queries, shape.score_scale, queries)
         num_used = 0
+        planes = memory.layers[shape.layer]
         for share in shares:
             first, num_used = share.first, share.first + share.num_tokens
             if share.num_tokens == 1:
-                _attend_one(query_heads[..., first], result, share, shape, scratch)
+                _attend_one(query_heads[..., first], result, planes, share, shape, scratch)
                 out[:, first] = result_column
             else:
                 columns = slice(first, num_used)
-                _attend_many(query_heads[..., columns], out_heads[..., columns], share, shape, scratch)
+                _attend_many(query_heads[..., columns], out_heads[..., columns], planes, share, shape, scratch)
         if num_used < num_tokens:
             out[:, num_used:] = 0  # padding columns: finite, whatever the buffer held before
 
@@ -125,23 +156,53 @@ def bind_attention(
 
 
 def _attend_one(
-    queries: FloatArray, out: FloatArray, share: SequenceShare, shape: AttentionShape, scratch: AttentionScratch
+    queries: FloatArray,
+    out: FloatArray,
+    planes: FloatArray,
+    share: SequenceShare,
+    shape: AttentionShape,
+    scratch: AttentionScratch,
 ) -> None:
     """One query of one sequence: ``queries`` and ``out`` are ``[Hkv, G, Dh]``."""
-    end = share.start + 1
-    begin = max(0, end - shape.window_tokens) if shape.window_tokens else 0
-    planes = share.slot.layers[shape.layer]
-    keys, values = planes[: shape.num_kv_heads, begin:end], planes[shape.num_kv_heads :, begin:end]
-    scores = scratch.scores(shape.num_kv_heads, shape.num_heads // shape.num_kv_heads, end - begin)
-    np.matmul(queries, keys.transpose(0, 2, 1), scores)
+    num_keys, runs = share.start + 1, share.runs
+    if 0 < shape.window_tokens < num_keys:
+        runs = skip_tokens(runs, num_keys - shape.window_tokens)
+        num_keys = shape.window_tokens
+    num_kv_heads = shape.num_kv_heads
+    scores = scratch.scores(num_kv_heads, shape.num_heads // num_kv_heads, num_keys)
+    if len(runs) == 1:
+        ((begin, end),) = runs
+        np.matmul(queries, planes[:num_kv_heads, begin:end].transpose(0, 2, 1), scores)
+        np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
+        np.exp(scores, scores)
+        np.matmul(scores, planes[num_kv_heads:, begin:end], out)
+        np.divide(out, np.add.reduce(scores, -1, keepdims=True), out)
+        return
+    first = 0
+    for begin, end in runs:
+        last = first + end - begin
+        np.matmul(queries, planes[:num_kv_heads, begin:end].transpose(0, 2, 1), scores[..., first:last])
+        first = last
     np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
     np.exp(scores, scores)
-    np.matmul(scores, values, out)
+    first = 0
+    for begin, end in runs:
+        last = first + end - begin
+        if first:
+            np.add(out, np.matmul(scores[..., first:last], planes[num_kv_heads:, begin:end]), out)
+        else:
+            np.matmul(scores[..., :last], planes[num_kv_heads:, begin:end], out)
+        first = last
     np.divide(out, np.add.reduce(scores, -1, keepdims=True), out)
 
 
 def _attend_many(
-    queries: FloatArray, out: FloatArray, share: SequenceShare, shape: AttentionShape, scratch: AttentionScratch
+    queries: FloatArray,
+    out: FloatArray,
+    planes: FloatArray,
+    share: SequenceShare,
+    shape: AttentionShape,
+    scratch: AttentionScratch,
 ) -> None:
     """Several queries of one sequence, in blocks: ``queries`` and ``out`` are ``[Hkv, G, Dh, T]``.
 
@@ -150,25 +211,57 @@ def _attend_many(
     """
     total = share.start + share.num_tokens
     block_rows = max(1, min(_QUERY_ROWS, _MAX_SCORES // (shape.num_heads * total)))
-    planes = share.slot.layers[shape.layer]
     for first in range(0, share.num_tokens, block_rows):
         last = min(first + block_rows, share.num_tokens)
         num_rows = last - first
         position, end = share.start + first, share.start + last
         begin = max(0, position + 1 - shape.window_tokens) if shape.window_tokens else 0
         num_keys = end - begin
-        keys = planes[: shape.num_kv_heads, None, begin:end]  # [Hkv, 1, keys, Dh]
-        values = planes[shape.num_kv_heads :, None, begin:end]
+        runs = _cut_runs(share.runs, begin, end)
         scores = scratch.scores(shape.num_heads, num_keys, num_rows)
         scores = scores.reshape(*queries.shape[:2], num_keys, num_rows)
-        np.matmul(keys, queries[..., first:last], scores)
+        _multiply_keys(planes[: shape.num_kv_heads, None], queries[..., first:last], runs, scores)
         scores[:, :, num_keys - num_rows :] += scratch.below_diagonal[:num_rows, :num_rows]
         if shape.window_tokens:
             scores += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)
         np.subtract(scores, np.maximum.reduce(scores, 2, keepdims=True), scores)
         np.exp(scores, scores)
         sums = np.matmul(np.ones((1, num_keys), np.float32), scores)  # [Hkv, G, 1, queries]
-        np.divide(np.matmul(values.swapaxes(2, 3), scores), sums, out[..., first:last])
+        weighted = _sum_values(planes[shape.num_kv_heads :, None], scores, runs)
+        np.divide(weighted, sums, out[..., first:last])
+
+
+def _multiply_keys(keys: FloatArray, queries: FloatArray, runs: Runs, scores: FloatArray) -> None:
+    """``scores`` ``[Hkv, G, keys, T]`` of ``queries`` ``[Hkv, G, Dh, T]`` with ``keys`` ``[Hkv, 1, rows, Dh]``."""
+    first = 0
+    for begin, end in runs:
+        np.matmul(keys[:, :, begin:end], queries, scores[:, :, first : first + end - begin])
+        first += end - begin
+
+
+def _sum_values(values: FloatArray, scores: FloatArray, runs: Runs) -> FloatArray:
+    """``[Hkv, G, Dh, T]``: ``values`` ``[Hkv, 1, rows, Dh]`` weighted with ``scores`` ``[Hkv, G, keys, T]``."""
+    weighted: FloatArray | None = None
+    first = 0
+    for begin, end in runs:
+        part: FloatArray = np.matmul(values[:, :, begin:end].swapaxes(2, 3), scores[:, :, first : first + end - begin])
+        weighted = part if weighted is None else np.add(weighted, part, weighted)
+        first += end - begin
+    if weighted is None:
+        raise RuntimeError("attention over no keys")
+    return weighted
+
+
+def _cut_runs(runs: Runs, begin: int, end: int) -> Runs:
+    """Tokens ``[begin, end)`` of ``runs``."""
+    kept = []
+    for run_begin, run_end in skip_tokens(runs, begin):
+        size = min(run_end - run_begin, end - begin)
+        if size <= 0:
+            break
+        kept.append((run_begin, run_begin + size))
+        begin += size
+    return tuple(kept)
 
 
 def _mask_before_window(

@@ -45,8 +45,9 @@ from worker.backends.cpu_operations import (
     make_rope_table,
 )
 from worker.backends.encoder_protocol import EncoderPlan, TokenSpan
+from worker.backends.kv_blocks import KvBlocks
 from worker.backends.program_shapes import Rows, infer_shapes
-from worker.backends.protocol import FloatArray, ModelPlan
+from worker.backends.protocol import BackendError, FloatArray, ModelPlan
 
 Call = Callable[[], None]
 
@@ -61,6 +62,17 @@ class StepTokens:
     shares: list[SequenceShare]  # one list object for the life of the model
     scratch: AttentionScratch
     spans: list[TokenSpan] = field(default_factory=list)  # of an encoder; one list object as well
+    memory: KvBlocks | None = None  # an encoder has none
+
+    def require_memory(self) -> KvBlocks:
+        """The KV blocks; they may still be closed.
+
+        Raises:
+            BackendError: the program is an encoder's.
+        """
+        if self.memory is None:
+            raise BackendError("an operation on the KV cache in a program that has none")
+        return self.memory
 
 
 @dataclass(slots=True)
@@ -379,15 +391,16 @@ class _Binder:
     def _bind_kv_append(self, operation: Operation) -> Call:
         layer, key_column, value_column, num_heads, head_dim = operation.ints[:5]
         columns = self._columns(operation.inputs[0])
-        shares = self._compiled.tokens.shares
-        return bind_kv_append(columns, shares, layer, (key_column, value_column), (num_heads, head_dim))
+        tokens = self._compiled.tokens
+        memory, shares = tokens.require_memory(), tokens.shares
+        return bind_kv_append(columns, memory, shares, layer, (key_column, value_column), (num_heads, head_dim))
 
     def _bind_attention(self, operation: Operation) -> Call:
         shape = AttentionShape(*operation.ints[:5], operation.floats[0])
         tokens = self._compiled.tokens
         out = self._columns(operation.out)
-        queries = self._take_scratch(out.shape)
-        return bind_attention(self._columns(operation.inputs[0]), out, queries, tokens.shares, shape, tokens.scratch)
+        source, queries = self._columns(operation.inputs[0]), self._take_scratch(out.shape)
+        return bind_attention(source, out, queries, tokens.require_memory(), tokens.shares, shape, tokens.scratch)
 
     def _bind_silu_mul(self, operation: Operation) -> Call:
         return bind_silu_mul(self._columns(operation.inputs[0]), self._columns(operation.out))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
 
 from guests.abi import Opcode, ProgramKind
-from worker.backends.cpu_attention import AttentionScratch, SequenceShare
+from worker.backends.cpu_attention import AttentionScratch, SequenceShare, skip_tokens
 from worker.backends.cpu_buffers import transpose_into
 from worker.backends.cpu_linear import LinearWeight, bind_weight
 from worker.backends.cpu_program import CpuProgram, StepTokens
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
-from worker.backends.kv_slots import KvSlots
+from worker.backends.kv_blocks import KvBlocks
 from worker.backends.numkong_encoder import NumKongEncoder
 from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
 from worker.backends.thread_governor import ThreadGovernor
@@ -69,7 +69,8 @@ class NumKongModel:
 
     def __init__(self, plan: ModelPlan, num_threads: int) -> None:
         self._shares: list[SequenceShare] = []
-        tokens = StepTokens(self._shares, AttentionScratch())
+        self._blocks = KvBlocks(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
+        tokens = StepTokens(self._shares, AttentionScratch(), memory=self._blocks)
         self._governor = ThreadGovernor(num_threads)
         weights: dict[int, LinearWeight] = {}
         for program in (plan.prefill, plan.decode):
@@ -82,35 +83,34 @@ class NumKongModel:
         is_same = plan.decode.operations == plan.prefill.operations
         decode = prefill if is_same else CpuProgram(plan.decode, plan, weights, tokens)
         self._programs = {ProgramKind.PREFILL: prefill, ProgramKind.DECODE: decode}
-        self._slots = KvSlots(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
         self._vocab_size = plan.vocab_size
         self._logits: FloatArray = np.empty((0, plan.vocab_size), np.float32)
         self._num_steps = 0
         self._num_tokens = 0
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        return self._slots.bytes_per_token
+    def kv_block_bytes(self) -> int:
+        return self._blocks.block_bytes
 
     def prepare_step(self, num_tokens: int) -> None:
         """Bind the program to that many rows (5 ms for 30 layers). No memory of activations or weights is touched."""
         kind = ProgramKind.DECODE if num_tokens == 1 else ProgramKind.PREFILL
         self._programs[kind].prepare(num_tokens)
 
-    def open_slot(self, max_tokens: int) -> int:
-        return self._slots.open(max_tokens)
+    def open_kv(self, num_blocks: int) -> None:
+        self._blocks.open(num_blocks)
 
-    def close_slot(self, slot: int) -> None:
-        self._slots.close(slot)
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._blocks.copy_blocks(pairs)
 
-    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
-        self._slots.copy_prefix(source, target, num_tokens)
+    def release_blocks(self, blocks: Sequence[int]) -> None:
+        self._blocks.release(blocks)
 
-    def capture_prefix(self, slot: int, num_tokens: int) -> FloatArray:
-        return self._slots.capture_prefix(slot, num_tokens)
+    def capture_prefix(self, block_table: Sequence[int], num_tokens: int) -> FloatArray:
+        return self._blocks.capture_prefix(block_table, num_tokens)
 
-    def restore_prefix(self, slot: int, keys_values: FloatArray) -> None:
-        self._slots.restore_prefix(slot, keys_values)
+    def restore_prefix(self, block_table: Sequence[int], keys_values: FloatArray) -> None:
+        self._blocks.restore_prefix(block_table, keys_values)
 
     def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
         """See :class:`~worker.backends.protocol.BoundModel`."""
@@ -118,21 +118,17 @@ class NumKongModel:
         positions: list[int] = []
         last_rows: list[int] = []
         self._shares.clear()
-        for item in inputs:
-            slot = self._slots.get(item.slot)
+        for item, runs in zip(inputs, self._blocks.find_runs(inputs), strict=True):
             num_tokens = len(item.token_ids)
-            slot.validate_append(item.start, num_tokens)
-            self._shares.append(SequenceShare(slot, len(token_ids), num_tokens, item.start))
+            targets = skip_tokens(runs, item.start)
+            self._shares.append(SequenceShare(runs, targets, len(token_ids), num_tokens, item.start))
             token_ids += item.token_ids
             positions += range(item.start, item.start + num_tokens)
-            if item.wants_logits:
-                last_rows.append(len(token_ids) - 1)
+            last_rows += range(len(token_ids) - item.num_logits, len(token_ids))
         is_decode = len(token_ids) == len(inputs)
         program = self._programs[ProgramKind.DECODE if is_decode else ProgramKind.PREFILL]
         with np.errstate(over="ignore"):  # see bind_silu_mul
             columns = program.run(token_ids, positions, last_rows)
-        for share in self._shares:
-            share.slot.set_num_tokens(share.start + share.num_tokens)
         self._num_steps += 1
         self._num_tokens += len(token_ids)
         return self._arrange(columns)
@@ -142,18 +138,17 @@ class NumKongModel:
             "num_steps": self._num_steps,
             "num_tokens": self._num_tokens,
             "num_thread_fallbacks": self._governor.num_fallbacks,
-            "num_open_slots": self._slots.num_open,
-            "kv_open_bytes": self._slots.open_bytes,
-            "kv_spare_bytes": self._slots.spare_bytes,
+            "kv_resident_bytes": self._blocks.resident_bytes,
+            "kv_spare_bytes": self._blocks.spare_bytes,
         }
 
     def close(self) -> None:
         self._programs.clear()  # with them every reference to a weight
         self._shares.clear()
-        self._slots.close_all()
+        self._blocks.close()
 
     def _arrange(self, columns: FloatArray | None) -> FloatArray:
-        """Logits ``[S, V]`` of feature-major ``columns`` ``[V, S]``, without a copy for one row."""
+        """Logits ``[R, V]`` of feature-major ``columns`` ``[V, R]``, without a copy for one row."""
         if columns is None:
             return self._logits[:0]
         num_rows = columns.shape[1]

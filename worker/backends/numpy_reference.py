@@ -6,7 +6,7 @@ only backend that copies weights), and nothing is fused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from guests.abi import NO_TENSOR, Opcode, ProgramKind
 from guests.program import Operation, Program
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan, TokenSpan, lay_out
-from worker.backends.kv_slots import KvSlot, KvSlots
+from worker.backends.kv_blocks import KvBlocks, Runs
 from worker.backends.numpy_encoder import ENCODER_FUNCTIONS
 from worker.backends.program_shapes import infer_shapes
 from worker.backends.protocol import (
@@ -32,9 +32,10 @@ from worker.backends.protocol import (
 
 @dataclass(slots=True)
 class _SequenceShare:
-    """Rows ``rows`` of the step belong to the sequence in ``slot``, at positions ``start`` on."""
+    """Rows ``rows`` of the step belong to one sequence, at positions ``start`` on; ``token_rows`` of the KV memory
+    hold its tokens from position 0 to the last of the step."""
 
-    slot: KvSlot
+    token_rows: npt.NDArray[np.int64]
     rows: slice
     start: int
 
@@ -49,6 +50,7 @@ class _Step:
     shares: list[_SequenceShare]
     values: list[FloatArray]
     spans: list[TokenSpan] = field(default_factory=list)  # of an encoder's step, which has no shares
+    memory: KvBlocks | None = None  # an encoder has none
 
 
 _Call = Callable[[_Step], None]
@@ -91,40 +93,38 @@ class NumpyModel:
             ProgramKind.PREFILL: _bind_program(plan.prefill, plan, weights),
             ProgramKind.DECODE: _bind_program(plan.decode, plan, weights),
         }
-        self._slots = KvSlots(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
+        self._blocks = KvBlocks(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
         self._num_steps = 0
         self._num_tokens = 0
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        return self._slots.bytes_per_token
+    def kv_block_bytes(self) -> int:
+        return self._blocks.block_bytes
 
     def prepare_step(self, num_tokens: int) -> None:
         """Nothing: steps of every size are the same code."""
 
-    def open_slot(self, max_tokens: int) -> int:
-        return self._slots.open(max_tokens)
+    def open_kv(self, num_blocks: int) -> None:
+        self._blocks.open(num_blocks)
 
-    def close_slot(self, slot: int) -> None:
-        self._slots.close(slot)
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._blocks.copy_blocks(pairs)
 
-    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
-        self._slots.copy_prefix(source, target, num_tokens)
+    def release_blocks(self, blocks: Sequence[int]) -> None:
+        self._blocks.release(blocks)
 
-    def capture_prefix(self, slot: int, num_tokens: int) -> FloatArray:
-        return self._slots.capture_prefix(slot, num_tokens)
+    def capture_prefix(self, block_table: Sequence[int], num_tokens: int) -> FloatArray:
+        return self._blocks.capture_prefix(block_table, num_tokens)
 
-    def restore_prefix(self, slot: int, keys_values: FloatArray) -> None:
-        self._slots.restore_prefix(slot, keys_values)
+    def restore_prefix(self, block_table: Sequence[int], keys_values: FloatArray) -> None:
+        self._blocks.restore_prefix(block_table, keys_values)
 
     def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
-        """See :class:`~worker.backends.protocol.BoundModel`; the result is a fresh array ``[S, V]``."""
+        """See :class:`~worker.backends.protocol.BoundModel`; the result is a fresh array ``[R, V]``."""
         kind = ProgramKind.DECODE if all(len(i.token_ids) == 1 for i in inputs) else ProgramKind.PREFILL
         step = self._gather(inputs, self._num_values[kind])
         for call in self._calls[kind]:
             call(step)
-        for share in step.shares:
-            share.slot.set_num_tokens(share.start + share.rows.stop - share.rows.start)
         self._num_steps += 1
         self._num_tokens += len(step.token_ids)
         return step.values[-1]
@@ -133,29 +133,25 @@ class NumpyModel:
         return {
             "num_steps": self._num_steps,
             "num_tokens": self._num_tokens,
-            "num_open_slots": self._slots.num_open,
-            "kv_open_bytes": self._slots.open_bytes,
-            "kv_spare_bytes": self._slots.spare_bytes,
+            "kv_resident_bytes": self._blocks.resident_bytes,
+            "kv_spare_bytes": self._blocks.spare_bytes,
         }
 
     def close(self) -> None:
         self._calls.clear()  # with them every reference to a weight
-        self._slots.close_all()
+        self._blocks.close()
 
     def _gather(self, inputs: tuple[SequenceInput, ...], num_values: int) -> _Step:
         shares: list[_SequenceShare] = []
         token_ids: list[int] = []
         positions: list[int] = []
         last_rows: list[int] = []
-        for item in inputs:
-            slot = self._slots.get(item.slot)
-            slot.validate_append(item.start, len(item.token_ids))
+        for item, runs in zip(inputs, self._blocks.find_runs(inputs), strict=True):
             first_row = len(token_ids)
             token_ids += item.token_ids
             positions += range(item.start, item.start + len(item.token_ids))
-            shares.append(_SequenceShare(slot, slice(first_row, len(token_ids)), item.start))
-            if item.wants_logits:
-                last_rows.append(len(token_ids) - 1)
+            shares.append(_SequenceShare(_list_rows(runs), slice(first_row, len(token_ids)), item.start))
+            last_rows += range(len(token_ids) - item.num_logits, len(token_ids))
         empty: FloatArray = np.empty((0, 0), np.float32)
         return _Step(
             np.array(token_ids, np.int64),
@@ -163,6 +159,7 @@ class NumpyModel:
             np.array(last_rows, np.int64),
             shares,
             [empty] * (num_values + 1),  # the extra one is the result
+            memory=self._blocks,
         )
 
 
@@ -202,6 +199,18 @@ class NumpyEncoder:
 
     def close(self) -> None:
         self._calls.clear()  # with them every reference to a weight
+
+
+def _list_rows(runs: Runs) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.arange(begin, end) for begin, end in runs])
+
+
+def _planes_of(step: _Step, layer: int) -> tuple[FloatArray, FloatArray]:
+    """Keys and values of a layer, views ``[kv heads, token rows, head_dim]``."""
+    if step.memory is None:
+        raise BackendError("an operation on the KV cache in a program that has none")
+    planes = step.memory.layers[layer]
+    return planes[: len(planes) // 2], planes[len(planes) // 2 :]
 
 
 def _convert_weight(tensor: WeightTensor) -> FloatArray:
@@ -286,25 +295,26 @@ def _kv_append(operation: Operation, _tensors: list[FloatArray], step: _Step) ->
     rows = step.values[operation.inputs[0]]
     keys = _split_heads(rows, key_column, num_heads, head_dim)
     values = _split_heads(rows, value_column, num_heads, head_dim)
+    key_planes, value_planes = _planes_of(step, layer)
     for share in step.shares:
-        end = share.start + share.rows.stop - share.rows.start
-        share.slot.keys[layer, :, share.start : end] = keys[share.rows].transpose(1, 0, 2)
-        share.slot.values[layer, :, share.start : end] = values[share.rows].transpose(1, 0, 2)
+        new_rows = share.token_rows[share.start :]
+        key_planes[:, new_rows] = keys[share.rows].transpose(1, 0, 2)
+        value_planes[:, new_rows] = values[share.rows].transpose(1, 0, 2)
 
 
 def _attention(operation: Operation, _tensors: list[FloatArray], step: _Step) -> None:
     layer, num_heads, num_kv_heads, head_dim, window_tokens = operation.ints[:5]
     queries = _split_heads(step.values[operation.inputs[0]], 0, num_heads, head_dim)
     result = np.empty_like(queries)  # [T, heads, head_dim]
+    key_planes, value_planes = _planes_of(step, layer)
     for share in step.shares:
-        num_keys = share.start + share.rows.stop - share.rows.start
-        visible = _causal_mask(share.start, num_keys, window_tokens)
+        visible = _causal_mask(share.start, len(share.token_rows), window_tokens)
         for head in range(num_heads):
             kv_head = head * num_kv_heads // num_heads
-            keys = share.slot.keys[layer, kv_head, :num_keys]
+            keys = key_planes[kv_head, share.token_rows]
             scores = queries[share.rows, head] @ keys.T * np.float32(operation.floats[0])
             weights = _softmax(np.where(visible, scores, np.float32(-np.inf)))
-            result[share.rows, head] = weights @ share.slot.values[layer, kv_head, :num_keys]
+            result[share.rows, head] = weights @ value_planes[kv_head, share.token_rows]
     step.values[operation.out] = result.reshape(len(result), num_heads * head_dim)
 
 

@@ -1,10 +1,10 @@
-"""What a device backend is: it binds a guest's tensor programs to weights and runs steps over KV slots."""
+"""What a device backend is: it binds a guest's tensor programs to weights and runs steps over KV blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # the encoder's protocol is made of the types here
     from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
 
 FloatArray = npt.NDArray[np.float32]
+
+#: Tokens of one block of the KV cache. At a head width of 64, float32, one head's keys of a block are one 4 KiB page.
+KV_BLOCK_TOKENS: Final = 16
 
 
 class BackendError(Exception):
@@ -52,46 +55,61 @@ class ModelPlan:
 class SequenceInput:
     """One sequence's share of a step.
 
-    ``slot`` is its KV slot, ``start`` the position of ``token_ids[0]`` (= tokens already in the slot);
-    ``wants_logits``: the last token's logits are a row of the step's result.
+    ``block_table`` names its KV blocks in order of position (block ``i`` holds positions ``16 * i`` to
+    ``16 * i + 15``) and covers all tokens of the share. A backend may remember what it found out about a table by the
+    object's identity: a changed table is a new object. ``start`` is the position of ``token_ids[0]``; everything
+    before it is in the blocks. The logits of the last ``num_logits`` tokens are rows of the step's result.
     """
 
-    slot: int
+    block_table: Sequence[int]
     start: int
     token_ids: tuple[int, ...]
-    wants_logits: bool = True
+    num_logits: int = 1
 
 
 class BoundModel(Protocol):
-    """A model bound to a device. Used by one thread, the engine's."""
+    """A model bound to a device. Used by one thread, the engine's, which owns the numbers of the KV blocks: who may
+    read and write which block is its business, the backend only keeps their memory."""
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Device bytes that one token takes in a KV slot, all layers."""
+    def kv_block_bytes(self) -> int:
+        """Device bytes of one KV block, all layers."""
 
     def prepare_step(self, num_tokens: int) -> None:
         """Do ahead what a first step of ``num_tokens`` tokens of one sequence would do before it computes."""
 
-    def open_slot(self, max_tokens: int) -> int:
-        """Reserve a KV slot for up to ``max_tokens`` tokens; its number. The caller keeps the budget."""
+    def open_kv(self, num_blocks: int) -> None:
+        """Make room for blocks 0 to ``num_blocks - 1``; once, before the first step, and never before a fork. On a CPU
+        this is address space, paged in by first use.
 
-    def close_slot(self, slot: int) -> None:
-        """Give a slot's memory back. Idempotent."""
+        Raises:
+            BackendError: opened before, or no room.
+        """
 
-    def copy_prefix(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy the first ``num_tokens`` tokens' keys and values of slot ``source`` into the empty slot ``target``."""
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, ``(source, target)`` each."""
 
-    def capture_prefix(self, slot: int, num_tokens: int) -> FloatArray:
-        """Keys and values of a slot's first ``num_tokens`` tokens as host memory, a copy: float32
+    def release_blocks(self, blocks: Sequence[int]) -> None:
+        """The contents of these blocks are no longer needed: their memory may go back to the system."""
+
+    def capture_prefix(self, block_table: Sequence[int], num_tokens: int) -> FloatArray:
+        """Keys and values of a table's first ``num_tokens`` tokens as host memory, a copy: float32
         ``[layers, 2, kv heads, tokens, head_dim]``, keys rotated. The same for every backend."""
 
-    def restore_prefix(self, slot: int, keys_values: FloatArray) -> None:
-        """Fill the empty slot ``slot`` with what :meth:`capture_prefix` gave, perhaps in another process and on
-        another backend. ``keys_values`` may be strided and read-only; it is copied."""
+    def restore_prefix(self, block_table: Sequence[int], keys_values: FloatArray) -> None:
+        """Fill the blocks of a table, from the first one's first token on, with what :meth:`capture_prefix` gave,
+        perhaps in another process and on another backend. ``keys_values`` may be strided and read-only; it is copied.
+
+        Raises:
+            BackendError: of another model's shape, or more tokens than the table has room for.
+        """
 
     def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
-        """Run one step: appends each sequence's keys and values to its slot and returns logits ``[S, V]``
-        float32, one row per input with ``wants_logits``, in order. The array is valid until the next call.
+        """Run one step: writes each sequence's keys and values to its blocks and returns logits ``[R, V]``
+        float32, ``num_logits`` rows for each input, in order. The array is valid until the next call.
+
+        Raises:
+            BackendError: no tokens, a table that does not cover them, or a sequence beyond the context.
         """
 
     def statistics(self) -> Mapping[str, int]:

@@ -37,6 +37,7 @@ from worker.backends.protocol import BackendError, BoundModel, FloatArray, Seque
 from worker.build.errors import BuildError
 from worker.engine.batch import PREFILL_TOKENS_PER_STEP
 from worker.engine.intake import tokenize_prompt
+from worker.engine.kv_cache import count_blocks
 from worker.engine.text import TextModel
 from worker.engine.types import EngineRequest
 from worker.loaded_model import LoadedModel
@@ -202,6 +203,7 @@ def _write_prefixes(writer: BlobWriter, entries: list[PrimedPrefix], loaded: Loa
     backend = make_backend(priming.backend, priming.num_threads)
     backend.warm()
     bound = backend.bind(loaded.plan)
+    bound.open_kv(max(count_blocks(entry.num_tokens) for entry in entries))
     try:
         for entry in entries:
             keys_values = compute_prefix(bound, entry.unpack_token_ids())
@@ -212,12 +214,12 @@ def _write_prefixes(writer: BlobWriter, entries: list[PrimedPrefix], loaded: Loa
 
 
 def compute_prefix(bound: BoundModel, token_ids: Sequence[int]) -> FloatArray:
-    """Keys and values of ``token_ids``, computed in the portions in which the engine prefills a lone prompt."""
-    slot = bound.open_slot(len(token_ids))
-    try:
-        for start in range(0, len(token_ids), PREFILL_TOKENS_PER_STEP):
-            portion = tuple(token_ids[start : start + PREFILL_TOKENS_PER_STEP])
-            bound.step((SequenceInput(slot, start, portion, wants_logits=False),))
-        return bound.capture_prefix(slot, len(token_ids))
-    finally:
-        bound.close_slot(slot)
+    """Keys and values of ``token_ids``, computed in the portions in which the engine prefills a lone prompt.
+
+    Requires: ``bound`` has KV blocks enough, which nobody else uses.
+    """
+    block_table = tuple(range(count_blocks(len(token_ids))))
+    for start in range(0, len(token_ids), PREFILL_TOKENS_PER_STEP):
+        portion = tuple(token_ids[start : start + PREFILL_TOKENS_PER_STEP])
+        bound.step((SequenceInput(block_table, start, portion, num_logits=0),))
+    return bound.capture_prefix(block_table, len(token_ids))

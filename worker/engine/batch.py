@@ -15,7 +15,7 @@ class SequenceView:
     """A running sequence as the decision sees it, in order of service (see :func:`decide_step`)."""
 
     index: int  # the caller's
-    num_pending: int  # tokens not yet in the KV slot; 1: a decode
+    num_pending: int  # tokens not yet in the KV blocks; 1: a decode
 
 
 @dataclass(frozen=True, slots=True)

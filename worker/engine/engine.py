@@ -7,8 +7,8 @@ One thread owns everything here (``Engine.run``); others use :meth:`Engine.submi
 from          to             when
 ============= ============== ==============================================================
 (mailbox)     waiting        tokenised and checked; otherwise it ends with an error
-waiting       running        slots, KV budget and ``max_running`` have room, in service order
-running       waiting        preempted: its KV memory goes to a request served before it
+waiting       running        KV blocks and ``max_running`` have room, in service order
+running       waiting        preempted: its KV blocks go to a request served before it
 waiting       (ended)        cancelled
 running       (ended)        every choice finished, cancelled, or an error
 ============= ============== ==============================================================
@@ -27,11 +27,11 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import TokenEvent
 from scheduler.contract.states import FinishReason
 from scheduler.contract.telemetry import Mark
-from worker.backends.protocol import BoundModel, FloatArray, SequenceInput
+from worker.backends.protocol import KV_BLOCK_TOKENS, BoundModel, FloatArray, SequenceInput
 from worker.engine.batch import SequenceView, Share, decide_step
 from worker.engine.failures import describe_error
 from worker.engine.intake import prepare_request
-from worker.engine.kv_budget import KvBudget, round_to_blocks
+from worker.engine.kv_cache import KvCache
 from worker.engine.mailbox import Mail, Mailbox
 from worker.engine.sequence import NO_TOKEN, Choice, RunningRequest, describe_logprob
 from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
@@ -50,18 +50,22 @@ class EngineStatistics:
 
     num_running: int = 0  # requests in the batch
     num_waiting: int = 0  # requests accepted, without KV memory
-    kv_used_bytes: int = 0
+    kv_used_bytes: int = 0  # held by running sequences
     tokens_generated: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
+    kv_total_bytes: int = 0  # all blocks: the budget, rounded down to whole ones
+    kv_cached_bytes: int = 0  # kept for prompts to come, given up when running sequences need it
+    num_prompt_tokens: int = 0  # of admitted requests
+    num_cached_tokens: int = 0  # of these, taken over instead of computed
 
 
 class Engine:
     """Continuous batching over one bound model.
 
-    ``max_running`` bounds the sequences (choices) of a batch, ``kv_budget_bytes`` their KV memory. ``on_steps`` is
-    called on the engine thread after every step with what it did, and must not block; what it raises ends
-    :meth:`run`.
+    ``max_running`` bounds the sequences (choices) of a batch, ``kv_budget_bytes`` their KV memory together with what is
+    kept of earlier ones for prompts to come (nothing without ``prefix_caching``). ``on_steps`` is called on the engine
+    thread after every step with what it did, and must not block; what it raises ends :meth:`run`.
     """
 
     def __init__(
@@ -72,12 +76,13 @@ class Engine:
         max_running: int,
         kv_budget_bytes: int,
         on_steps: Callable[[list[RequestStep]], None],
+        prefix_caching: bool = True,
     ) -> None:
         self._model = model
         self._bound = bound
         self._max_running = max_running
         self._on_steps = on_steps
-        self._budget = KvBudget(kv_budget_bytes, bound.kv_bytes_per_token)
+        self._kv = KvCache(bound, kv_budget_bytes, model.prefixes, prefix_caching=prefix_caching)
         self._mailbox = Mailbox()
         self._waiting: list[RunningRequest] = []  # in service order
         self._running: list[RunningRequest] = []  # in service order
@@ -136,7 +141,7 @@ class Engine:
         for request_id in mail.cancelled:
             self._cancel(request_id)
         self._admit()
-        self._grow_reservations()
+        self._grow()
         self._step()
         self._publish_statistics()
         if self._steps:
@@ -146,25 +151,25 @@ class Engine:
             self.check_integrity()
 
     def check_integrity(self) -> None:
-        """Check the books: every slot has a reservation that covers it and belongs to a running choice.
+        """Check the books: every block is free, kept, or held by running choices as often as the pool says.
 
         Raises:
-            EngineIntegrityError: they do not agree.
+            EngineIntegrityError: a choice has too few blocks, or some that it must not have.
+            BlockPoolIntegrityError: the pool's books do not agree.
         """
-        slots = {}
+        held: list[int] = []
         for request in self._running:
-            for choice in request.unfinished:
-                if choice.slot is None:
-                    raise EngineIntegrityError(f"{request.request_id}/{choice.index} runs without a slot")
-                slots[choice.slot] = choice.num_computed
-        if self._budget.holders() != slots.keys():
-            raise EngineIntegrityError(f"reserved {sorted(self._budget.holders())}, in use {sorted(slots)}")
-        for slot, num_computed in slots.items():
-            if num_computed > self._budget.tokens_of(slot):
-                raise EngineIntegrityError(f"slot {slot} holds {num_computed} tokens, more than reserved")
+            for choice in request.choices:
+                held += choice.blocks
+                if choice.is_finished == bool(choice.blocks) or choice.num_computed > KV_BLOCK_TOKENS * len(
+                    choice.blocks
+                ):
+                    message = f"{choice.num_computed} tokens in {len(choice.blocks)} blocks"
+                    raise EngineIntegrityError(f"{request.request_id}/{choice.index}: {message}")
+        self._kv.pool.check_integrity(held)
         for request in self._waiting:
-            if any(choice.slot is not None for choice in request.choices):
-                raise EngineIntegrityError(f"{request.request_id} waits but holds a slot")
+            if any(choice.blocks for choice in request.choices):
+                raise EngineIntegrityError(f"{request.request_id} waits but holds KV blocks")
 
     # --- coming and going ---
 
@@ -172,7 +177,7 @@ class Engine:
         self._forget(engine_request.request_id)
         self._num_arrivals += 1
         try:
-            request = prepare_request(engine_request, self._num_arrivals, self._model, self._budget)
+            request = prepare_request(engine_request, self._num_arrivals, self._model, self._kv)
         except Exception as error:  # one request's failure must not reach the others
             self._report_error(engine_request.request_id, describe_error(error))
             return
@@ -200,16 +205,8 @@ class Engine:
 
     def _release(self, request: RunningRequest) -> None:
         for choice in request.choices:
-            self._close_slot(choice)
+            self._kv.close(choice)
         request.close()
-
-    def _close_slot(self, choice: Choice) -> None:
-        if choice.slot is not None:
-            self._bound.close_slot(choice.slot)
-            self._budget.release(choice.slot)
-        choice.slot = None
-        choice.num_computed = 0
-        choice.awaits_prefix = False
 
     # --- admission ---
 
@@ -224,8 +221,9 @@ class Engine:
                 self._preempt(victim)
             self._waiting.pop(0)
             try:
-                self._open_slots(request)
-            except Exception as error:  # a backend that cannot give memory fails this request only
+                self._kv.open(request)
+                self._start(request)
+            except Exception as error:  # a backend that refuses a prefix fails this request only
                 self._fail(request, describe_error(error))
                 continue
             insort(self._running, request, key=lambda running: running.service_order)
@@ -233,43 +231,34 @@ class Engine:
     def _has_room(self, request: RunningRequest) -> bool:
         if not self._running:
             return True  # it fits alone: intake saw to that
-        choices = request.unfinished
-        num_sequences = sum(len(running.unfinished) for running in self._running) + len(choices)
-        needed = sum(round_to_blocks(len(choice.token_ids)) for choice in choices)
-        return num_sequences <= self._max_running and needed <= self._budget.free_tokens
+        num_running = sum(len(running.unfinished) for running in self._running)
+        if num_running + len(request.unfinished) > self._max_running:
+            return False
+        # A block for each running sequence to grow into: else the newcomer would have to give way at once.
+        return self._kv.has_room(request, num_spare_blocks=num_running)
 
-    def _open_slots(self, request: RunningRequest) -> None:
-        """Give every unfinished choice a slot; the first one computes the prompt for all."""
-        choices = request.unfinished
-        for choice in choices:
-            slot = self._bound.open_slot(request.slot_tokens)
-            choice.slot = slot
-            choice.awaits_prefix = choice is not choices[0] and len(request.prompt) > 1
-            if not self._budget.try_reserve(slot, len(choice.token_ids)):
-                raise EngineIntegrityError(f"no KV budget for admitted request {request.request_id}")
-        self._adopt_prefix(request, choices[0])
-
-    def _adopt_prefix(self, request: RunningRequest, leader: Choice) -> None:
-        """Take over what the snapshot has of the prompt's beginning; the rest is prefilled as ever."""
-        keys_values = self._model.prefixes.find(request.prompt)
-        if keys_values is None or leader.slot is None:
-            return
-        self._bound.restore_prefix(leader.slot, keys_values)
-        leader.num_computed = request.num_cached = keys_values.shape[3]
+    def _start(self, request: RunningRequest) -> None:
+        leader = request.unfinished[0]
+        if request.num_cached is None:
+            request.num_cached = min(leader.num_computed, len(request.prompt))
         self._hand_on_prefix(request, leader)
 
-    def _grow_reservations(self) -> None:
-        """Reserve KV memory for what the next step computes; the last in service order gives way."""
+    def _grow(self) -> None:
+        """Have KV blocks for what the next step computes; the last in service order gives way."""
         for request in list(self._running):
-            for choice in request.unfinished:
-                while choice.slot is not None and not self._budget.try_reserve(choice.slot, len(choice.token_ids)):
+            for choice in request.choices:
+                while (
+                    len(choice.token_ids) > KV_BLOCK_TOKENS * len(choice.blocks) > 0
+                    and not choice.awaits_prefix
+                    and not self._kv.try_grow(choice)
+                ):
                     self._preempt(self._running[-1])
 
     def _preempt(self, request: RunningRequest) -> None:
-        """Take a request's KV memory; it waits, and computes its tokens again when its turn comes."""
+        """Take a request's KV blocks; it waits, and computes what nobody kept of its tokens when its turn comes."""
         self._running.remove(request)
         for choice in request.choices:
-            self._close_slot(choice)
+            self._kv.close(choice)
         insort(self._waiting, request, key=lambda waiting: waiting.service_order)
         self._num_preemptions += 1
         _log.info("request_preempted", request_id=request.request_id)
@@ -298,10 +287,11 @@ class Engine:
         rows = iter(logits)
         for request, choice, share in batch:
             row = next(rows) if share.wants_logits else None
-            if choice.slot is None:
+            if not choice.blocks:
                 continue  # another choice of its request failed in this step
             choice.num_computed += share.num_tokens
             try:
+                self._kv.remember(request, choice)
                 self._hand_on_prefix(request, choice)
                 if row is not None:
                     self._sample(request, choice, row, prefilled_mono_ns)
@@ -314,13 +304,11 @@ class Engine:
         All but the last token: each choice computes that one itself, for logits of its own.
         """
         num_tokens = len(request.prompt) - 1
-        if leader.num_computed < num_tokens or leader.slot is None:
+        if len(request.choices) == 1 or leader.num_computed < num_tokens:
             return
-        for choice in request.unfinished:
-            if choice.awaits_prefix and choice.slot is not None:
-                self._bound.copy_prefix(leader.slot, choice.slot, num_tokens)
-                choice.num_computed = num_tokens
-                choice.awaits_prefix = False
+        followers = [choice for choice in request.unfinished if choice.awaits_prefix]
+        if followers:
+            self._kv.hand_on(request, leader, followers)
 
     def _sample(self, request: RunningRequest, choice: Choice, logits: FloatArray, prefilled_mono_ns: int) -> None:
         num_top = request.request.sampling.num_top_logprobs
@@ -341,7 +329,7 @@ class Engine:
             }
             request.marks = {}
         if choice.is_finished:
-            self._close_slot(choice)
+            self._kv.close(choice)
             if not request.unfinished:
                 self._running.remove(request)
                 self._end(request)
@@ -378,16 +366,18 @@ class Engine:
         self._statistics = EngineStatistics(
             len(self._running),
             len(self._waiting),
-            self._budget.used_bytes,
+            self._kv.used_bytes,
             self._tokens_generated,
             self._num_steps,
             self._num_preemptions,
+            self._kv.pool.num_blocks * self._kv.block_bytes,
+            self._kv.cached_bytes,
+            self._kv.num_prompt_tokens,
+            self._kv.num_cached_tokens,
         )
 
 
 def _describe_input(choice: Choice, share: Share) -> SequenceInput:
-    if choice.slot is None:
-        raise EngineIntegrityError(f"choice {choice.index} is in the batch without a slot")
     start = choice.num_computed
     token_ids = tuple(choice.token_ids[start : start + share.num_tokens])
-    return SequenceInput(choice.slot, start, token_ids, share.wants_logits)
+    return SequenceInput(choice.block_table, start, token_ids, 1 if share.wants_logits else 0)

@@ -7,7 +7,7 @@ from functools import partial
 
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.telemetry import Mark
-from worker.engine.kv_budget import KvBudget, round_to_blocks
+from worker.engine.kv_cache import KvCache, count_request_blocks
 from worker.engine.sampling import Sampler
 from worker.engine.sequence import Choice, RunningRequest
 from worker.engine.text import TextModel
@@ -16,7 +16,7 @@ from worker.loaded_model import LoadedModel
 
 
 def prepare_request(
-    request: EngineRequest | EncodeRequest, arrival: int, model: LoadedModel, budget: KvBudget
+    request: EngineRequest | EncodeRequest, arrival: int, model: LoadedModel, kv: KvCache
 ) -> RunningRequest:
     """Tokenise ``request`` and build its choices, with earlier tokens replayed.
 
@@ -31,7 +31,7 @@ def prepare_request(
     tokenised_mono_ns = time.monotonic_ns()
     _validate_token_ids(request, prompt, model.plan.vocab_size)
     max_tokens = _cut_to_context(request, prompt, model.plan.context_length)
-    _validate_fits(request, prompt, max_tokens, budget)
+    _validate_fits(request, prompt, max_tokens, kv)
     choices: list[Choice] = []
     running = RunningRequest(request, arrival, prompt, max_tokens, choices)
     running.marks[Mark.TOKENISED] = tokenised_mono_ns
@@ -77,15 +77,16 @@ def _cut_to_context(request: EngineRequest, prompt: tuple[int, ...], context_len
     return min(request.sampling.max_tokens, room)
 
 
-def _validate_fits(request: EngineRequest, prompt: tuple[int, ...], max_tokens: int, budget: KvBudget) -> None:
-    needed = request.num_choices * round_to_blocks(len(prompt) + max_tokens - 1)
-    if needed > budget.capacity_tokens:
-        message = (
-            f"{request.num_choices} choice(s) of {len(prompt)} prompt and up to {max_tokens} completion tokens "
-            f"need KV memory for {needed} tokens; this worker has it for {budget.capacity_tokens}. "
-            "Ask for fewer max_tokens or choices, or raise the worker's KV budget."
-        )
-        raise GlowplugError(ErrorCode.OUT_OF_MEMORY, message)
+def _validate_fits(request: EngineRequest, prompt: tuple[int, ...], max_tokens: int, kv: KvCache) -> None:
+    if kv.fits_alone(len(prompt), max_tokens, request.num_choices):
+        return
+    needed = count_request_blocks(len(prompt), max_tokens, request.num_choices)
+    message = (
+        f"{request.num_choices} choice(s) of {len(prompt)} prompt and up to {max_tokens} completion tokens "
+        f"need {needed * kv.block_bytes} bytes of KV memory; this worker has {kv.pool.num_blocks * kv.block_bytes}. "
+        "Ask for fewer max_tokens or choices, or raise the worker's KV budget."
+    )
+    raise GlowplugError(ErrorCode.OUT_OF_MEMORY, message)
 
 
 def _open_choice(running: RunningRequest, index: int, model: LoadedModel) -> Choice:

@@ -23,10 +23,11 @@ NO_TOKEN: Final = -1  # TokenEvent.token_id of an event that brings no token
 
 
 class Choice:
-    """One completion of a request: a sequence of tokens with its KV slot, sampler and detokeniser.
+    """One completion of a request: a sequence of tokens with its KV blocks, sampler and detokeniser.
 
-    ``token_ids`` is prompt plus completion. The first ``num_computed`` of them are in the KV slot; at least one is
+    ``token_ids`` is prompt plus completion. The first ``num_computed`` of them are in the KV blocks; at least one is
     always pending while the choice runs, because the last sampled token is computed in the step that follows.
+    ``blocks`` are written by the KV cache alone; a choice that runs has at least one.
     """
 
     def __init__(
@@ -40,8 +41,11 @@ class Choice:
         self.index = index
         self.token_ids = list(prompt)
         self.sampler = sampler
-        self.slot: int | None = None
+        self.blocks: list[int] = []
+        self.block_table: tuple[int, ...] = ()  # blocks, a new object whenever they change
+        self.keys: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
         self.num_computed = 0
+        self.num_remembered = 0  # blocks from the first on that prompts to come may share
         self.awaits_prefix = False  # gets the prompt's keys and values from the request's first choice
         self.finish_reason: FinishReason | None = None
         self._num_prompt = len(prompt)
@@ -119,7 +123,7 @@ class RunningRequest:
     prompt: tuple[int, ...]
     max_tokens: int  # completion tokens of each choice, cut to the context
     choices: list[Choice]
-    num_cached: int = 0  # prompt tokens whose keys and values came from a primed prefix
+    num_cached: int | None = None  # prompt tokens taken over instead of computed, when it first ran
     marks: dict[str, int] = field(default_factory=dict)  # of the first token, until it was emitted
 
     @property
@@ -136,13 +140,8 @@ class RunningRequest:
         return [choice for choice in self.choices if not choice.is_finished]
 
     @property
-    def slot_tokens(self) -> int:
-        """The most tokens that one of its KV slots ever holds (the last sampled token is never computed)."""
-        return max(len(self.prompt) + self.max_tokens - 1, 1)
-
-    @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), sum(choice.num_generated for choice in self.choices), self.num_cached)
+        return Usage(len(self.prompt), sum(choice.num_generated for choice in self.choices), self.num_cached or 0)
 
     def close(self) -> None:
         """Free every choice's detokeniser. Idempotent."""
