@@ -74,6 +74,13 @@ class ProgramKind(IntEnum):
     ENCODE = 2  # whole sequences, which leave nothing behind; the result is a vector for each
 
 
+class TensorType(IntEnum):
+    """Types of tensors that a guest allocates."""
+
+    F32 = 0
+    BF16 = 1
+
+
 #: What a guest records: the programs of a model that generates, or of one that encodes.
 PROGRAM_SETS: Final = (
     frozenset({ProgramKind.PREFILL, ProgramKind.DECODE}),

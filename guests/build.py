@@ -63,6 +63,7 @@ SHIPPED: Final = (
     ShippedGuest("llama", "llama", "llama/llama.wasm"),
     ShippedGuest("embed", "embed", "embed/embed.wasm"),
     ShippedGuest("toy", "examples/toy.c", "examples/toy.wasm"),
+    ShippedGuest("bias", "examples/bias.c", "examples/bias.wasm"),
     ShippedGuest("table", "examples/table.c", "examples/table.wasm"),
 )
 

@@ -41,7 +41,7 @@ def perform(task: Task, attachments: list[bytes], layers: tuple[str, ...]) -> tu
         wasm, *assets = attachments
         attachments.clear()  # memory is limited: whoever can lets go
         made = run_initialisation(wasm, dict(zip(task.asset_names, assets, strict=True)), task.tensor_names)
-        results = [made.baked_wasm, *made.programs.values()]
+        results = [made.baked_wasm, *made.programs.values(), *(bytes(tensor.data) for tensor in made.tensors)]
         reply = InitialisedReply(
             sizes=tuple(len(result) for result in results),
             layers=layers,
@@ -49,6 +49,7 @@ def perform(task: Task, attachments: list[bytes], layers: tuple[str, ...]) -> tu
             tensor_handles=made.tensor_handles,
             log=tuple((line.level.value, line.text) for line in made.log),
             host_bytes=made.host_bytes,
+            tensors=tuple((tensor.name, tensor.dtype.value, tensor.shape) for tensor in made.tensors),
         )
         return reply, results
     code = compile_in_process(attachments.pop(), is_component=isinstance(task, CompileComponentTask))

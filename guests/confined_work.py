@@ -73,7 +73,8 @@ class DoneReply(msgspec.Struct, frozen=True, tag="done"):
 
 
 class InitialisedReply(msgspec.Struct, frozen=True, tag="initialised"):
-    """Success of an initialisation; attachments: the baked module, then a program for each of ``program_kinds``."""
+    """Success of an initialisation; attachments: the baked module, then a program for each of ``program_kinds``, then
+    the data of each of ``tensors`` (name, type, shape)."""
 
     sizes: tuple[int, ...]
     layers: tuple[str, ...]
@@ -81,6 +82,7 @@ class InitialisedReply(msgspec.Struct, frozen=True, tag="initialised"):
     tensor_handles: tuple[str, ...]
     log: tuple[tuple[int, str], ...]
     host_bytes: int
+    tensors: tuple[tuple[str, int, tuple[int, ...]], ...] = ()
 
 
 class FailedReply(msgspec.Struct, frozen=True, tag="failed"):

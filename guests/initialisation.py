@@ -17,6 +17,7 @@ from guests.abi import ABI_VERSION, PROGRAM_SETS, ProgramKind
 from guests.bake import START_EXPORT, bake, capture, prepare
 from guests.errors import GuestContractError, ProgramError
 from guests.guest_log import LogLevel, LogLine
+from guests.guest_tensors import GuestTensor, GuestTensors
 from guests.linker import HostFunction
 from guests.memory import GuestMemory
 from guests.module import parse_guest
@@ -25,6 +26,7 @@ from guests.runtime import GuestEngine, GuestInstance, InstanceLimits
 
 MAX_ASSET_NAME_BYTES: Final = 256
 MAX_TENSOR_NAME_BYTES: Final = 1_024
+MAX_SHAPE_BYTES: Final = 32
 MAX_LOG_LINES: Final = 1_000
 MAX_LOG_LINE_BYTES: Final = 4_096
 MAX_PROGRAM_BYTES: Final = HEADER.size + MAX_OPERATIONS * OPERATION.size
@@ -41,6 +43,7 @@ class Initialisation:
     tensor_handles: tuple[str, ...]
     log: tuple[LogLine, ...]
     host_bytes: int
+    tensors: tuple[GuestTensor, ...]
 
 
 class InitialisationHost:
@@ -50,6 +53,7 @@ class InitialisationHost:
         self._assets = assets
         self._tensor_names = frozenset(tensor_names)
         self.handles: dict[str, int] = {}
+        self.tensors = GuestTensors()
         self.programs: dict[ProgramKind, bytes] = {}
         self.lines: list[LogLine] = []
         self.host_bytes = 0
@@ -61,6 +65,8 @@ class InitialisationHost:
             "asset_size": self.asset_size,
             "asset_read": self.asset_read,
             "tensor": self.tensor,
+            "tensor_alloc": self.tensor_alloc,
+            "tensor_write": self.tensor_write,
             "program": self.program,
         }
 
@@ -97,12 +103,29 @@ class InitialisationHost:
 
     def tensor(self, memory: GuestMemory, pointer: int, length: int) -> int:
         name = _read_name(memory, pointer, length, MAX_TENSOR_NAME_BYTES)
-        if name not in self._tensor_names:
+        if name in self.handles:
+            return self.handles[name]
+        return self._add_handle(name, length) if name in self._tensor_names else -1
+
+    def _add_handle(self, name: str, length: int) -> int:
+        self._keep(length)
+        handle = self.handles[name] = len(self.handles)
+        return handle
+
+    def tensor_alloc(
+        self, memory: GuestMemory, pointer: int, length: int, dtype: int, shape: int, shape_bytes: int
+    ) -> int:
+        name = _read_name(memory, pointer, length, MAX_TENSOR_NAME_BYTES)
+        if name in self._tensor_names or name in self.handles:
             return -1
-        if name not in self.handles:
-            self._keep(length)
-            self.handles[name] = len(self.handles)
-        return self.handles[name]
+        if shape_bytes > MAX_SHAPE_BYTES:
+            raise GuestContractError(f"tensor_alloc: a shape of {shape_bytes} bytes: at most {MAX_SHAPE_BYTES}")
+        self.tensors.allocate(len(self.handles), name, dtype, memory.read(shape, shape_bytes))
+        return self._add_handle(name, length)
+
+    def tensor_write(self, memory: GuestMemory, handle: int, offset: int, pointer: int, length: int) -> int:
+        self.tensors.write(handle, offset, memory.read(pointer, length))
+        return 0
 
     def program(self, memory: GuestMemory, pointer: int, length: int) -> int:
         if not HEADER.size <= length <= MAX_PROGRAM_BYTES:
@@ -149,7 +172,14 @@ def run_initialisation(wasm: bytes, assets: Mapping[str, bytes], tensor_names: C
         finally:
             compiled.close()
     _check_programs(host)
-    return Initialisation(bake(module, state), host.programs, tuple(host.handles), tuple(host.lines), host.host_bytes)
+    return Initialisation(
+        bake(module, state),
+        host.programs,
+        tuple(host.handles),
+        tuple(host.lines),
+        host.host_bytes,
+        host.tensors.made,
+    )
 
 
 def _check_programs(host: InitialisationHost) -> None:

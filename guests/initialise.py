@@ -11,12 +11,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from guests.abi import PROGRAM_SETS, ProgramKind
+from guests.abi import PROGRAM_SETS, ProgramKind, TensorType
 from guests.confined_work import InitialisedReply, InitialiseTask, run_confined
 from guests.confinement import WorkLimits
 from guests.errors import GuestContractError, GuestModuleRefused, GuestProcessError, ProgramError
 from guests.guest_log import LogLevel as LogLevel
 from guests.guest_log import LogLine as LogLine
+from guests.guest_tensors import GuestTensor, check_tensors
 from guests.module import MAX_BAKED_BYTES, parse_guest
 from guests.program import decode_program
 
@@ -27,7 +28,8 @@ INITIALISE_LIMITS: Final = WorkLimits(wall_s=300.0, cpu_s=300)
 @dataclass(frozen=True, slots=True)
 class InitialisedGuest:
     """A guest after ``gp_init``. ``tensor_handles[h]`` is the name behind handle h of the programs, which were
-    validated against it. ``host_bytes``: what the host kept on the guest's behalf (names, programs, log)."""
+    validated against it. ``host_bytes``: what the host kept on the guest's behalf (names, programs, log).
+    ``tensors``: what it allocated and filled, behind handles of their names."""
 
     baked_wasm: bytes
     programs: dict[ProgramKind, bytes]
@@ -35,6 +37,7 @@ class InitialisedGuest:
     has_tokenizer: bool
     log: tuple[LogLine, ...]
     host_bytes: int = 0
+    tensors: tuple[GuestTensor, ...] = ()
 
 
 def initialise_guest(
@@ -61,7 +64,7 @@ def initialise_guest(
         tensor_names=tuple(tensor_names),
     )
     reply, attachments = run_confined(task, [wasm, *assets.values()], limits)
-    if not isinstance(reply, InitialisedReply) or len(attachments) != 1 + len(reply.program_kinds):
+    if not isinstance(reply, InitialisedReply) or len(attachments) != 1 + len(reply.program_kinds) + len(reply.tensors):
         raise GuestProcessError("the guest's confined process gave the reply of another task")
     return _check_reply(reply, attachments, frozenset(tensor_names))
 
@@ -71,9 +74,11 @@ def _check_reply(reply: InitialisedReply, attachments: list[bytes], tensor_names
     Raises:
         GuestProcessError: the reply is not one that an honest process gives.
     """
-    baked_wasm, *recorded = attachments
+    baked_wasm, *recorded = attachments[: 1 + len(reply.program_kinds)]
     handles = reply.tensor_handles
-    if not tensor_names.issuperset(handles) or len(set(handles)) != len(handles):
+    made = {name for name, _, _ in reply.tensors}
+    known = made.isdisjoint(tensor_names) and made.issubset(handles) and (tensor_names | made).issuperset(handles)
+    if not known or len(set(handles)) != len(handles):
         raise GuestProcessError("the guest's confined process invented tensor handles")
     try:
         module = parse_guest(baked_wasm, max_bytes=MAX_BAKED_BYTES)
@@ -85,7 +90,12 @@ def _check_reply(reply: InitialisedReply, attachments: list[bytes], tensor_names
         for kind, program in programs.items():
             if decode_program(program, num_tensors=len(handles)).kind is not kind:
                 raise ProgramError(f"the {kind.name} program is of another kind")
+        tensors = tuple(
+            GuestTensor(name, TensorType(dtype), shape, data)
+            for (name, dtype, shape), data in zip(reply.tensors, attachments[1 + len(recorded) :], strict=True)
+        )
+        check_tensors(tensors)
         log = tuple(LogLine(LogLevel(level), text) for level, text in reply.log)
     except (GuestModuleRefused, GuestContractError, ProgramError, KeyError, ValueError) as error:
         raise GuestProcessError(f"the guest's confined process gave a result that cannot be: {error!r}") from error
-    return InitialisedGuest(baked_wasm, programs, handles, module.has_tokenizer, log, reply.host_bytes)
+    return InitialisedGuest(baked_wasm, programs, handles, module.has_tokenizer, log, reply.host_bytes, tensors)

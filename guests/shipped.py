@@ -35,6 +35,15 @@ def toy_wasm() -> bytes:
     return _read("examples/toy.wasm")
 
 
+def bias_wasm() -> bytes:
+    """The example guest that computes a tensor of its own at init.
+
+    Raises:
+        FileNotFoundError: not built; run ``python -m guests.build``.
+    """
+    return _read("examples/bias.wasm")
+
+
 def table_wasm() -> bytes:
     """The example guest that holds a big table; what the restore benchmark restores.
 

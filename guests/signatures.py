@@ -36,6 +36,8 @@ IMPORTS: Final = {
     "asset_size": Signature((KIND_I32, KIND_I32), KIND_I64, ((0, 1),)),
     "asset_read": Signature((KIND_I32, KIND_I32, KIND_I64, KIND_I32, KIND_I32), KIND_I32, ((0, 1), (3, 4))),
     "tensor": Signature((KIND_I32, KIND_I32), KIND_I32, ((0, 1),)),
+    "tensor_alloc": Signature((KIND_I32, KIND_I32, KIND_I32, KIND_I32, KIND_I32), KIND_I32, ((0, 1), (3, 4))),
+    "tensor_write": Signature((KIND_I32, KIND_I64, KIND_I32, KIND_I32), KIND_I32, ((2, 3),)),
     "program": Signature((KIND_I32, KIND_I32), KIND_I32, ((0, 1),)),
 }
 

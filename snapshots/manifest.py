@@ -39,6 +39,12 @@ BLOB_ROLES: Final = (WEIGHTS, GUEST_CWASM, GUEST_WASM)
 GUEST_ASSETS: Final = "guest_assets"
 PRIMED_PREFIXES: Final = "primed_prefixes"
 KERNELS: Final = "kernels"
+GUEST_TENSORS: Final = "guest_tensors"
+POST_PROCESSOR: Final = "post_processor"
+#: Blobs that a worker gets where the snapshot has them, behind weights and compiled guest, in this order.
+FURTHER_WORKER_ROLES: Final = (PRIMED_PREFIXES, GUEST_TENSORS, KERNELS, POST_PROCESSOR)
+#: Those of which no section of the manifest says that they must be there.
+FREE_ROLES: Final = frozenset({GUEST_ASSETS, POST_PROCESSOR})
 
 #: Item size in bytes of the tensor types that a snapshot may hold (names as in safetensors).
 DTYPE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4}
@@ -140,6 +146,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     programs: Programs
     prefixes: tuple[PrimedPrefix, ...] = ()
     kernels: tuple[CompiledKernel, ...] = ()
+    guest_tensors: tuple[TensorEntry, ...] = ()  # made by the guest at init, in the blob of that role
     vector_size: int = 0  # numbers in an encoder's result; 0: the model generates
 
     @property
@@ -165,9 +172,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
     @property
     def worker_blobs(self) -> tuple[BlobRef, ...]:
-        """What a worker maps: weights, compiled guest, and primed prefixes where there are some."""
-        primed = self.primed_prefixes
-        return (self.weights, self.guest_cwasm) if primed is None else (self.weights, self.guest_cwasm, primed)
+        """What a worker gets, in the order of :attr:`worker_roles`."""
+        return tuple(self.blobs[role] for role in self.worker_roles)
+
+    @property
+    def worker_roles(self) -> tuple[str, ...]:
+        """Roles of the blobs that a worker gets: weights, compiled guest, and what else the snapshot has for it."""
+        return (WEIGHTS, GUEST_CWASM, *(role for role in FURTHER_WORKER_ROLES if role in self.blobs))
 
     @property
     def prefix_shape(self) -> PrefixShape:
@@ -305,7 +316,10 @@ def validate_manifest(manifest: Manifest) -> None:
     _validate_roles(manifest)
     for role, ref in manifest.blobs.items():
         _validate_blob(role, ref)
-    _validate_tensors(manifest.tensors, manifest.weights.size_bytes)
+    sizes = {role: ref.size_bytes for role, ref in manifest.blobs.items()}
+    names: set[str] = set()
+    _validate_tensors(manifest.tensors, "weights", manifest.weights.size_bytes, names)
+    _validate_tensors(manifest.guest_tensors, "guest tensors", sizes.get(GUEST_TENSORS, 0), names)
     _validate_handles(manifest)
     if manifest.vector_size < 0 or (manifest.vector_size > 0) != bool(manifest.programs.encode):
         raise ManifestMalformed(
@@ -318,7 +332,6 @@ def validate_manifest(manifest: Manifest) -> None:
             raise ManifestMalformed(f"card.{field} is {getattr(card, field)}, expected a positive number")
     if card.worker_bytes < 0 or card.max_token_bytes < 0:
         raise ManifestMalformed("card.worker_bytes and card.max_token_bytes must not be negative")
-    sizes = {role: ref.size_bytes for role, ref in manifest.blobs.items()}
     validate_prefixes(manifest.prefixes, manifest.prefix_shape, sizes.get(PRIMED_PREFIXES, 0))
     validate_kernels(manifest.kernels, sizes.get(KERNELS, 0))
 
@@ -328,9 +341,10 @@ def _validate_roles(manifest: Manifest) -> None:
     expected = set(BLOB_ROLES)
     expected |= {PRIMED_PREFIXES} if manifest.prefixes else set()
     expected |= {KERNELS} if manifest.kernels else set()
-    if set(manifest.blobs) - {GUEST_ASSETS} != expected:
+    expected |= {GUEST_TENSORS} if manifest.guest_tensors else set()
+    if set(manifest.blobs) - FREE_ROLES != expected:
         raise ManifestMalformed(
-            f"blobs are {sorted(manifest.blobs)}, expected {sorted(expected)} and perhaps {GUEST_ASSETS}"
+            f"blobs are {sorted(manifest.blobs)}, expected {sorted(expected)} and perhaps {sorted(FREE_ROLES)}"
         )
 
 
@@ -357,10 +371,10 @@ def _validate_blob(role: str, ref: BlobRef) -> None:
         raise ManifestMalformed(f"blob {role}: its digest does not follow from its chunk digests")
 
 
-def _validate_tensors(tensors: tuple[TensorEntry, ...], weights_bytes: int) -> None:
+def _validate_tensors(tensors: tuple[TensorEntry, ...], blob: str, blob_bytes: int, names: set[str]) -> None:
+    """Check ``tensors`` of one blob; their names join ``names``, in which none may be yet."""
     if len(tensors) > MAX_TENSORS:
         raise ManifestMalformed(f"{len(tensors)} tensors, at most {MAX_TENSORS}")
-    names: set[str] = set()
     free_from = 0
     for tensor in tensors:
         label = f"tensor {tensor.name[:80]!r}"
@@ -380,12 +394,12 @@ def _validate_tensors(tensors: tuple[TensorEntry, ...], weights_bytes: int) -> N
                 f"and not before {free_from}, where the tensor before it ends"
             )
         free_from = tensor.offset + tensor.size_bytes
-        if free_from > weights_bytes:
-            raise ManifestMalformed(f"{label}: ends at byte {free_from} of a {weights_bytes}-byte weights blob")
+        if free_from > blob_bytes:
+            raise ManifestMalformed(f"{label}: ends at byte {free_from} of a {blob_bytes}-byte {blob} blob")
 
 
 def _validate_handles(manifest: Manifest) -> None:
-    names = {tensor.name for tensor in manifest.tensors}
+    names = {tensor.name for tensor in (*manifest.tensors, *manifest.guest_tensors)}
     if len(set(manifest.tensor_handles)) != len(manifest.tensor_handles):
         raise ManifestMalformed("tensor_handles name a tensor twice")
     unknown = [name for name in manifest.tensor_handles if name not in names]

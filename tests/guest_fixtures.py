@@ -53,7 +53,9 @@ def output_program(kind: ProgramKind) -> bytes:
     return encode_program(Program(kind, 0, (output,)))
 
 
-def wat_guest(declarations: str = "", *, init: str = "", query: str = "(i64.const 0)", pages: int = 1) -> bytes:
+def wat_guest(
+    declarations: str = "", *, init: str = "", query: str = "(i64.const 0)", pages: int = 1, imports: str = ""
+) -> bytes:
     """A guest in WebAssembly text that records both programs at init. ``init`` runs there first, and ``query`` is
     the body of gp_token_bytes(``$which`` i32) -> i64, which the tests read state through."""
     programs = [output_program(kind) for kind in ProgramKind]
@@ -65,6 +67,7 @@ def wat_guest(declarations: str = "", *, init: str = "", query: str = "(i64.cons
       (import "glowplug" "asset_size" (func $asset_size (param i32 i32) (result i64)))
       (import "glowplug" "asset_read" (func $asset_read (param i32 i32 i64 i32 i32) (result i32)))
       (import "glowplug" "tensor" (func $tensor (param i32 i32) (result i32)))
+      {imports}
       (memory (export "memory") {pages})
       (data (i32.const {PROGRAM_AT}) "{data}")
       {declarations}

@@ -27,13 +27,13 @@ from guests.runtime import GuestEngine, GuestModule
 from guests.text import GuestText
 from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.errors import ManifestMalformed
-from snapshots.manifest import Manifest, TensorEntry, verify_identity
+from snapshots.manifest import GUEST_TENSORS, PRIMED_PREFIXES, Manifest, TensorEntry, verify_identity
 from snapshots.mapping import MappedBytes, map_sealed
 from worker.backends.encoder_protocol import EncoderPlan
 from worker.backends.protocol import ModelPlan, WeightTensor
 from worker.loaded_model import LoadedEncoder, LoadedModel
 from worker.mapped_prefixes import MappedPrefixes
-from worker.spawn_order import NO_FD, SpawnedFds
+from worker.spawn_order import SpawnedFds
 from worker.tensor_names import SCALE_SUFFIX
 
 
@@ -51,8 +51,9 @@ class PreparedModel:
         weights: MappedBytes,
         use_order: tuple[TensorEntry, ...],
         primed: MappedPrefixes,
+        guest_tensors: MappedBytes | None = None,
     ) -> None:
-        """Takes over ``module``, ``weights`` and ``primed``; made by :func:`prepare_model`."""
+        """Takes over ``module``, ``weights``, ``primed`` and ``guest_tensors``; made by :func:`prepare_model`."""
         self.name = manifest.name
         self.snapshot_id = manifest.snapshot_id
         self.plan: ModelPlan | EncoderPlan | None = plan  # None: closed
@@ -61,6 +62,7 @@ class PreparedModel:
         self.weights = weights
         self.use_order = use_order
         self._primed = primed
+        self._guest_tensors = guest_tensors
 
     def set_inherited(self, inherited: bool) -> None:
         """Whether children forked from now on have its memory mapped; see :meth:`MappedBytes.set_inherited`.
@@ -70,6 +72,8 @@ class PreparedModel:
         """
         self.weights.set_inherited(inherited)
         self._primed.set_inherited(inherited)
+        if self._guest_tensors is not None:
+            self._guest_tensors.set_inherited(inherited)
 
     def resume(self, seed: int) -> RestoredModel:
         """The model with a guest of its own; ``seed`` goes to its ``gp_resume``. Call once; this object belongs to the
@@ -99,6 +103,8 @@ class PreparedModel:
         self.plan = None
         self._module.close()
         self._primed.close()
+        if self._guest_tensors is not None:
+            self._guest_tensors.close()
         self.weights.close()
 
 
@@ -184,15 +190,17 @@ def prepare_restore() -> None:
 
 
 def restore_model(
-    manifest: Manifest, weights_fd: int, guest_fd: int, guest_engine: GuestEngine, seed: int, prefixes_fd: int = NO_FD
+    manifest: Manifest, weights_fd: int, guest_fd: int, guest_engine: GuestEngine, seed: int, *further_fds: int
 ) -> RestoredModel:
     """The model of ``manifest``, out of sealed memory: :func:`prepare_model` and :meth:`PreparedModel.resume` in one.
+
+    ``further_fds``: as :class:`SpawnedFds` has them.
 
     Raises:
         GuestError: the guest cannot be loaded or resumed.
         Exception: as :func:`prepare_model`. Nothing stays mapped.
     """
-    prepared = prepare_model(manifest, SpawnedFds(weights_fd, guest_fd, prefixes_fd), guest_engine)
+    prepared = prepare_model(manifest, SpawnedFds(weights_fd, guest_fd, *further_fds), guest_engine)
     try:
         return prepared.resume(seed)
     except BaseException:
@@ -219,13 +227,26 @@ def prepare_model(manifest: Manifest, fds: SpawnedFds, guest_engine: GuestEngine
     with ExitStack() as undo:
         weights = map_sealed(fds.weights_fd, manifest.weights.size_bytes)
         undo.callback(weights.close)
-        primed = MappedPrefixes(manifest, fds.prefixes_fd)
+        primed = MappedPrefixes(manifest, fds.find(PRIMED_PREFIXES, manifest.worker_roles))
         undo.callback(primed.close)
+        made = _map_guest_tensors(manifest, fds)
+        if made is not None:
+            undo.callback(made.close)
         module = _load_guest(manifest, fds.guest_fd, guest_engine)
         undo.pop_all()
     # Views come last: one that lived in an exception's frames would keep the mapping from being closed.
-    plan = _make_plan(manifest, programs, _view_tensors(stored, weights))
-    return PreparedModel(manifest, plan, module, weights, _order_of_use(manifest, programs[0]), primed)
+    plan = _make_plan(manifest, programs, _view_tensors(manifest, stored, weights, made))
+    return PreparedModel(manifest, plan, module, weights, _order_of_use(manifest, programs[0]), primed, made)
+
+
+def _map_guest_tensors(manifest: Manifest, fds: SpawnedFds) -> MappedBytes | None:
+    """What the guest made at init; None: nothing.
+
+    Raises:
+        MappingError: it did, and there is no sealed memory of that size.
+    """
+    ref = manifest.blobs.get(GUEST_TENSORS)
+    return None if ref is None else map_sealed(fds.find(GUEST_TENSORS, manifest.worker_roles), ref.size_bytes)
 
 
 def _make_plan(
@@ -281,7 +302,7 @@ def _resolve_handles(manifest: Manifest) -> list[tuple[TensorEntry, TensorEntry 
     Raises:
         ManifestMalformed: int8 without scales that fit.
     """
-    entries = {entry.name: entry for entry in manifest.tensors}
+    entries = {entry.name: entry for entry in (*manifest.tensors, *manifest.guest_tensors)}
     resolved = []
     for name in manifest.tensor_handles:
         entry = entries[name]  # the manifest was validated: every handle names a tensor
@@ -293,12 +314,21 @@ def _resolve_handles(manifest: Manifest) -> list[tuple[TensorEntry, TensorEntry 
 
 
 def _view_tensors(
-    stored: list[tuple[TensorEntry, TensorEntry | None]], weights: MappedBytes
+    manifest: Manifest,
+    stored: list[tuple[TensorEntry, TensorEntry | None]],
+    weights: MappedBytes,
+    made: MappedBytes | None,
 ) -> tuple[WeightTensor, ...]:
     """One weight for each handle: views, with the scales beside int8 matrices."""
     mapped = weights.array(np.uint8, (weights.size_bytes,))
+    own = mapped if made is None else made.array(np.uint8, (made.size_bytes,))
+    made_names = {entry.name for entry in manifest.guest_tensors}
     return tuple(
-        WeightTensor(entry.name, _view(entry, mapped), None if scale is None else _view(scale, mapped))
+        WeightTensor(
+            entry.name,
+            _view(entry, own if entry.name in made_names else mapped),
+            None if scale is None else _view(scale, mapped),
+        )
         for entry, scale in stored
     )
 

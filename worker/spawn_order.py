@@ -21,13 +21,14 @@ Signals go through the zygote because it alone reaps: a process id that it still
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
 from scheduler.contract.states import Tier
 
-NUM_SPAWN_FDS: Final = (2, 3)  # weights, guest, and primed prefixes where the snapshot has some
+NUM_SPAWN_FDS: Final = range(2, 7)  # weights, guest, and what else the snapshot has for a worker
 NO_FD: Final = -1
 EXIT_REPORTED: Final = 3  # exit code of a worker that could not start and has reported why
 
@@ -54,17 +55,31 @@ class SpawnOrder(msgspec.Struct, frozen=True):
     marks: dict[str, int] = {}
 
 
-class SpawnedFds(msgspec.Struct, frozen=True):
-    """Sealed, verified memory files, owned by the worker."""
+class SpawnedFds:
+    """Sealed, verified memory files, owned by the worker, in the order of the manifest's ``worker_roles``."""
 
-    weights_fd: int
-    guest_fd: int
-    prefixes_fd: int = NO_FD
+    __slots__ = ("all",)
+
+    def __init__(self, weights_fd: int, guest_fd: int, *further_fds: int) -> None:
+        self.all: Final = (weights_fd, guest_fd, *further_fds)
 
     @property
-    def all(self) -> tuple[int, ...]:
-        """Every descriptor that there is, in the order in which they travel."""
-        return tuple(fd for fd in (self.weights_fd, self.guest_fd, self.prefixes_fd) if fd != NO_FD)
+    def weights_fd(self) -> int:
+        return self.all[0]
+
+    @property
+    def guest_fd(self) -> int:
+        return self.all[1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SpawnedFds) and other.all == self.all
+
+    def __hash__(self) -> int:
+        return hash(self.all)
+
+    def find(self, role: str, roles: Sequence[str]) -> int:
+        """The descriptor of ``role``, where ``roles`` are the manifest's ``worker_roles``; NO_FD: there is none."""
+        return dict(zip(roles, self.all, strict=False)).get(role, NO_FD)
 
 
 class ZygoteReady(msgspec.Struct, frozen=True, tag="ready"):

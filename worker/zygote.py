@@ -132,7 +132,7 @@ class Zygote:
             if self._preparer is None:
                 self._send(PrepareFailed(message.snapshot_id, "not offered here"))
             elif len(fds) not in NUM_SPAWN_FDS:
-                reason = f"{len(fds)} file descriptors came, expected 2 or 3"
+                reason = f"{len(fds)} file descriptors came, expected 2 to 6"
                 self._send(PrepareFailed(message.snapshot_id, reason))
             else:
                 self._preparer.begin(message, SpawnedFds(*fds))
@@ -156,7 +156,7 @@ class Zygote:
     def _fork(self, order: SpawnOrder, fds: tuple[int, ...]) -> None:
         try:
             if len(fds) not in NUM_SPAWN_FDS:
-                self._send(ForkRefused(order.worker_id, f"{len(fds)} file descriptors came, expected 2 or 3"))
+                self._send(ForkRefused(order.worker_id, f"{len(fds)} file descriptors came, expected 2 to 6"))
                 return
             if self._preparer is not None:
                 self._preparer.before_fork(order, SpawnedFds(*fds))

@@ -38,6 +38,19 @@ extern int32_t gp_asset_read(const char *name, uint32_t name_length, int64_t off
  * of first asking; asking again gives the same handle. */
 GP_IMPORT("tensor") extern int32_t gp_tensor(const char *name, uint32_t name_length);
 
+/* Make a tensor of zeros that programs may name: computed tables, biases, anything that is not a weight of the model. Its
+ * handle (of the same count as gp_tensor's), or -1: the name is taken, by a weight or an earlier tensor. `shape` holds
+ * one u32 for each of 1 to 8 dimensions; at most 1,024 tensors and 256 MiB in all. */
+enum gp_tensor_type { GP_F32 = 0, GP_BF16 = 1 };
+GP_IMPORT("tensor_alloc")
+extern int32_t gp_tensor_alloc(const char *name, uint32_t name_length, uint32_t type, const uint32_t *shape,
+                               uint32_t shape_bytes);
+
+/* Write `length` bytes to byte `offset` of a tensor of gp_tensor_alloc's; 0. The snapshot keeps what stands there when
+ * gp_init has returned. */
+GP_IMPORT("tensor_write")
+extern int32_t gp_tensor_write(int32_t handle, int64_t offset, const void *data, uint32_t length);
+
 /* Record one program: a gp_program_header and its operations, `length` bytes together. Each kind at most once.
  * Returns 0; the host checks the program when gp_init has returned. */
 GP_IMPORT("program") extern int32_t gp_program(const void *program, uint32_t length);

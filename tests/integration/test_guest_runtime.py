@@ -13,6 +13,7 @@ from guests.compile import compile_guest, guest_identity
 from guests.errors import GuestContractError, GuestError, GuestIncompatible, GuestTrap
 from guests.initialise import initialise_guest
 from guests.runtime import TRAP_INTERRUPT, GuestEngine, GuestInstance, GuestModule, InstanceLimits
+from guests.signatures import IMPORTS
 
 WASM_PAGE_BYTES = 65_536
 
@@ -172,8 +173,7 @@ def test_an_unexpected_error_of_a_host_function_travels_round_the_guest() -> Non
     def broken(_memory: object, *_arguments: int) -> int:
         raise KeyError("lost")
 
-    names = ("log", "asset_size", "asset_read", "tensor", "program")
-    with GuestEngine(dict.fromkeys(names, broken)) as engine:
+    with GuestEngine(dict.fromkeys(IMPORTS, broken)) as engine:
         module = load(engine, bytes_guest().baked_wasm)
         with pytest.raises(KeyError, match="lost"):
             tokenize(module.instantiate(), b"host!")

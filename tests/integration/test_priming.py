@@ -34,7 +34,6 @@ from worker.engine.mailbox import Mail
 from worker.engine.types import RequestStep
 from worker.loaded_model import LoadedModel
 from worker.restore import RestoredModel, restore_model
-from worker.spawn_order import NO_FD
 
 SYSTEM = "You are a careful tester."
 OTHER_SYSTEM = "You are a patient teacher."
@@ -66,7 +65,7 @@ def restored(built: BuiltState, manifest: Manifest) -> Iterator[RestoredModel]:
             stack.callback(os.close, fds[-1])
         engine = stack.enter_context(GuestEngine())
         engine.start_ticker()
-        yield restore_model(manifest, fds[0], fds[1], engine, seed=1, prefixes_fd=fds[2] if len(fds) > 2 else NO_FD)
+        yield restore_model(manifest, fds[0], fds[1], engine, 1, *fds[2:])
 
 
 def complete(loaded: LoadedModel, backend: str, prompt: str, num_tokens: int) -> Outcome:

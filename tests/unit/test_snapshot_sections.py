@@ -80,7 +80,7 @@ def test_sections_survive_signing(plain: Manifest) -> None:
     found = open_manifest(seal_manifest(full, keyring), keyring, name=full.name)
     assert found == full
     assert [prefix.unpack_token_ids() for prefix in found.prefixes] == [(1, 2, 3), (1, 2, 4, 5)]
-    assert found.worker_blobs == (full.weights, full.guest_cwasm, full.blobs[PRIMED_PREFIXES])
+    assert found.worker_blobs == (full.weights, full.guest_cwasm, full.blobs[PRIMED_PREFIXES], full.blobs[KERNELS])
 
 
 def test_section_and_blob_come_together(plain: Manifest) -> None:

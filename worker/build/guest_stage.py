@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from guests.abi import ProgramKind
 from guests.compile import compile_guest
 from guests.errors import GuestError
 from guests.initialise import InitialisedGuest, initialise_guest
 from guests.shipped import embed_wasm, llama_wasm
 from snapshots.keyring import KeyRing
-from snapshots.manifest import GUEST_ASSETS, GUEST_CWASM, GUEST_WASM, BlobRef, Programs
+from snapshots.manifest import GUEST_ASSETS, GUEST_CWASM, GUEST_TENSORS, GUEST_WASM, BlobRef, Programs, TensorEntry
 from snapshots.store import SnapshotStore
+from snapshots.weights_file import TensorSpec, plan_weights, write_weights
 from worker.build.errors import BuildError
 from worker.build.stored_assets import write_assets
 
@@ -71,3 +74,20 @@ def store_guest(
         GUEST_WASM: store.add_blob_bytes(baked, encrypt_with=encrypt_with, with_verity=with_verity),
         GUEST_ASSETS: writer.ref,
     }
+
+
+def store_guest_tensors(
+    guest: StagedGuest, store: SnapshotStore, *, encrypt_with: KeyRing | None, with_verity: bool
+) -> tuple[dict[str, BlobRef], tuple[TensorEntry, ...]]:
+    """Store the tensors that the guest made at init: their blob by role, and their entries; nothing where it made none.
+
+    Raises:
+        SnapshotError: the store or the key ring refuses.
+    """
+    tensors = guest.initialised.tensors
+    if not tensors:
+        return {}, ()
+    layout = plan_weights([TensorSpec(tensor.name, tensor.dtype.name, tensor.shape) for tensor in tensors])
+    with store.add_blob(encrypt_with=encrypt_with, with_verity=with_verity) as writer:
+        write_weights(writer, layout, (np.frombuffer(tensor.data, np.uint8) for tensor in tensors))
+    return {GUEST_TENSORS: writer.ref}, layout.entries

@@ -190,7 +190,8 @@ def _restored(manifest: Manifest, store: SnapshotStore, keyring: KeyRing) -> Ite
 
         engine = stack.enter_context(GuestEngine())
         engine.start_ticker()
-        restored = restore_model(manifest, seal(manifest.weights), seal(manifest.guest_cwasm), engine, seed=0)
+        weights_fd, guest_fd, *further_fds = map(seal, manifest.worker_blobs)
+        restored = restore_model(manifest, weights_fd, guest_fd, engine, 0, *further_fds)
         try:
             yield restored
         finally:

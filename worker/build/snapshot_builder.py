@@ -36,7 +36,7 @@ from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, writ
 from worker.build.encoder_snapshot import make_encoder_card, pack_encoder_assets
 from worker.build.encoder_source import ImportedEncoder
 from worker.build.errors import BuildError, MalformedModelError
-from worker.build.guest_stage import stage_guest, store_guest
+from worker.build.guest_stage import stage_guest, store_guest, store_guest_tensors
 from worker.build.priming import Priming, prime_snapshot
 from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
 from worker.build.report import BuildReport
@@ -95,15 +95,17 @@ def build_snapshot(
     with store.add_blob(encrypt_with=encrypt_with, with_verity=with_verity) as writer:
         _write_weights(source, writer, layout, weight_format, on_progress)
     blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
+    made, made_entries = store_guest_tensors(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
     manifest = Manifest(
         name=name,
         created_at_s=store.choose_created_at_s(name),
         identity=guest_identity(),
         card=_make_card(source, weight_format),
-        blobs={WEIGHTS: writer.ref, **blobs},
+        blobs={WEIGHTS: writer.ref, **blobs, **made},
         tensors=layout.entries,
         tensor_handles=guest.initialised.tensor_handles,
         programs=guest.programs,
+        guest_tensors=made_entries,
         vector_size=source.config.hidden_size if isinstance(source, ImportedEncoder) else 0,
     )
     if priming is not None:

@@ -14,7 +14,7 @@ from snapshots.keyring import KeyRing
 from snapshots.manifest import WEIGHTS, Manifest
 from snapshots.store import SnapshotStore
 from worker.build.errors import BuildError
-from worker.build.guest_stage import stage_guest, store_guest
+from worker.build.guest_stage import stage_guest, store_guest, store_guest_tensors
 from worker.build.priming import Priming, prime_snapshot
 from worker.build.quantize import WeightFormat
 from worker.build.report import BuildReport
@@ -54,15 +54,17 @@ def build_over_weights(
     guest = stage_guest(guest_wasm, read_assets(donor, store, keyring), list_tensor_names(donor), encodes=is_encoder)
     encrypt_with = keyring if encrypt else None
     blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
+    made, made_entries = store_guest_tensors(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
     manifest = Manifest(
         name=name,
         created_at_s=store.choose_created_at_s(name),
         identity=guest_identity(),
         card=donor.card,
-        blobs={WEIGHTS: donor.weights, **blobs},
+        blobs={WEIGHTS: donor.weights, **blobs, **made},
         tensors=donor.tensors,
         tensor_handles=guest.initialised.tensor_handles,
         programs=guest.programs,
+        guest_tensors=made_entries,
         vector_size=donor.vector_size,
     )
     if priming is not None:
