@@ -43,7 +43,7 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
     SEALED is verified memory on the host, held once for all workers of all models that share it. PRIVATE is the
     workers' own memory; PSS adds their share of what is mapped by several: weights that ten workers map count once.
     """
-    status = _get_json(_server_url(state_dir, url), "/admin/status")
+    status = get_json(server_url(state_dir, url), "/admin/status")
     if as_json:
         click.echo(json.dumps(status, indent=2))
         return
@@ -103,7 +103,7 @@ def run(
         "stream": True,
     }
     body.update({k: v for k, v in {"temperature": temperature, "seed": seed}.items() if v is not None})
-    for line in _post_stream(_server_url(state_dir, url), "/v1/chat/completions", body):
+    for line in _post_stream(server_url(state_dir, url), "/v1/chat/completions", body):
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
         if as_json:
@@ -129,7 +129,7 @@ def trace(request_id: str | None, state_dir: Path, last: bool, url: str | None, 
     """Draw the waterfall of REQUEST_ID: where the time to the first byte went."""
     if (request_id is None) == (not last):
         raise click.UsageError("give a REQUEST_ID or --last")
-    found = _get_json(_server_url(state_dir, url), f"/admin/traces/{'last' if last else request_id}")
+    found = get_json(server_url(state_dir, url), f"/admin/traces/{'last' if last else request_id}")
     click.echo(json.dumps(found, indent=2) if as_json else draw_waterfall(found))
 
 
@@ -160,7 +160,12 @@ def _format_bytes(count: int) -> str:
     return f"{count / 2**20:.0f} MiB" if count else "-"
 
 
-def _server_url(state_dir: Path, url: str | None) -> str:
+def server_url(state_dir: Path, url: str | None) -> str:
+    """``url``, else where the server of the state folder listens.
+
+    Raises:
+        NoServer: none runs.
+    """
     if url:
         return url
     path = state_dir / "run" / "serve.json"
@@ -208,7 +213,8 @@ def _request(url: str, method: str, path: str, body: dict[str, Any] | None = Non
     return response
 
 
-def _get_json(url: str, path: str) -> Any:
+def get_json(url: str, path: str) -> Any:
+    """The decoded answer to a GET; errors as :func:`_request` raises them."""
     return json.loads(_request(url, "GET", path).read())
 
 

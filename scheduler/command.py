@@ -31,6 +31,7 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "scheduler": ("scheduler.serve_command", "scheduler", "Start the scheduler alone."),
     "agent": ("scheduler.serve_command", "agent", "Start the node agent (and its workers) alone."),
     "ps": ("scheduler.client_commands", "ps", "Show models, tiers, workers and idle timers."),
+    "usage": ("scheduler.usage_command", "usage", "Show what tenants and keys have used."),
     "run": ("scheduler.client_commands", "run", "Stream an answer to the terminal."),
     "trace": ("scheduler.client_commands", "trace", "Draw where the time of a request went."),
 }

@@ -12,6 +12,7 @@ import msgspec
 import yaml
 
 from scheduler.contract.environment import SettingsError, read_positive_float
+from scheduler.tenants import TenantPolicy
 
 GIB: Final = 1024**3
 DEFAULT_IDLE_TIMEOUT_S: Final = 300.0
@@ -21,6 +22,7 @@ MAX_CONFIG_BYTES: Final = 1024 * 1024
 class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one model is woken and put to sleep.
 
+    An interactive request that would wait longer than ``max_wait_s`` for its turn is refused.
     ``max_running`` sequences share a worker's batch. ``kv_budget_bytes`` bounds a worker's KV cache.
     """
 
@@ -28,6 +30,7 @@ class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_workers: int = 1
     max_running: int = 64
     max_queued: int = 512
+    max_wait_s: float = 120.0
     kv_budget_bytes: int = 2 * GIB
     drain_grace_s: float = 30.0
 
@@ -38,6 +41,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     defaults: ModelPolicy = ModelPolicy()
     models: dict[str, dict[str, Any]] = {}
     memory_budget_bytes: int = 0
+    tenants: dict[str, TenantPolicy] = {}
+    tenant_defaults: TenantPolicy = TenantPolicy()
 
     def policy_of(self, model: str) -> ModelPolicy:
         """The defaults with the model's own settings over them. Validated at load."""
@@ -73,6 +78,8 @@ def load_config(path: Path | None, env: Mapping[str, str] = os.environ) -> Sched
     except msgspec.ValidationError as error:
         raise SettingsError(f"{path}: {error}{_suggest(str(error))}") from error
     _check_policy(config.defaults, "defaults")
+    for name, tenant in (("tenant_defaults", config.tenant_defaults), *config.tenants.items()):
+        _check_tenant(tenant, name)
     overrides: dict[str, Any] = {
         "idle_timeout_s": read_positive_float("GLOWPLUG_IDLE_TIMEOUT_S", config.defaults.idle_timeout_s, env),
         "max_workers": int(read_positive_float("GLOWPLUG_MAX_WORKERS", config.defaults.max_workers, env)),
@@ -87,9 +94,17 @@ def _check_policy(policy: ModelPolicy, where: str) -> None:
             raise SettingsError(f"{where}.{field}: {value}: expected a positive number")
 
 
+def _check_tenant(policy: TenantPolicy, where: str) -> None:
+    if not policy.weight > 0:
+        raise SettingsError(f"tenants.{where}.weight: {policy.weight}: expected a positive number")
+    for field in ("requests_per_minute", "tokens_per_minute", "concurrency"):
+        if getattr(policy, field) < 0:
+            raise SettingsError(f"tenants.{where}.{field}: {getattr(policy, field)}: expected 0 (unlimited) or more")
+
+
 def _suggest(message: str) -> str:
     """`` (did you mean ...?)`` for an unknown field, else nothing."""
-    known = (*ModelPolicy.__struct_fields__, *SchedulerConfig.__struct_fields__)
+    known = (*ModelPolicy.__struct_fields__, *TenantPolicy.__struct_fields__, *SchedulerConfig.__struct_fields__)
     parts = message.split("`")
     if "unknown field" not in message or len(parts) < 2:
         return ""

@@ -32,6 +32,19 @@ FAIL_BATCH: Final = 100
 CONTROL_LEASE_MS: Final = 15_000
 
 
+class QueueFull(GlowplugError):
+    """A model has as many requests queued or running as it may: ``depth``. The request was not queued."""
+
+    def __init__(self, model: str, depth: int, max_queued: int) -> None:
+        super().__init__(
+            ErrorCode.QUEUE_FULL,
+            f"model {model!r} has {depth} requests queued or running, the limit is {max_queued}: "
+            f"try again in {QUEUE_FULL_RETRY_AFTER_S} s",
+            retry_after_s=QUEUE_FULL_RETRY_AFTER_S,
+        )
+        self.depth = depth
+
+
 class Dispatcher:
     """Queue operations of gateways and of the scheduler. Stateless; any number may work at once."""
 
@@ -60,8 +73,9 @@ class Dispatcher:
         queued or running before it. On failure: nothing was queued. Retrying the call after a lost reply is safe.
 
         Raises:
-            GlowplugError: QUEUE_FULL at ``max_queued`` requests queued or running; INVALID_REQUEST for an id that is
-                queued, running or just finished; OVERLOADED when Redis is out of memory or unreachable.
+            QueueFull: ``max_queued`` requests are queued or running.
+            GlowplugError: INVALID_REQUEST for an id that is queued, running or just finished; OVERLOADED when Redis is
+                out of memory or unreachable.
         """
         try:
             outcome, depth = await self._enqueue(
@@ -74,12 +88,7 @@ class Dispatcher:
                 retry_after_s=OVERLOADED_RETRY_AFTER_S,
             ) from error
         if outcome == job_queue.FULL:
-            raise GlowplugError(
-                ErrorCode.QUEUE_FULL,
-                f"model {request.model!r} has {depth} requests queued or running, the limit is {max_queued}: "
-                f"try again in {QUEUE_FULL_RETRY_AFTER_S} s",
-                retry_after_s=QUEUE_FULL_RETRY_AFTER_S,
-            )
+            raise QueueFull(request.model, int(depth), max_queued)
         if outcome == job_queue.DUPLICATE:
             raise GlowplugError(
                 ErrorCode.INVALID_REQUEST, f"request id {request.request_id!r} is already in use: send another one"
@@ -198,12 +207,13 @@ class Dispatcher:
 def compute_fair_cost(request: GenerateRequest) -> int:
     """What ``request`` counts in its tenant's share, in tokens: an estimate, since nobody has tokenised it yet."""
     if request.embedding is not None:
-        return sum(_estimate_tokens(one) for one in request.embedding.inputs)
+        return sum(estimate_tokens(one) for one in request.embedding.inputs)
     completion = min(request.sampling.max_tokens, FAIR_MAX_COMPLETION_TOKENS) * request.num_choices
-    return _estimate_tokens(request.prompt) + completion
+    return estimate_tokens(request.prompt) + completion
 
 
-def _estimate_tokens(prompt: str | tuple[int, ...]) -> int:
+def estimate_tokens(prompt: str | tuple[int, ...]) -> int:
+    """About how many tokens a prompt has."""
     return 1 + (len(prompt) // FAIR_BYTES_PER_TOKEN if isinstance(prompt, str) else len(prompt))
 
 

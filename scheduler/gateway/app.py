@@ -10,7 +10,6 @@ import resource
 import secrets
 import signal
 import ssl
-from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -34,6 +33,7 @@ from scheduler.gateway import (
     routes_models,
 )
 from scheduler.gateway.access import AccessControl, check_access
+from scheduler.gateway.admission import Admission
 from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.hub import Hub
@@ -66,6 +66,7 @@ def build_app(gateway: Gateway) -> web.Application:
             web.get("/metrics", routes_admin.get_metrics),
             web.get("/admin/status", routes_admin.get_status),
             web.get("/admin/traces/{request_id}", routes_admin.get_trace),
+            web.get("/admin/usage", routes_admin.get_usage),
         ]
     )
     return app
@@ -81,7 +82,7 @@ class GatewayServer:
         self._hub = Hub(self._redis, gateway_id)
         self._state_dir = process.state_dir
         access = AccessControl(key_file_path(process.state_dir), no_auth=settings.no_auth)
-        self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, access, _queue_limits(process, settings))
+        self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, access, _read_admission(process, settings))
         self._tls: ssl.SSLContext | None = None
         self._presence = Presence(self._redis, gateway_id)
         self._runner = web.AppRunner(
@@ -123,6 +124,8 @@ class GatewayServer:
         self.gateway.draining = True
         await self._runner.cleanup()
         await self.gateway.wait_background(BACKGROUND_LIMIT_S)
+        await self.gateway.quotas.aclose()
+        await self.gateway.usage.aclose()
         await self._hub.aclose()
         await self._presence.aclose()
         await self._redis.aclose()
@@ -142,6 +145,8 @@ class GatewayServer:
 
     def _preload(self) -> None:
         self.gateway.metrics.ensure_ready()
+        if self.gateway.admission.has_quotas:
+            self.gateway.quotas.ensure_ready()
         import jinja2.sandbox  # noqa: F401  (imported for its side effect: the next import is a look-up)
 
     async def _warm_up(self) -> None:
@@ -203,18 +208,17 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _queue_limits(process: ProcessSettings, settings: GatewaySettings) -> Callable[[str], int]:
-    """The queue limit by model, from the configuration file if there is one.
+def _read_admission(process: ProcessSettings, settings: GatewaySettings) -> Admission:
+    """Policies of models and tenants, from the configuration file if there is one.
 
     Raises:
         SettingsError: the file is not valid.
     """
     if process.config_path is None:
-        return lambda model: settings.max_queued
+        return Admission(settings)
     from scheduler.config import load_config  # YAML is not imported where there is no file
 
-    config = load_config(process.config_path)
-    return lambda model: config.policy_of(model).max_queued
+    return Admission(settings, load_config(process.config_path))
 
 
 def main() -> int:

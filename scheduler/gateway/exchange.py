@@ -24,9 +24,11 @@ from scheduler.contract.messages import (
     StepFrame,
     TerminalFrame,
     Trace,
+    Usage,
     VectorFrame,
 )
 from scheduler.contract.telemetry import Mark
+from scheduler.dispatch import QueueFull, estimate_tokens
 from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.identity import ANONYMOUS, Identity
@@ -61,7 +63,7 @@ TRACE_WAIT_S: Final = 0.25
 class Part:
     """One generate request of an exchange. ``terminal`` is set once, by its last frame."""
 
-    __slots__ = ("choice_offset", "index", "marks", "may_be_queued", "request", "terminal")
+    __slots__ = ("choice_offset", "index", "marks", "may_be_queued", "num_streamed_tokens", "request", "terminal")
 
     def __init__(self, request: GenerateRequest, index: int) -> None:
         self.request = request
@@ -70,6 +72,15 @@ class Part:
         self.marks: dict[str, int] = dict(request.marks)
         self.terminal: TerminalFrame | None = None
         self.may_be_queued = False
+        self.num_streamed_tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens used, as told at the end; until then, or where the end never came, what has been seen of them."""
+        if self.terminal is not None and self.terminal.usage.prompt_tokens:
+            return self.terminal.usage
+        prompt_tokens = estimate_tokens(self.request.prompt) if self.num_streamed_tokens else 0
+        return Usage(prompt_tokens, self.num_streamed_tokens)
 
 
 #: Called on the event loop for each step: which request, and what the step added.
@@ -96,6 +107,7 @@ class Exchange:
         self._on_step: OnStep | None = None
         self._on_vector: OnVector | None = None
         self._unfinished = len(call.prompts)
+        self._weight = gateway.admission.tenant_policy(identity.tenant).weight
         self.parts = [self._build_part(i, accepted_mono_ns) for i in range(len(call.prompts))]
         self._log = structlog.get_logger()
 
@@ -127,15 +139,21 @@ class Exchange:
         self._on_step, self._on_vector = on_step, on_vector
         gateway = self._gateway
         for part in self.parts:
-            request_id, limit = part.request.request_id, gateway.queue_limit_of(part.request.model)
+            request = part.request
+            request_id, status = request.request_id, gateway.directory.status_of(request.model)
+            limit = gateway.admission.queue_limit(
+                request.model, request.priority, 0 if status is None else status.workers
+            )
             gateway.hub.open(request_id, self._make_callback(part), on_lost=self._make_recovery(part))
             part.may_be_queued = True
             try:
                 async with redis_within(gateway.settings.redis_limit_s, "queueing the request"):
-                    await gateway.dispatcher.enqueue(part.request, limit, record=self._build_record(part))
-            except GlowplugError as error:
-                part.may_be_queued = error.info.code is not ErrorCode.QUEUE_FULL
-                raise
+                    await gateway.dispatcher.enqueue(
+                        request, limit.max_queued, weight=self._weight, record=self._build_record(part)
+                    )
+            except QueueFull as full:
+                part.may_be_queued = False
+                raise limit.refuse(request.model, full.depth) from full
             gateway.hub.expect(request_id)
             part.marks[Mark.ENQUEUED] = time.monotonic_ns()
 
@@ -217,11 +235,19 @@ class Exchange:
                 trace, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens
             )
             self._gateway.traces.remember(trace)
+            self._note_service_time(part, now_mono_ns)
             traces.append(trace)
         self._gateway.directory.on_wake_measured(traces[0])
         saved = self._gateway.run_in_background(self._save(traces), name=f"trace:{self.request_id}")
         await asyncio.wait({saved}, timeout=TRACE_WAIT_S)
         return traces[0]
+
+    def _note_service_time(self, part: Part, now_mono_ns: int) -> None:
+        """How long a worker was busy with it: clocks of two hosts do not compare, so each stretch is on one of them."""
+        worker = {} if part.terminal is None else part.terminal.marks
+        if Mark.CLAIMED in worker and Mark.SAMPLED in worker and Mark.RECEIVED in part.marks:
+            busy_ns = worker[Mark.SAMPLED] - worker[Mark.CLAIMED] + now_mono_ns - part.marks[Mark.RECEIVED]
+            self._gateway.admission.on_served(part.request.model, busy_ns / 1e9)
 
     async def _save(self, traces: list[Trace]) -> None:
         try:
@@ -253,6 +279,9 @@ class Exchange:
                 f'model "{model}" gave no token within {settings.cold_start_limit_s:g} s of being woken; try again',
                 retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S,
             )
+        if waited_s >= settings.stream_limit_s:
+            message = f"the request ran longer than {settings.stream_limit_s:g} s; ask for fewer tokens"
+            return ErrorInfo(ErrorCode.OVERLOADED, message, retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S)
         silent_s = now_mono_s - self.last_frame_mono_s
         if (silent_s if streamed else waited_s) >= settings.request_limit_s:
             kind = "gave no token" if streamed else "did not finish"
@@ -312,6 +341,8 @@ class Exchange:
         part.marks.setdefault(Mark.RECEIVED, time.monotonic_ns())
         if not isinstance(frame, TerminalFrame):
             self.has_frames = True
+            if isinstance(frame, StepFrame):
+                part.num_streamed_tokens += len(frame.events)
             if isinstance(frame, VectorFrame):
                 if self._on_vector is not None and self.error is None:
                     self._on_vector(part, frame)

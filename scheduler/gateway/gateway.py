@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -16,12 +16,15 @@ from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.messages import GenerateRequest, ModelCard
 from scheduler.dispatch import Dispatcher
+from scheduler.gateway.admission import Admission
 from scheduler.gateway.hub import Hub
 from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.metrics import GatewayMetrics
 from scheduler.gateway.model_directory import ModelDirectory
+from scheduler.gateway.quotas import Quotas
 from scheduler.gateway.settings import GatewaySettings
 from scheduler.gateway.traces import TraceStore
+from scheduler.gateway.usage import UsageRecorder
 
 if TYPE_CHECKING:
     from scheduler.gateway.access import AccessControl  # which itself needs GATEWAY
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 class Gateway:
     """The gateway's parts. Made once a process, before the listener; the caller starts and stops ``hub``.
 
-    ``queue_limit_of`` gives the most requests of a model that may be queued or running.
+    ``admission`` holds the policies of models and tenants; the settings' own where it is not given.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Gateway:
         hub: Hub,
         gateway_id: str,
         access: AccessControl,
-        queue_limit_of: Callable[[str], int] | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.settings = settings
         self.redis = redis
@@ -50,7 +53,9 @@ class Gateway:
         self.access = access
         self.audit: AuditLog | None = None
         self.bodies_bytes = 0  # being read now; see request_body
-        self.queue_limit_of = queue_limit_of or (lambda model: settings.max_queued)
+        self.admission = admission or Admission(settings)
+        self.quotas = Quotas(redis, settings.redis_limit_s)
+        self.usage = UsageRecorder(redis)
         self.templates = ChatTemplates()
         self.directory = ModelDirectory(redis, settings.redis_limit_s, on_card=self._on_card)
         self.metrics = GatewayMetrics()

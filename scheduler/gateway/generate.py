@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from scheduler.dispatch import estimate_tokens
 from scheduler.gateway.collect import CollectedCall
 from scheduler.gateway.embeddings import EmbeddedCall
 from scheduler.gateway.exchange import Exchange
-from scheduler.gateway.gateway import GATEWAY
+from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.identity import IDENTITY
+from scheduler.gateway.quotas import MAX_RESERVED_COMPLETION_TOKENS, Grant
 from scheduler.gateway.request_log import RequestFacts
 from scheduler.gateway.request_schema import Call
+from scheduler.gateway.response_headers import RATE_LIMIT_HEADERS
 from scheduler.gateway.streaming import StreamedCall
 
 
@@ -27,7 +30,11 @@ async def answer_call(
     """
     gateway = request.app[GATEWAY]
     facts.stream = call.stream
-    exchange = Exchange(gateway, call, facts.request_id, accepted_mono_ns, request[IDENTITY])
+    identity = request[IDENTITY]
+    policy = gateway.admission.tenant_policy(identity.tenant)
+    grant = await gateway.quotas.admit(identity.tenant, policy, facts.request_id, estimate_call(call))
+    request[RATE_LIMIT_HEADERS] = grant.headers
+    exchange = Exchange(gateway, call, facts.request_id, accepted_mono_ns, identity)
     gateway.metrics.on_in_flight(call.card.name, +1)
     try:
         if call.stream:
@@ -39,3 +46,21 @@ async def answer_call(
         exchange.close()
         facts.note_exchange(exchange.error)
         gateway.metrics.on_in_flight(call.card.name, -1)
+        _settle(gateway, exchange, grant)
+
+
+def estimate_call(call: Call) -> int:
+    """About how many tokens ``call`` will use: what a quota is asked for before anybody knows."""
+    if call.embedding is not None:
+        return sum(estimate_tokens(one) for one in call.embedding.inputs)
+    completion = min(call.sampling.max_tokens, MAX_RESERVED_COMPLETION_TOKENS) * call.total_choices
+    return sum(estimate_tokens(prompt) for prompt in call.prompts) + completion
+
+
+def _settle(gateway: Gateway, exchange: Exchange, grant: Grant) -> None:
+    """Record what was used, and give back what was not. In the background: the client need not wait for it."""
+    usages = [part.usage for part in exchange.parts]
+    gateway.usage.add(exchange.identity, exchange.call.card.name, usages, failed=exchange.error is not None)
+    if grant.policy.has_quota:
+        used_tokens = sum(usage.prompt_tokens + usage.completion_tokens for usage in usages)
+        gateway.run_in_background(gateway.quotas.settle(grant, used_tokens), name=f"settle:{grant.call_id}")

@@ -20,6 +20,7 @@ from scheduler.gateway.gateway import GATEWAY
 from scheduler.gateway.identity import ANONYMOUS, IDENTITY
 from scheduler.gateway.settings import ADMIN, GatewaySettings
 from scheduler.gateway.traces import build_document
+from scheduler.gateway.usage import MAX_DAYS
 
 _log = structlog.get_logger()
 
@@ -64,6 +65,18 @@ async def get_trace(request: web.Request) -> web.Response:
         message = f'no trace of "{wanted[:64]}"; traces are kept for {keys.TRACE_TTL_S // 60} minutes'
         raise HttpError(404, message, code="trace_not_found")
     return web.Response(body=msgspec.json.encode(build_document(trace)), content_type="application/json")
+
+
+async def get_usage(request: web.Request) -> web.Response:
+    """What each tenant, key and model used in the last ``days`` (1 to 40, default 1), newest day first."""
+    gateway = request.app[GATEWAY]
+    check_admin(request, gateway.settings)
+    text = request.query.get("days", "1")
+    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_DAYS):
+        raise HttpError(400, f"days: expected 1 to {MAX_DAYS}, got {text[:20]!r}", code="invalid_request")
+    async with redis_within(gateway.settings.redis_limit_s, "reading the usage"):
+        rows = await gateway.usage.read(int(text))
+    return web.Response(body=msgspec.json.encode({"object": "list", "data": rows}), content_type="application/json")
 
 
 async def get_metrics(request: web.Request) -> web.Response:

@@ -47,6 +47,7 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     drain_grace_s: float = 30.0
     redis_limit_s: float = 5.0
     max_queued: int = 512  # requests of a model queued or running; a model's own policy wins
+    max_wait_s: float = 120.0  # a request that would wait longer for its turn is refused; likewise
     body_limit_s: float = 60.0
     max_body_bytes: int = 8 * MIB
     max_write_buffer_bytes: int = MIB

@@ -1,0 +1,37 @@
+"""``glowplug usage``: what tenants and keys have used (exit codes: client_commands)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from scheduler.client_commands import get_json, server_url
+from scheduler.command import state_dir_option
+
+
+@click.command()
+@state_dir_option
+@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@click.option("--days", type=click.IntRange(1, 40), default=1, show_default=True, help="Days, today included (UTC).")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def usage(state_dir: Path, url: str | None, days: int, as_json: bool) -> None:
+    """Show requests and tokens by day, tenant, key and model. Counters are kept for 40 days."""
+    rows = get_json(server_url(state_dir, url), f"/admin/usage?days={days}")["data"]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("DAY", "TENANT", "KEY", "MODEL"):
+        table.add_column(column, no_wrap=True)
+    for column in ("REQUESTS", "ERRORS", "PROMPT", "COMPLETION"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        key = f"gp_{row['key_id']}" if row["key_id"] else "-"
+        counts = (row["requests"], row["errors"], row["prompt_tokens"], row["completion_tokens"])
+        table.add_row(row["day"], row["tenant"] or "-", key, row["model"], *(str(count) for count in counts))
+    Console().print(table)
