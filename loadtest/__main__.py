@@ -1,4 +1,4 @@
-"""``python -m loadtest demo|bench|waterfall``."""
+"""``python -m loadtest demo|bench|engine-compare|waterfall``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ def main() -> int:
         from loadtest.bench import run_bench
 
         return run_bench(arguments)
+    if mode == "engine-compare":
+        from loadtest.engine_compare import run_engine_compare
+
+        return run_engine_compare(arguments)
     if mode == "waterfall":
         from loadtest.waterfall import run_waterfall
 
         return run_waterfall(arguments)
-    print("usage: python -m loadtest demo|bench|waterfall [--help]", file=sys.stderr)
+    print("usage: python -m loadtest demo|bench|engine-compare|waterfall [--help]", file=sys.stderr)
     return 2
 
 

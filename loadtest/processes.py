@@ -175,11 +175,16 @@ def memory_bytes(pid: int, field: str = "Pss") -> int:
 
 
 @contextlib.contextmanager
-def peer_server(binary: Path, model: Path, port: int, *, threads: int = 2) -> Iterator[subprocess.Popen[bytes]]:
-    """llama.cpp's server on ``model``, started now and killed at the end. Its shared libraries lie beside it."""
+def peer_server(
+    binary: Path, model: Path, port: int, *, threads: int = 2, slots: int = 1, context_tokens: int = 2048
+) -> Iterator[subprocess.Popen[bytes]]:
+    """llama.cpp's server on ``model``, started now and killed at the end. Its shared libraries lie beside it.
+
+    ``context_tokens`` are shared by ``slots`` sequences.
+    """
     command = [
         *[str(binary), "-m", str(model), "--port", str(port), "--host", "127.0.0.1", "-t", str(threads)],
-        *["-c", "2048", "-np", "1", "--no-warmup", "--no-webui"],
+        *["-c", str(context_tokens), "-np", str(slots), "--no-warmup", "--no-webui"],
     ]
     env = {**os.environ, "LD_LIBRARY_PATH": str(binary.parent)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)

@@ -57,7 +57,8 @@ class Report:
         """Ours over the peer's, pair by pair."""
         ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
         p50 = statistics.median(ratios)
-        row = {"metric": metric, "ratio_p50": round(p50, 4), "n_pairs": len(ratios), "peer": peer}
+        row: dict[str, Any] = {"metric": metric, "ratio_p50": round(p50, 4), "n_pairs": len(ratios), "peer": peer}
+        row["ratios"] = [round(ratio, 4) for ratio in ratios]
         self.rows.append(row)
         print(f"{metric:<44}     ratio {p50:7.3f}  (ours / {peer}) pairs={len(ratios)}", flush=True)
 

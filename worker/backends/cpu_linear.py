@@ -26,12 +26,17 @@ Call = Callable[[], None]
 _dots_packed: Final[Any] = numkong.dots_packed
 _dots_pack: Final[Any] = numkong.dots_pack
 _astype: Final[Any] = numkong.astype
+_minmax: Final[Any] = numkong.minmax
 
 _from_pointer: Final[Any] = numkong.from_pointer
 _clock_ns: Final = time.perf_counter_ns
 _INT8_MAX: Final = 127.0
 _FINE_STEPS: Final = 254.0  # a coarse step's remainder lies in [-0.5, 0.5]
 _TINY: Final = 1e-30
+#: Elements that a chain of passes works on at a time: its arrays then stay in the core's own cache.
+_BLOCK_ELEMENTS: Final = 32_768
+#: Up to this many tokens the parts of int8 products are put together by a matrix product.
+_RECOMBINED_TOKENS: Final = 8
 
 
 def wrap_array(array: npt.NDArray[Any]) -> Any:
@@ -171,8 +176,43 @@ class _Bfloat16Weight:
         return _bind_product(self._tensor, staging, wrap_array(out), self._governor)
 
 
-class _Int8Staging:
-    """Activations as two int8 numbers each: a coarse one, and one for what the coarse one leaves.
+class _Int8Row:
+    """One token's activations as two int8 numbers each (see :class:`_Int8Columns`), in the fewest calls."""
+
+    def __init__(self, width: int) -> None:
+        self.packed: Any = None
+        self.scale = 0.0  # value = (coarse + fine / _FINE_STEPS) * scale
+        self._parts = np.empty((2, width), np.float32)
+        self._parts_tensor = wrap_array(self._parts)
+        self._quantised = wrap_array(np.empty((2, width), np.int8))
+        self._fine_steps = np.float32(_FINE_STEPS)
+        self._results: dict[int, tuple[npt.NDArray[np.int32], FloatArray]] = {}
+
+    def results(self, num_outputs: int) -> tuple[npt.NDArray[np.int32], FloatArray]:
+        """Accumulators and scaled products ``[N, 2]`` that all weights of that many rows share."""
+        return _take_results(self._results, (num_outputs, 2))
+
+    def bind_stage(self, source: FloatArray) -> Call:
+        vector = source.reshape(-1)
+        vector_tensor = wrap_array(vector)
+        coarse, fine = self._parts
+        fine_steps = self._fine_steps
+
+        def stage() -> None:
+            smallest, _, largest, _ = _minmax(vector_tensor)
+            self.scale = scale = max(largest, -smallest, _TINY) / _INT8_MAX
+            np.multiply(vector, 1 / scale, fine)
+            np.rint(fine, coarse)
+            np.subtract(fine, coarse, fine)
+            np.multiply(fine, fine_steps, fine)
+            _astype(self._parts_tensor, "int8", out=self._quantised)  # rounds half to even
+            self.packed = _dots_pack(self._quantised)
+
+        return stage
+
+
+class _Int8Columns:
+    """Activations of several tokens as two int8 numbers each: a coarse one, and one for what the coarse one leaves.
 
     Both parts of every token are rows of one packed matrix, so a single product serves them, and at few tokens the
     second costs nothing (the weight is what takes the time). With one part alone the activations' outliers take the
@@ -182,22 +222,23 @@ class _Int8Staging:
 
     def __init__(self, shape: tuple[int, int]) -> None:
         width, num_tokens = shape
-        self._rows = np.empty((num_tokens, width), np.float32)
         self.packed: Any = None
         self.scales = np.empty((2, num_tokens), np.float32)  # value = coarse * scales[0] + fine * scales[1]
         self._parts = np.empty((2, num_tokens, width), np.float32)
         self._parts_tensor = wrap_array(self._parts.reshape(2 * num_tokens, width))
         self._quantised = wrap_array(np.empty((2 * num_tokens, width), np.int8))
+        block_tokens = max(1, _BLOCK_ELEMENTS // width)
+        self._blocks = [slice(begin, begin + block_tokens) for begin in range(0, num_tokens, block_tokens)]
         self._factors = np.empty((num_tokens, 1), np.float32)
         self._results: dict[int, tuple[npt.NDArray[np.int32], FloatArray]] = {}
+        # [2 * T, T]: products with it are the sums of both parts, scaled for each token.
+        self.recombination: FloatArray = np.zeros((2 * num_tokens, num_tokens), np.float32)
+        diagonal = np.arange(num_tokens)
+        self._both_diagonals = (np.arange(2 * num_tokens), np.concatenate((diagonal, diagonal)))
 
     def results(self, num_outputs: int) -> tuple[npt.NDArray[np.int32], FloatArray]:
         """Accumulators and scaled products ``[N, 2 * T]`` that all weights of that many rows share."""
-        found = self._results.get(num_outputs)
-        if found is None:
-            shape = (num_outputs, 2 * len(self._rows))
-            found = self._results[num_outputs] = np.empty(shape, np.int32), np.empty(shape, np.float32)
-        return found
+        return _take_results(self._results, (num_outputs, 2 * self._factors.size))
 
     def bind_stage(self, source: FloatArray) -> Call:
         def stage() -> None:
@@ -206,45 +247,99 @@ class _Int8Staging:
         return stage
 
     def _quantise(self, source: FloatArray) -> None:
-        coarse, fine = self._parts
-        scales, factors = self.scales, self._factors
-        transpose_into(self._rows, source)
-        np.abs(self._rows, coarse)
-        np.maximum.reduce(coarse, 1, out=scales[0])
-        np.maximum(scales[0], _TINY, out=scales[0])  # a token of zeros stays zeros
+        scales, all_factors = self.scales, self._factors
+        transpose_into(self._parts[1], source)
+        for block in self._blocks:
+            coarse, fine = self._parts[:, block]
+            largest, factors = scales[0, block], all_factors[block]
+            np.abs(fine, coarse)
+            np.maximum.reduce(coarse, 1, out=largest)
+            np.maximum(largest, _TINY, out=largest)  # a token of zeros stays zeros
+            np.divide(_INT8_MAX, largest, factors[:, 0])
+            np.multiply(fine, factors, fine)
+            np.rint(fine, coarse)
+            np.subtract(fine, coarse, fine)
+            np.multiply(fine, _FINE_STEPS, fine)
         np.multiply(scales[0], 1 / _INT8_MAX, scales[0])
         np.multiply(scales[0], 1 / _FINE_STEPS, scales[1])
-        np.reciprocal(scales[0], factors[:, 0])
-        np.multiply(self._rows, factors, fine)
-        np.rint(fine, coarse)
-        np.subtract(fine, coarse, fine)
-        np.multiply(fine, _FINE_STEPS, fine)
+        if scales.size <= 2 * _RECOMBINED_TOKENS:
+            self.recombination[self._both_diagonals] = scales.reshape(-1)
         _astype(self._parts_tensor, "int8", out=self._quantised)  # rounds half to even
         self.packed = _dots_pack(self._quantised)
+
+
+def _take_results(
+    results: dict[int, tuple[npt.NDArray[np.int32], FloatArray]], shape: tuple[int, int]
+) -> tuple[npt.NDArray[np.int32], FloatArray]:
+    found = results.get(shape[0])
+    if found is None:
+        found = results[shape[0]] = np.empty(shape, np.int32), np.empty(shape, np.float32)
+    return found
 
 
 class _Int8Weight:
     def __init__(self, data: npt.NDArray[np.int8], scale: FloatArray, governor: ThreadGovernor) -> None:
         self._tensor = wrap_array(data)
-        self._scale = np.ascontiguousarray(scale, np.float32)[:, None]  # [N, 1]
+        self._scale = np.ascontiguousarray(scale, np.float32)
         self._governor = governor
 
     def make_staging(self, shape: tuple[int, int]) -> Staging:
-        return _Int8Staging(shape)
+        return _Int8Row(shape[0]) if shape[1] == 1 else _Int8Columns(shape)
 
     def bind(self, staging: Any, out: FloatArray) -> Call:
-        weight_scale = self._scale
-        num_outputs, num_tokens = out.shape
-        accumulators, products = staging.results(num_outputs)
+        accumulators, _ = staging.results(len(out))
         accumulate = _bind_product(self._tensor, staging, wrap_array(accumulators), self._governor)
-        coarse, fine = products[:, :num_tokens], products[:, num_tokens:]
-        token_scales = staging.scales.reshape(2 * num_tokens)
+        if out.shape[1] == 1:
+            return self._bind_row(staging, out[:, 0], accumulate)
+        if out.shape[1] <= _RECOMBINED_TOKENS:
+            return self._bind_few(staging, out, accumulate)
+        return self._bind_many(staging, out, accumulate)
+
+    def _bind_row(self, staging: _Int8Row, out: FloatArray, accumulate: Call) -> Call:
+        accumulators, products = (array.reshape(-1) for array in staging.results(len(out)))
+        # Scales of both parts of each output, side by side as the accumulators are: one flat product, which vectorises.
+        part_scales = np.repeat(self._scale, 2)
+        part_scales[1::2] /= _FINE_STEPS
+        coarse, fine = products[::2], products[1::2]
 
         def multiply() -> None:
             accumulate()
             np.copyto(products, accumulators, casting="unsafe")
-            np.multiply(products, token_scales, products)
+            np.multiply(products, part_scales, products)
             np.add(coarse, fine, out)
+            np.multiply(out, staging.scale, out)
+
+        return multiply
+
+    def _bind_few(self, staging: _Int8Columns, out: FloatArray, accumulate: Call) -> Call:
+        accumulators, products = staging.results(len(out))
+        weight_scale, recombination = self._scale[:, None], staging.recombination
+
+        def multiply() -> None:
+            accumulate()
+            np.copyto(products, accumulators, casting="unsafe")
+            np.matmul(products, recombination, out)  # NumPy's loops over so short rows take three times as long
             np.multiply(out, weight_scale, out)
+
+        return multiply
+
+    def _bind_many(self, staging: _Int8Columns, out: FloatArray, accumulate: Call) -> Call:
+        accumulators, products = staging.results(len(out))
+        num_outputs, num_tokens = out.shape
+        token_scales = staging.scales.reshape(2 * num_tokens)
+        block_rows = max(1, _BLOCK_ELEMENTS // (2 * num_tokens))
+        blocks = []
+        for begin in range(0, num_outputs, block_rows):
+            block = slice(begin, min(begin + block_rows, num_outputs))
+            part = products[: block.stop - begin]  # one part's memory for all of them: it stays in cache
+            blocks.append((accumulators[block], part, out[block], self._scale[block, None]))
+
+        def multiply() -> None:
+            accumulate()
+            for accumulated, part, result, weight_scale in blocks:
+                np.copyto(part, accumulated, casting="unsafe")
+                np.multiply(part, token_scales, part)
+                np.add(part[:, :num_tokens], part[:, num_tokens:], result)
+                np.multiply(result, weight_scale, result)
 
         return multiply

@@ -95,7 +95,7 @@ def prime_snapshot(
     if manifest.vector_size:
         raise BuildError(f"{manifest.name!r} is an encoder: it keeps no keys and values that could be primed")
     try:
-        with _restored(manifest, store, keyring) as restored:
+        with restored_snapshot(manifest, store, keyring) as restored:
             prefixes = choose_prefixes(priming, manifest, restored.loaded.text)
             if not prefixes:
                 return manifest
@@ -172,7 +172,7 @@ def _tokenize(prompt: str, text: TextModel, *, add_special: bool) -> tuple[int, 
 
 
 @contextmanager
-def _restored(manifest: Manifest, store: SnapshotStore, keyring: KeyRing) -> Iterator[RestoredModel]:
+def restored_snapshot(manifest: Manifest, store: SnapshotStore, keyring: KeyRing) -> Iterator[RestoredModel]:
     """The snapshot as a worker sees it.
 
     Raises:
