@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
+from blake3 import blake3
 
 from snapshots.errors import ManifestMalformed
 
@@ -96,6 +97,16 @@ def plan_prefixes(token_ids: Iterable[Sequence[int]], shape: PrefixShape, comput
             PrimedPrefix(pack_token_ids(ids), PREFIX_LAYOUT, PREFIX_DTYPE, computed_with, offset, size_bytes)
         )
         offset += size_bytes + len(fill_up(size_bytes))
+    return entries
+
+
+def plan_kernels(kernels: Iterable[tuple[str, str, bytes]]) -> list[CompiledKernel]:
+    """Entries for kernels (name, architecture, code) that lie in the blob in this order, each on a page of its own."""
+    entries: list[CompiledKernel] = []
+    offset = 0
+    for name, architecture, code in kernels:
+        entries.append(CompiledKernel(name, architecture, blake3(code).hexdigest(), offset, len(code)))
+        offset += len(code) + len(fill_up(len(code)))
     return entries
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -37,6 +37,7 @@ from worker.build.encoder_snapshot import make_encoder_card, pack_encoder_assets
 from worker.build.encoder_source import ImportedEncoder
 from worker.build.errors import BuildError, MalformedModelError
 from worker.build.guest_stage import stage_guest, store_guest, store_guest_tensors
+from worker.build.kernel_files import KernelFile, store_kernels
 from worker.build.priming import Priming, prime_snapshot
 from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
 from worker.build.report import BuildReport
@@ -68,6 +69,7 @@ def build_snapshot(
     with_verity: bool = False,
     guest_wasm: bytes | None = None,
     priming: Priming | None = None,
+    kernels: Sequence[KernelFile] = (),
     on_progress: OnProgress | None = None,
 ) -> BuildReport:
     """Build ``source`` as snapshot ``name``; an older one of that name is replaced when all is done. Blocks.
@@ -95,16 +97,18 @@ def build_snapshot(
     with store.add_blob(encrypt_with=encrypt_with, with_verity=with_verity) as writer:
         _write_weights(source, writer, layout, weight_format, on_progress)
     blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
+    images, image_entries = store_kernels(kernels, store, encrypt_with=encrypt_with, with_verity=with_verity)
     made, made_entries = store_guest_tensors(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
     manifest = Manifest(
         name=name,
         created_at_s=store.choose_created_at_s(name),
         identity=guest_identity(),
         card=_make_card(source, weight_format),
-        blobs={WEIGHTS: writer.ref, **blobs, **made},
+        blobs={WEIGHTS: writer.ref, **blobs, **made, **images},
         tensors=layout.entries,
         tensor_handles=guest.initialised.tensor_handles,
         programs=guest.programs,
+        kernels=image_entries,
         guest_tensors=made_entries,
         vector_size=source.config.hidden_size if isinstance(source, ImportedEncoder) else 0,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 from guests.compile import guest_identity
 from snapshots.keyring import KeyRing
@@ -15,6 +16,7 @@ from snapshots.manifest import WEIGHTS, Manifest
 from snapshots.store import SnapshotStore
 from worker.build.errors import BuildError
 from worker.build.guest_stage import stage_guest, store_guest, store_guest_tensors
+from worker.build.kernel_files import KernelFile, store_kernels
 from worker.build.priming import Priming, prime_snapshot
 from worker.build.quantize import WeightFormat
 from worker.build.report import BuildReport
@@ -31,6 +33,7 @@ def build_over_weights(
     *,
     guest_wasm: bytes | None = None,
     priming: Priming | None = None,
+    kernels: Sequence[KernelFile] = (),
     encrypt: bool = False,
     with_verity: bool = False,
 ) -> BuildReport:
@@ -54,16 +57,18 @@ def build_over_weights(
     guest = stage_guest(guest_wasm, read_assets(donor, store, keyring), list_tensor_names(donor), encodes=is_encoder)
     encrypt_with = keyring if encrypt else None
     blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
+    images, image_entries = store_kernels(kernels, store, encrypt_with=encrypt_with, with_verity=with_verity)
     made, made_entries = store_guest_tensors(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
     manifest = Manifest(
         name=name,
         created_at_s=store.choose_created_at_s(name),
         identity=guest_identity(),
         card=donor.card,
-        blobs={WEIGHTS: donor.weights, **blobs, **made},
+        blobs={WEIGHTS: donor.weights, **blobs, **made, **images},
         tensors=donor.tensors,
         tensor_handles=guest.initialised.tensor_handles,
         programs=guest.programs,
+        kernels=image_entries,
         guest_tensors=made_entries,
         vector_size=donor.vector_size,
     )
