@@ -16,6 +16,7 @@ from scheduler.tenants import TenantPolicy
 
 GIB: Final = 1024**3
 DEFAULT_IDLE_TIMEOUT_S: Final = 300.0
+DEFAULT_UNHEARD_GRACE_S: Final = 30.0
 MAX_CONFIG_BYTES: Final = 1024 * 1024
 
 
@@ -36,13 +37,15 @@ class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings of the scheduler. ``memory_budget_bytes`` 0: 80 % of each node's memory."""
+    """Settings of the scheduler. ``memory_budget_bytes`` 0: 80 % of each node's memory. ``unheard_grace_s``: how long
+    the requests of a gateway that died are run on for clients that come back."""
 
     defaults: ModelPolicy = ModelPolicy()
     models: dict[str, dict[str, Any]] = {}
     memory_budget_bytes: int = 0
     tenants: dict[str, TenantPolicy] = {}
     tenant_defaults: TenantPolicy = TenantPolicy()
+    unheard_grace_s: float = DEFAULT_UNHEARD_GRACE_S
 
     def policy_of(self, model: str) -> ModelPolicy:
         """The defaults with the model's own settings over them. Validated at load."""
@@ -84,6 +87,8 @@ def load_config(path: Path | None, env: Mapping[str, str] = os.environ) -> Sched
         "idle_timeout_s": read_positive_float("GLOWPLUG_IDLE_TIMEOUT_S", config.defaults.idle_timeout_s, env),
         "max_workers": int(read_positive_float("GLOWPLUG_MAX_WORKERS", config.defaults.max_workers, env)),
     }
+    grace_s = read_positive_float("GLOWPLUG_UNHEARD_GRACE_S", config.unheard_grace_s, env)
+    config = msgspec.structs.replace(config, unheard_grace_s=grace_s)
     return msgspec.structs.replace(config, defaults=msgspec.structs.replace(config.defaults, **overrides))
 
 

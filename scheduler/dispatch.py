@@ -29,6 +29,8 @@ DEFAULT_MAX_QUEUED: Final = 1000
 QUEUE_FULL_RETRY_AFTER_S: Final = 2
 OVERLOADED_RETRY_AFTER_S: Final = 5
 FAIL_BATCH: Final = 100
+#: What the owner of a lease begins with that no worker holds.
+CONTROL_OWNER: Final = "control:"
 CONTROL_LEASE_MS: Final = 15_000
 
 
@@ -162,12 +164,12 @@ class Dispatcher:
         Raises:
             RedisError: the server could not be reached.
         """
-        owner = f"control:{secrets.token_hex(4)}"
+        owner = f"{CONTROL_OWNER}{secrets.token_hex(4)}"
         num_failed = 0
         while claimed := await self._claim(
-            keys=[keys.queue(model)], args=["+inf", FAIL_BATCH, CONTROL_LEASE_MS, owner, 1_000_000]
+            keys=[keys.queue(model)], args=["+inf", FAIL_BATCH, CONTROL_LEASE_MS, owner, 1_000_000, "0"]
         ):
-            request_ids = [request_id.decode() for request_id in claimed[::2]]
+            request_ids = [request_id.decode() for request_id in claimed[::3]]
             bodies = await self._redis.mget([keys.job(request_id) for request_id in request_ids])
             for request_id, body in zip(request_ids, bodies, strict=True):
                 num_failed += await self._fail_claimed(request_id, model, body, error, owner)
@@ -181,15 +183,26 @@ class Dispatcher:
         """
         return await token_log.end_log(self._redis, request.request_id, request.gateway_id, TerminalFrame(error=error))
 
-    async def _fail_claimed(
-        self, request_id: str, model: str, body: bytes | None, error: ErrorInfo, owner: str
-    ) -> bool:
-        ended = False
-        try:
-            if body is not None:
-                ended = await self.fail_request(job_queue.decode_job(body), error)
-        except ContractError as malformed:
-            _log.error("job_body_refused", request_id=request_id, error=str(malformed))
+    async def end_abandoned(self, request_id: str, model: str, error: ErrorInfo) -> None:
+        """End a request of which only the place in the queue is left.
+
+        Raises:
+            RedisError: the server could not be reached.
+        """
+        listener = await self._redis.get(keys.listener(request_id))
+        gateway_id = listener.decode().partition(keys.LISTENER_MARK)[0] if listener else ""
+        await token_log.end_log(self._redis, request_id, gateway_id, TerminalFrame(error=error))
+        await self._finish_as(f"{CONTROL_OWNER}{secrets.token_hex(4)}", request_id, model)
+
+    async def end_lost_log(self, request_id: str, gateway_id: str, error: ErrorInfo) -> bool:
+        """End the log of a request of which nothing else is left; False: it had ended.
+
+        Raises:
+            RedisError: the server could not be reached.
+        """
+        return await token_log.end_log(self._redis, request_id, gateway_id, TerminalFrame(error=error))
+
+    async def _finish_as(self, owner: str, request_id: str, model: str) -> None:
         await self._finish(
             keys=[
                 keys.in_progress(request_id),
@@ -201,6 +214,17 @@ class Dispatcher:
             ],
             args=[owner, request_id, "1", keys.RESULT_TTL_S],
         )
+
+    async def _fail_claimed(
+        self, request_id: str, model: str, body: bytes | None, error: ErrorInfo, owner: str
+    ) -> bool:
+        ended = False
+        try:
+            if body is not None:
+                ended = await self.fail_request(job_queue.decode_job(body), error)
+        except ContractError as malformed:
+            _log.error("job_body_refused", request_id=request_id, error=str(malformed))
+        await self._finish_as(owner, request_id, model)
         return ended
 
 

@@ -15,6 +15,8 @@ from scheduler.contract.messages import ModelCard, ModelStatus, NodeReport, Work
 from scheduler.contract.states import SlotState, Tier
 
 NODE_BUDGET_FRACTION: Final = 0.8
+SILENT_S: Final = 1.0
+SERVING: Final = frozenset({SlotState.READY, SlotState.DRAINING})
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Fleet:
         self._config = config
         self._models: dict[str, _Model] = {}
         self._nodes: dict[str, NodeReport] = {}
+        self._reporting: frozenset[str] = frozenset()
+        self._silent_since_s: dict[str, float] = {}
 
     # --- events ---------------------------------------------------------------------------------------------
 
@@ -55,13 +59,29 @@ class Fleet:
         self._nodes = {report.node_id: report for report in reports}
 
     def forget_workers_of_lost_nodes(self) -> list[str]:
-        """Drop workers whose node is no longer alive; their ids."""
+        """Drop workers whose node is no longer alive, and that do not report themselves; their ids."""
         lost: list[str] = []
         for model in self._models.values():
             for worker_id in [w.worker_id for w in model.workers.values() if w.node_id not in self._nodes]:
-                del model.workers[worker_id]
-                lost.append(worker_id)
+                if worker_id not in self._reporting:  # else only its agent stands still
+                    del model.workers[worker_id]
+                    lost.append(worker_id)
         return lost
+
+    def on_reports(self, reports: list[WorkerReport], now_s: float) -> list[WorkerView]:
+        """Who reports now. Workers that nobody had told of are taken in; those that were ready and have been silent
+        for :data:`SILENT_S` on top of their report's life are returned."""
+        self._reporting = frozenset(report.worker_id for report in reports)
+        for report in reports:
+            model = self._models.get(report.model)
+            if model is not None and report.worker_id not in model.workers and report.state in SERVING:
+                model.workers[report.worker_id] = WorkerView(
+                    report.worker_id, report.node_id, report.model, report.state, now_s
+                )
+        served = [w for m in self._models.values() for w in m.workers.values() if w.state in SERVING]
+        missing = {worker.worker_id: worker for worker in served if worker.worker_id not in self._reporting}
+        self._silent_since_s = {i: self._silent_since_s.get(i, now_s) for i in missing}
+        return [missing[i] for i, since_s in self._silent_since_s.items() if now_s - since_s >= SILENT_S]
 
     def on_demand(self, name: str, now_s: float) -> bool:
         """A request was enqueued; False if the model is not known."""
@@ -97,7 +117,8 @@ class Fleet:
         if change.exited or change.state is SlotState.FAILED:
             removed = model.workers.pop(change.worker_id, None)
             if change.error is not None and (removed is not None or change.state is SlotState.FAILED):
-                self._on_failure(model, change.error, now_s, counted=removed is not None)
+                counted = removed is not None and not change.had_requests
+                self._on_failure(model, change.error, now_s, counted=counted)
             return
         if known is None:
             model.workers[change.worker_id] = WorkerView(

@@ -9,8 +9,8 @@ from redis.asyncio import Redis
 
 from scheduler.contract import keys
 
-LEASE_S: Final = 3.0
-RENEW_EVERY_S: Final = 1.0
+LEASE_S: Final = 2.0
+RENEW_EVERY_S: Final = 0.5
 
 #: The token grows by one, but is at least the server's clock in milliseconds: a server that lost its data must not
 #: begin again at one, which agents that saw more would take for a deposed leader.

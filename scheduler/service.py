@@ -16,13 +16,15 @@ from typing import Any, Final
 import structlog
 import uvloop
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
-from scheduler.autoscaler import Action, Drain, GiveUp, RefuseQueue, Spawn, decide, decide_idle_deadline_s
+from scheduler.autoscaler import Action, Drain, GiveUp, RefuseQueue, Spawn, WorkerView, decide, decide_idle_deadline_s
 from scheduler.config import SchedulerConfig, load_config
 from scheduler.contract import codec, keys
 from scheduler.contract.connection import CONNECTION_ERRORS, connect
 from scheduler.contract.environment import ProcessSettings, read_process_settings
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
+from scheduler.contract.job_queue import release_worker
 from scheduler.contract.messages import (
     AgentCommand,
     Demand,
@@ -41,10 +43,11 @@ from scheduler.contract.telemetry import Mark, configure_logging
 from scheduler.dispatch import Dispatcher
 from scheduler.fleet import Fleet
 from scheduler.leader import RENEW_EVERY_S, Leadership
+from scheduler.sweeper import SWEEP_EVERY_S, Sweeper
 
 TICK_S: Final = 0.5  # while a worker lives or a request waits: queue lengths, idle timers
 IDLE_TICK_S: Final = 2.0  # otherwise: heartbeat of the status report
-STANDBY_POLL_S: Final = 0.5
+STANDBY_POLL_S: Final = 0.25
 STATUS_EVERY_S: Final = 1.0
 NODES_EVERY_S: Final = 1.0
 MIN_BLOCK_S: Final = 0.005
@@ -66,7 +69,8 @@ class Scheduler:
         self._scheduler_id = scheduler_id
         self._log = structlog.get_logger(scheduler=scheduler_id)
         self._last_inbox_id = b"0-0"
-        self._renewed_s = self._status_s = self._nodes_s = 0.0
+        self._sweeper = Sweeper(redis, self._dispatcher, config.unheard_grace_s)
+        self._renewed_s = self._status_s = self._nodes_s = self._swept_s = 0.0
         self._nodes: list[NodeReport] = []
         self._stopping = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
@@ -95,8 +99,8 @@ class Scheduler:
                     await self._lead()
                 else:
                     await self._pause(STANDBY_POLL_S)
-            except CONNECTION_ERRORS as error:
-                self._log.warning("redis_unreachable", error=str(error))
+            except (*CONNECTION_ERRORS, RedisError) as error:  # away, loading, or out of memory: all of it passes
+                self._log.warning("redis_unreachable", error=f"{type(error).__name__}: {error}")
                 self._leadership.fencing_token = 0
                 await self._pause(STANDBY_POLL_S)
 
@@ -146,6 +150,9 @@ class Scheduler:
         if time.monotonic() - self._nodes_s > NODES_EVERY_S:
             await self._read_nodes()
         await self._act(seen_mono_ns)
+        if time.monotonic() - self._swept_s > SWEEP_EVERY_S:
+            self._swept_s = time.monotonic()
+            await self._sweeper.sweep(self._fleet.model_names())
         if batch or time.monotonic() - self._status_s > STATUS_EVERY_S:
             await self._publish_status()
 
@@ -256,6 +263,14 @@ class Scheduler:
         await self._redis.publish(keys.EVENTS, codec.encode(StageEvent(model, "spawning")))
         self._log.info("spawn_ordered", model=model, worker_id=worker_id, node_id=node_id)
 
+    async def _replace_silent(self, worker: WorkerView) -> None:
+        """A worker that reports no more: its requests go elsewhere, and its agent is to end what is left of it."""
+        error = ErrorInfo(ErrorCode.WORKER_FAILED, f"worker {worker.worker_id} stopped reporting and was replaced")
+        self._fleet.on_given_up(worker, error, time.monotonic())
+        await self._order(worker.node_id, DrainWorker(worker.worker_id, self._leadership.fencing_token, grace_s=0.0))
+        released = await release_worker(self._redis, worker.model, worker.worker_id)
+        self._log.error("worker_silent", model=worker.model, worker_id=worker.worker_id, requests=released)
+
     async def _order(self, node_id: str, order: AgentCommand) -> None:
         fields: dict[Any, Any] = {keys.FIELD: codec.encode(order)}
         await self._redis.xadd(keys.node_commands(node_id), fields, maxlen=1000, approximate=True)
@@ -263,12 +278,15 @@ class Scheduler:
     async def _publish_status(self) -> None:
         self._status_s = time.monotonic()
         reports = await self._read_worker_reports()
+        for worker in self._fleet.on_reports(reports, self._status_s):
+            await self._replace_silent(worker)
         status = StatusReport(
             published_at_s=time.time(),
             leader=self._scheduler_id,
             models=self._fleet.statuses(reports, self._status_s),
             nodes=tuple(self._nodes),
             workers=tuple(reports),
+            swept=self._sweeper.counts,
         )
         await self._redis.set(keys.STATUS, codec.encode(status), ex=keys.NODE_TTL_S)
 

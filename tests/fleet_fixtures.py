@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from typing import Any
 import aiohttp
 from redis.asyncio import Redis
 
+from loadtest.processes import command_name, descendants
 from scheduler.contract import codec, keys
 from scheduler.contract.connection import connect
 from scheduler.contract.messages import StatusReport
@@ -209,13 +211,11 @@ class Fleet:
 
         return str(await eventually(find, within_s=15, what="a leader"))
 
-    async def worker_pids(self) -> list[int]:
-        """Workers with a report."""
-        ids = await self.redis.smembers(keys.WORKERS)  # type: ignore[misc]
-        from scheduler.contract.messages import WorkerReport
-
-        found = [await self.redis.get(keys.worker(i.decode())) for i in ids]
-        return [codec.decode(data, WorkerReport).pid for data in found if data]
+    async def find_workers(self) -> list[int]:
+        """Pids of the worker processes, by the name that they give themselves."""
+        everything = descendants(self.parts["agent"].pid)
+        names = {pid: command_name(pid) for pid in everything}
+        return [pid for pid, name in names.items() if name.startswith("gp:") and name != "gp:zygote"]
 
     async def wait_logged(self, request_id: str, at_least: int) -> None:
         """Until the request's token log has that many frames."""
@@ -288,6 +288,15 @@ async def started_fleet(state_dir: Path, *redis_options: str, **options: Any) ->
     redis = RedisProcess(state_dir / "redis", *(redis_options or DURABLE))
     async with Fleet(state_dir, redis, **options) as fleet:
         yield fleet
+
+
+def copy_linked(source: Path, target: Path) -> Path:
+    """A private state folder; blobs are hard links."""
+
+    def copy(one: str, other: str) -> None:
+        os.link(one, other) if "/blobs/" in one else shutil.copy2(one, other)
+
+    return Path(shutil.copytree(source, target, copy_function=copy))
 
 
 @contextlib.contextmanager

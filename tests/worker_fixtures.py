@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import os
 import shutil
 import signal
@@ -124,6 +125,11 @@ class Host:
         """Wait for a line of that event in the agent's log."""
         await eventually(lambda: f'"event": "{event}"' in self.log.read_text(), what=f"log line {event}")
 
+    def logged_pid(self, worker_id: str) -> int:
+        """Pid of a worker as its agent logged it, before the worker itself has said a word."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if '"worker_started"' in line]
+        return next(int(line["pid"]) for line in lines if line["worker_id"] == worker_id)
+
     # --- as the scheduler ---------------------------------------------------------------------------------------------
 
     async def order(self, command: AgentCommand) -> None:
@@ -195,6 +201,18 @@ class Host:
     async def ask(self, request_id: str, **fields: Any) -> tuple[list[str], TerminalFrame]:
         await self.dispatcher.enqueue(make_request(request_id, **fields))
         return await self.wait_answer(request_id)
+
+    async def stop_in_mid_stream(self, pid: int, **fields: Any) -> str:
+        """SIGSTOP a worker while it runs a request that has some frames and no end; that request's id."""
+        for number in range(20):
+            request_id = f"storm-{number}"
+            await self.dispatcher.enqueue(make_request(request_id, **fields))
+            await self.wait_frames(request_id, 2)
+            os.kill(pid, signal.SIGSTOP)
+            if all(isinstance(frame, StepFrame) for frame in await self.frames(request_id)):
+                return request_id
+            os.kill(pid, signal.SIGCONT)  # the tiny model was quicker
+        raise AssertionError("no request was caught in mid-stream")
 
     async def wait_frames(self, request_id: str, at_least: int) -> None:
         async def enough() -> bool:

@@ -331,10 +331,10 @@ class NodeAgent:
     def _on_lost(self, worker_ids: list[str]) -> None:
         self._workers.on_lost(worker_ids)
 
-    async def _release_leases(self, model: str, worker_id: str) -> None:
+    async def _release_leases(self, model: str, worker_id: str, crashed: bool = False) -> int:
         from worker.jobs import release_worker  # arq takes 0.1 s to import, and no worker has ended before its first
 
-        await release_worker(self._redis, model, worker_id)
+        return await release_worker(self._redis, model, worker_id, crashed=crashed)
 
 
 def _seal_blob(keyring: KeyRing, path: Path, ref: BlobRef, label: str) -> SealedFile:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, cast
 
@@ -45,7 +44,8 @@ LEASE_S: Final = 15.0
 IDLE_POLL_S: Final = 1.0  # finds jobs for which no bell rings: those whose worker died unnoticed
 BELL_BLOCK_MS: Final = 5000
 QUEUE_READ_LIMIT: Final = 2000  # must exceed the jobs that can run on one queue: they stay in it while they run
-MAX_TRIES: Final = 5
+#: Starts of a request, those that ended by a drain or a restart included. Deaths have a limit of their own.
+MAX_TRIES: Final = 25
 BACK_OFF_S: Final = 0.25
 #: Attempt numbers of a request that was queued anew lie above all of those before.
 STARTS_PER_GENERATION: Final = 1000
@@ -109,6 +109,7 @@ class ClaimingWorker(Worker):
             redis, [keys.control_channel(model)], self._on_control, self._on_control_subscribed
         )
         self._side_tasks: set[asyncio.Task[Any]] = set()
+        self._crashes: dict[str, int] = {}  # of the claimed requests under which workers have died: how many
 
     # --- for the slot loop ------------------------------------------------------------------------------------
 
@@ -185,21 +186,27 @@ class ClaimingWorker(Worker):
         room = self.max_jobs - self.job_counter
         if not self.allow_pick_jobs or room <= 0:
             return
-        now_ms, lease_ms = int(time.time() * 1000), int(self._lease_s * 1000)
+        lease_ms = int(self._lease_s * 1000)
         async with self._claiming:
             try:
                 claimed = await self._claim(
                     keys=[self.queue_name],
-                    args=[now_ms, room, lease_ms, self._worker_id, self.queue_read_limit],
+                    args=["+inf", room, lease_ms, self._worker_id, self.queue_read_limit, int(self._runs_suspect())],
                 )
             except (*CONNECTION_ERRORS, RedisError) as error:  # away, loading, out of memory or disk
                 _log.warning("claim_failed", model=self._model, error=str(error))
                 claimed = None
-            for request_id, score in zip((claimed or ())[::2], (claimed or ())[1::2], strict=True):
-                self._start_run(request_id.decode(), int(float(score)))
+            rows = claimed or ()
+            for raw_id, score, crashes in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+                if crashes:
+                    self._crashes[raw_id.decode()] = crashes
+                self._start_run(raw_id.decode(), int(float(score)))
         if claimed is None:
             await asyncio.sleep(BACK_OFF_S)
             self._bell.set()
+
+    def _runs_suspect(self) -> bool:
+        return any(crashes >= job_queue.SUSPECT_CRASHES for crashes in self._crashes.values())
 
     def _start_run(self, request_id: str, score: int) -> None:
         if request_id in self.tasks:
@@ -214,6 +221,7 @@ class ClaimingWorker(Worker):
         if self.tasks.get(request_id) is task:
             del self.tasks[request_id]
         self.aborting_tasks.discard(request_id)
+        self._crashes.pop(request_id, None)
         self._bell.set()  # there is room now
         if not task.cancelled() and (error := task.exception()) is not None:
             # Redis was away for longer than its retries: the lease ends by itself and the request runs again.
@@ -250,15 +258,27 @@ class ClaimingWorker(Worker):
             request: GenerateRequest = codec.decode(payload, GenerateRequest)
         except ContractError as error:
             _log.error("request_refused", request_id=request_id, error=str(error))
+            message = "the worker cannot read the request: gateway and worker are of different versions"
+            await self._end_unread(request_id, ErrorInfo(ErrorCode.INTERNAL, message))
             return
         if self._closing:
             raise asyncio.CancelledError
+        if (crashes := self._crashes.get(request_id, 0)) >= job_queue.MAX_CRASHES:
+            _log.error("request_parked", request_id=request_id, crashes=crashes)
+            limit = job_queue.MAX_CRASHES
+            message = f"{crashes} workers died while they ran this request, the limit is {limit}: do not send it again"
+            await self._end_with_error(request, ErrorCode.WORKER_FAILED, message)
+            return
         try:
             await self._handler(request, request.generation * STARTS_PER_GENERATION + context["job_try"])
         except Fenced as error:
             # Another run has the request, so this one must not end it. arq queues a cancelled run again, which
             # changes nothing while the other one holds the lease, and saves the request if that one has died.
             _log.warning("run_overtaken", request_id=request_id, error=str(error))
+            raise asyncio.CancelledError from error
+        except (*CONNECTION_ERRORS, RedisError) as error:
+            # The server was away for longer than our patience, or full: no fault of the request. It runs again.
+            _log.warning("run_without_server", request_id=request_id, error=f"{type(error).__name__}: {error}")
             raise asyncio.CancelledError from error
         except Exception as error:  # the handler's fault must reach the client, not leave it waiting
             _log.exception("request_failed", request_id=request_id)
@@ -294,15 +314,21 @@ class ClaimingWorker(Worker):
         body = await self._redis.get(keys.job(job_id))
         if body is None:
             _log.error("request_expired", request_id=job_id, limit_s=keys.REQUEST_TTL_S)
+            message = f"the request waited longer than {keys.REQUEST_TTL_S} s and was not run; try again"
+            await self._end_unread(job_id, ErrorInfo(ErrorCode.OVERLOADED, message, retry_after_s=30))
         else:
             try:
                 request: GenerateRequest = job_queue.decode_job(body)
             except ContractError as error:
                 _log.error("request_refused", request_id=job_id, error=str(error))
             else:
-                message = f"the request was started {MAX_TRIES} times and did not end: its worker died each time"
+                message = f"the request was started {MAX_TRIES} times and did not end: its worker was lost each time"
                 await self._end_with_error(request, ErrorCode.WORKER_FAILED, message)
         await self.finish_job(job_id, True, None, None, False, None, None)
+
+    async def _end_unread(self, request_id: str, error: ErrorInfo) -> None:
+        """End a request of which nothing but the id is known; its gateway finds the end in the log."""
+        await token_log.end_log(self._redis, request_id, "", TerminalFrame(error=error, worker_id=self._worker_id))
 
     async def _end_with_error(self, request: GenerateRequest, code: ErrorCode, message: str) -> None:
         frame = TerminalFrame(error=ErrorInfo(code, message), worker_id=self._worker_id)

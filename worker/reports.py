@@ -46,10 +46,17 @@ class Reports:
         self._log = structlog.get_logger()
 
     async def worker_changed(
-        self, worker_id: str, model: str, state: SlotState, *, exited: bool = False, error: ErrorInfo | None = None
+        self,
+        worker_id: str,
+        model: str,
+        state: SlotState,
+        *,
+        exited: bool = False,
+        error: ErrorInfo | None = None,
+        had_requests: bool = False,
     ) -> None:
         """Tell the scheduler of a worker's new state."""
-        await self._send(WorkerChanged(self._node_id, worker_id, model, state, exited, error))
+        await self._send(WorkerChanged(self._node_id, worker_id, model, state, exited, error, had_requests))
 
     async def models_changed(self) -> None:
         """Tell the scheduler and the gateways that the model cards changed."""

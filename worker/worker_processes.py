@@ -40,8 +40,8 @@ KILL_MARGIN_S: Final = 0.5
 
 #: Called with a snapshot whose blobs do not match its manifest.
 OnCorrupt = Callable[[CatalogueEntry, SnapshotError], Awaitable[None]]
-#: Gives the jobs of a dead worker (model, worker id) back to the queue.
-ReleaseLeases = Callable[[str, str], Awaitable[None]]
+#: Gives a dead worker's jobs back to the queue, and says how many: model, worker id, and whether it died by itself.
+ReleaseLeases = Callable[[str, str, bool], Awaitable[int]]
 
 
 @dataclass(slots=True)
@@ -177,7 +177,7 @@ class WorkerProcesses:
         error = None if is_expected else describe_exit(process.worker_id, process.model, message.exit_code)
         log = self._log.info if is_expected else self._log.error
         log("worker_exited", worker_id=process.worker_id, model=process.model, exit_code=message.exit_code)
-        self._bury(process, error)
+        self._bury(process, error, crashed=not is_expected)
 
     def on_lost(self, worker_ids: list[str]) -> None:
         """The zygote died and these workers with it."""
@@ -187,21 +187,25 @@ class WorkerProcesses:
                 message = f"worker {worker_id} of model {process.model!r} died with its zygote; a new one is started"
                 self._bury(process, ErrorInfo(ErrorCode.WORKER_FAILED, message))
 
-    def _bury(self, process: _Process, error: ErrorInfo | None) -> None:
+    def _bury(self, process: _Process, error: ErrorInfo | None, *, crashed: bool = False) -> None:
         del self._processes[process.worker_id]
         if process.kill_timer is not None:
             process.kill_timer.cancel()
         self._cache.release(process.worker_id)
-        self._start_task(self._report_end(process, error), f"bury {process.worker_id}")
+        self._start_task(self._report_end(process, error, crashed), f"bury {process.worker_id}")
 
-    async def _report_end(self, process: _Process, error: ErrorInfo | None) -> None:
+    async def _report_end(self, process: _Process, error: ErrorInfo | None, crashed: bool) -> None:
         """Leases first: when the scheduler hears of the end, the jobs can be claimed again."""
         state = SlotState.COLD if error is None else SlotState.FAILED
+        num_released = 0
 
         async def report() -> None:
-            await self._release_leases(process.model, process.worker_id)
+            nonlocal num_released
+            num_released += await self._release_leases(process.model, process.worker_id, crashed)
             await self._reports.worker_gone(process.worker_id)
-            await self._reports.worker_changed(process.worker_id, process.model, state, exited=True, error=error)
+            await self._reports.worker_changed(
+                process.worker_id, process.model, state, exited=True, error=error, had_requests=num_released > 0
+            )
 
         await keep_trying(report, "report of a worker's end")
 

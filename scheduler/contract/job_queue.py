@@ -93,16 +93,30 @@ if redis.call('EXISTS', KEYS[10]) == 1 then return {GIVEN_UP} end
 return {REQUEUED}
 """
 
-#: KEYS[1] queue. ARGV: due before (ms), room, lease ms, owner, most ids looked at.
-#: Returns flat (request id, score). The limit must exceed all jobs that can run on the queue: running ones stay in it.
+#: A request under which this many workers have died runs alone among its kind: if it is what kills them, no other
+#: suspect dies with it again, and an innocent one gets through. At MAX_CRASHES it is parked with an error.
+SUSPECT_CRASHES: Final = 2
+MAX_CRASHES: Final = 5
+
+#: KEYS[1] queue. ARGV: due before (ms), room, lease ms, owner, most ids looked at, '1' if the owner runs a suspect.
+#: Returns flat (request id, score, crashes). The limit must exceed all jobs that can run on the queue: running ones
+#: stay in it.
 CLAIM: Final = f"""
-local claimed, room = {{}}, tonumber(ARGV[2])
+local claimed, room, has_suspect = {{}}, tonumber(ARGV[2]), ARGV[6] == '1'
 local due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[1], 'WITHSCORES', 'LIMIT', 0, ARGV[5])
 for i = 1, #due, 2 do
   if room <= 0 then break end
-  if redis.call('SET', '{keys.in_progress("")}' .. due[i], ARGV[4], 'NX', 'PX', ARGV[3]) then
+  local lease = '{keys.in_progress("")}' .. due[i]
+  local crashes = 0
+  local is_free = redis.call('SET', lease, ARGV[4], 'NX', 'PX', ARGV[3])
+  if is_free then crashes = tonumber(redis.call('GET', '{keys.crashes("")}' .. due[i]) or '0') end
+  if is_free and crashes >= {SUSPECT_CRASHES} and has_suspect then
+    redis.call('DEL', lease)
+  elseif is_free then
+    has_suspect = has_suspect or crashes >= {SUSPECT_CRASHES}
     claimed[#claimed + 1] = due[i]
     claimed[#claimed + 1] = due[i + 1]
+    claimed[#claimed + 1] = crashes
     room = room - 1
     local class = tonumber(due[i + 1]) < {BATCH_SCORE} and '0' or '{BATCH_SCORE}'
     redis.call('HSET', KEYS[1] .. '{_FAIR}', class, due[i + 1])
@@ -143,7 +157,7 @@ redis.call('DEL', KEYS[1])
 if ARGV[3] == '1' then
   local body = redis.call('GET', KEYS[4])
   redis.call('ZREM', KEYS[5], ARGV[2])
-  redis.call('DEL', KEYS[3], KEYS[4], '{keys.listener("")}' .. ARGV[2])
+  redis.call('DEL', KEYS[3], KEYS[4], '{keys.listener("")}' .. ARGV[2], '{keys.crashes("")}' .. ARGV[2])
   if body then redis.call('SET', KEYS[2], redis.sha1hex(body), 'EX', ARGV[4]) end
 else
   {_RING.format(bell="KEYS[6]")}
@@ -151,13 +165,17 @@ end
 return 1
 """
 
-#: KEYS: queue, bell. ARGV[1] owner. Returns how many jobs it held.
+#: KEYS: queue, bell. ARGV: owner, '1' if it died while it ran them. Returns how many jobs it held.
 RELEASE: Final = f"""
 local released = 0
 for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   local lease = '{keys.in_progress("")}' .. id
   if redis.call('GET', lease) == ARGV[1] then
     redis.call('DEL', lease)
+    if ARGV[2] == '1' then
+      redis.call('INCR', '{keys.crashes("")}' .. id)
+      redis.call('EXPIRE', '{keys.crashes("")}' .. id, {keys.REQUEST_TTL_S})
+    end
     released = released + 1
   end
 end
@@ -204,13 +222,14 @@ def decode_job(body: bytes) -> GenerateRequest:
     return codec.decode(payload, GenerateRequest)
 
 
-async def release_worker(redis: Redis, model: str, worker_id: str) -> int:
+async def release_worker(redis: Redis, model: str, worker_id: str, *, crashed: bool = False) -> int:
     """Make the requests of a worker that has exited claimable at once; returns how many it held.
 
-    Requires: the process is gone (its parent saw it exit).
+    ``crashed``: it died by itself, perhaps of one of them. Requires: the process is gone (its parent saw it exit), or
+    is taken for dead; what it may still write is fenced off by the next run.
 
     Raises:
         RedisError: the server could not be reached.
     """
     release = redis.register_script(RELEASE)
-    return int(await release(keys=[keys.queue(model), keys.bell(model)], args=[worker_id]))
+    return int(await release(keys=[keys.queue(model), keys.bell(model)], args=[worker_id, int(crashed)]))

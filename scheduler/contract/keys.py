@@ -99,6 +99,11 @@ def listener(request_id: str) -> str:
     return f"{PREFIX}listener:{request_id}"
 
 
+def crashes(request_id: str) -> str:
+    """How many workers died while they ran the request."""
+    return f"{PREFIX}crashes:{request_id}"
+
+
 def gateway_alive(gateway_id: str) -> str:
     """Sign of life of a gateway, with TTL."""
     return f"{PREFIX}gateway:{gateway_id}"
@@ -142,3 +147,33 @@ def usage(day: str) -> str:
 def tenant_running(tenant: str) -> str:
     """Sorted set of a tenant's calls under way; score: when the lease of each ends. With TTL."""
     return f"{PREFIX}tenant:{tenant}:running"
+
+
+#: Keys that a request, a process or a trace leaves behind: each must have a TTL.
+TTL_PREFIXES: Final = (
+    job(""),
+    in_progress(""),
+    retry(""),
+    result(""),
+    token_log(""),
+    fence(""),
+    cancelled(""),
+    record(""),
+    listener(""),
+    gateway_alive(""),
+    worker(""),
+    trace(""),
+    crashes(""),
+)
+#: Keys that live as long as their owner, which is named beside each.
+OWNED_KEYS: Final = frozenset(
+    {MODELS, NODES, WORKERS, GATEWAYS, INBOX, LEADER, LEADER_TOKEN, STATUS, TRACES, SECURITY_COUNTS, KEYS_USED}
+)
+OWNED_PREFIXES: Final = (queue(""), node(""))
+#: What the sweeper looks at; everything else in the database belongs to somebody else.
+SWEPT_PREFIXES: Final = (PREFIX, "arq:")
+
+
+def has_owner(key: str) -> bool:
+    """Whether ``key`` may do without a TTL."""
+    return key in OWNED_KEYS or key.startswith(OWNED_PREFIXES)

@@ -199,6 +199,7 @@ class WorkerChanged(msgspec.Struct, frozen=True, tag="worker", omit_defaults=Tru
     state: SlotState
     exited: bool = False
     error: ErrorInfo | None = None
+    had_requests: bool = False  # it died while it ran some: perhaps of one of them, so it is no failed wake
 
 
 class ModelsChanged(msgspec.Struct, frozen=True, tag="models"):
@@ -309,6 +310,7 @@ class StatusReport(msgspec.Struct, frozen=True):
     models: tuple[ModelStatus, ...]
     nodes: tuple[NodeReport, ...] = ()
     workers: tuple[WorkerReport, ...] = ()
+    swept: dict[str, int] = {}  # kind -> what the sweeper found and dealt with, since this leader started
 
 
 class Trace(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -41,12 +42,18 @@ class Subscription:
         self._on_subscribed = on_subscribed
         self._subscribed = asyncio.Event()
         self._num_subscribes = 0
+        self._lost_mono_s: float | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
     def num_reconnects(self) -> int:
         """How often the connection was lost and made again."""
         return max(0, self._num_subscribes - 1)
+
+    @property
+    def lost_for_s(self) -> float:
+        """How long there has been no subscription; 0 while there is one."""
+        return 0.0 if self._lost_mono_s is None else time.monotonic() - self._lost_mono_s
 
     async def start(self) -> None:
         """Start listening and wait until subscribed for the first time."""
@@ -73,6 +80,8 @@ class Subscription:
             except (RedisError, OSError) as error:
                 _log.warning("subscription_lost", channels=self._channels, error=str(error))
             finally:
+                if self._lost_mono_s is None:
+                    self._lost_mono_s = time.monotonic()
                 await connection.disconnect(nowait=True)
             if self._num_subscribes > num_subscribes:
                 delay_s = RECONNECT_BASE_S
@@ -97,5 +106,6 @@ class Subscription:
                 awaiting -= 1
                 if awaiting == 0:
                     self._num_subscribes += 1
+                    self._lost_mono_s = None
                     self._on_subscribed()
                     self._subscribed.set()

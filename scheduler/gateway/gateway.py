@@ -57,7 +57,7 @@ class Gateway:
         self.quotas = Quotas(redis, settings.redis_limit_s)
         self.usage = UsageRecorder(redis)
         self.templates = ChatTemplates()
-        self.directory = ModelDirectory(redis, settings.redis_limit_s, on_card=self._on_card)
+        self.directory = ModelDirectory(redis, settings.redis_limit_s, self._on_card, lambda: hub.cut_off_for_s)
         self.metrics = GatewayMetrics()
         self.traces = TraceStore(redis)
         self.draining = False

@@ -113,6 +113,11 @@ class Hub:
             task.cancel()
         await asyncio.gather(*self._fills, return_exceptions=True)
 
+    @property
+    def cut_off_for_s(self) -> float:
+        """How long the server has been away; 0 while it is there."""
+        return self._subscription.lost_for_s
+
     def open(
         self,
         request_id: str,

@@ -111,6 +111,7 @@ class _Instruments:
         self.recoveries = counter(Metric.RECOVERIES_TOTAL, "Requests that the queue's server had lost.")
         self.in_flight = gauge(Metric.IN_FLIGHT, "Requests this gateway holds.", "model")
         self.queue_depth = gauge(Metric.QUEUE_DEPTH, "Requests queued or running.", "model")
+        self.swept = gauge(Metric.SWEPT_TOTAL, "What the sweeper found and dealt with, since this leader.", "kind")
         self.workers = gauge(Metric.WORKERS, "Workers by slot state.", "model", "state")
         self.sealed_bytes = gauge(Metric.SEALED_BYTES, "Verified snapshot bytes in host memory.", "model")
         self.security_counts: dict[str, int] = {}
@@ -127,12 +128,14 @@ class _Instruments:
 
     def set_fleet(self, status: StatusReport | None) -> None:
         """Replace the fleet's gauges; a model or worker that is gone leaves no series behind."""
-        for gauge in (self.queue_depth, self.workers, self.sealed_bytes):
+        for gauge in (self.queue_depth, self.workers, self.sealed_bytes, self.swept):
             gauge.clear()
         if status is None:
             return
         for model in status.models:
             self.queue_depth.labels(model.name).set(model.queued)
             self.sealed_bytes.labels(model.name).set(model.sealed_bytes)
+        for kind, count in status.swept.items():
+            self.swept.labels(kind).set(count)
         for worker in status.workers:
             self.workers.labels(worker.model, worker.state.value).inc()

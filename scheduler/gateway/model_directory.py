@@ -22,6 +22,9 @@ from scheduler.gateway.identity import Identity
 from scheduler.gateway.traces import compute_ttft_ms
 
 REFRESH_EVERY_S: Final = 0.5
+#: A server that has been away this long is not waited for: a restart is over sooner.
+AWAY_S: Final = 1.0
+AWAY_RETRY_AFTER_S: Final = 2
 WAKE_WEIGHT: Final = 0.3  # of the newest measurement
 MAX_NAMES_IN_ERROR: Final = 20
 
@@ -32,8 +35,15 @@ class ModelDirectory:
     ``on_card`` is called for each card that is new or has changed. It must not raise.
     """
 
-    def __init__(self, redis: Redis, redis_limit_s: float, on_card: Callable[[ModelCard], None]) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        redis_limit_s: float,
+        on_card: Callable[[ModelCard], None],
+        cut_off_for_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._redis = redis
+        self._cut_off_for_s = cut_off_for_s
         self._on_card = on_card
         self._redis_limit_s = redis_limit_s
         self._cards: dict[str, ModelCard] = {}
@@ -120,8 +130,14 @@ class ModelDirectory:
         """Read cards and status now, in one round trip.
 
         Raises:
-            GlowplugError: Redis does not answer (503).
+            GlowplugError: Redis does not answer (503); at once where it has been away for a while.
         """
+        if (away_s := self._cut_off_for_s()) > AWAY_S:
+            raise GlowplugError(
+                ErrorCode.BACKEND_UNAVAILABLE,
+                f"the queue's server has been away for {away_s:.0f} s; try again",
+                retry_after_s=AWAY_RETRY_AFTER_S,
+            )
         pipeline: Any = self._redis.pipeline(transaction=False)
         async with redis_within(self._redis_limit_s, "reading the models"), pipeline:
             pipeline.hgetall(keys.MODELS)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,17 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.eventually import eventually
-from tests.fleet_fixtures import Answer, Fleet, started_fleet
+from tests.fleet_fixtures import Answer, Fleet, copy_linked, started_fleet
 from tests.model_fixtures import SMOLLM2
-
-
-def copy_linked(source: Path, target: Path) -> Path:
-    """A private state folder; blobs are hard links."""
-
-    def copy(one: str, other: str) -> None:
-        os.link(one, other) if "/blobs/" in one else shutil.copy2(one, other)
-
-    return Path(shutil.copytree(source, target, copy_function=copy))
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import pytest
 
 from scheduler.contract import keys
 from scheduler.contract.errors import ErrorCode
-from scheduler.contract.messages import ForgetModel, StepFrame
+from scheduler.contract.job_queue import MAX_CRASHES, release_worker
+from scheduler.contract.messages import ForgetModel
 from scheduler.contract.states import Tier
 from scheduler.contract.telemetry import COLD_PHASES, Mark
 from snapshots.keyring import KeyRing
@@ -72,21 +73,70 @@ async def test_killed_worker_is_continued_by_the_next_without_gap_or_repeat(host
     long = {"max_tokens": 100, "num_choices": 8}
     first = await host.spawn("w1")
     undisturbed, _ = await host.ask("calm", **long)
-    await host.dispatcher.enqueue(make_request("storm", **long))
-    await host.wait_frames("storm", 3)
-    os.kill(first.pid, signal.SIGSTOP)
-    logged = await host.frames("storm")
+    storm = await host.stop_in_mid_stream(first.pid, **long)
+    logged = await host.frames(storm)
     os.kill(first.pid, signal.SIGKILL)
-    assert all(isinstance(frame, StepFrame) for frame in logged), "it must not have ended yet"
     lost = await host.wait_change("w1", "failed", exited=True)
     assert lost.error is not None
     assert "SIGKILL" in lost.error.message
     await host.spawn("w2")
-    text, terminal = await host.wait_answer("storm")
+    text, terminal = await host.wait_answer(storm)
     assert text == undisturbed
     assert terminal.worker_id == "w2"
-    assert (await host.frames("storm"))[: len(logged)] == logged
+    assert (await host.frames(storm))[: len(logged)] == logged
     assert terminal.usage.completion_tokens == 800
+
+
+async def test_a_request_that_kills_workers_is_parked_and_harms_no_other(host: Host) -> None:
+    """A worker is killed each time it takes the poison: that ends with an error that says so, all others whole."""
+    await host.dispatcher.enqueue(make_request("poison", max_tokens=100, num_choices=8))
+    others = [f"r{i}" for i in range(3)]
+    for request_id in others:
+        await host.dispatcher.enqueue(make_request(request_id, max_tokens=100, num_choices=4))
+    lives = 0
+
+    async def is_taken() -> bytes | None:
+        lease: bytes | None = await host.redis.get(keys.in_progress("poison"))
+        return lease
+
+    async def crashes() -> int:
+        return int(await host.redis.get(keys.crashes("poison")) or 0)
+
+    while lives < MAX_CRASHES:
+        lives += 1
+        worker_id = f"w{lives}"
+        await host.order_spawn(worker_id)
+        await eventually(is_taken, what="poison taken")
+        os.kill(host.logged_pid(worker_id), signal.SIGKILL)
+        lost = await host.wait_change(worker_id, "failed", exited=True)
+        assert lost.had_requests
+        assert await crashes() == lives
+    await host.spawn("last")
+    _, parked = await host.wait_answer("poison")
+    assert parked.error is not None
+    assert f"{MAX_CRASHES} workers died while they ran this request" in parked.error.message
+    texts = []
+    for request_id in others:
+        text, terminal = await host.wait_answer(request_id)
+        assert (terminal.error, terminal.usage.completion_tokens) == (None, 400)
+        texts.append(text)
+    assert texts[0] == texts[1] == texts[2]
+
+
+async def test_a_stopped_worker_that_wakes_again_can_write_nothing(host: Host) -> None:
+    """SIGSTOP past its lease, another worker ends the request, SIGCONT: not a frame more, exactly one end."""
+    stopped = await host.spawn("w1")
+    undisturbed, _ = await host.ask("calm", max_tokens=100, num_choices=8)
+    storm = await host.stop_in_mid_stream(stopped.pid, max_tokens=100, num_choices=8)
+    await release_worker(host.redis, MODEL, "w1")  # what the scheduler does with a worker that reports no more
+    await host.spawn("w2")
+    text, terminal = await host.wait_answer(storm)
+    frames = await host.frames(storm)
+    os.kill(stopped.pid, signal.SIGCONT)
+    _, after = await host.ask("after")
+    await eventually(lambda: '"event": "run_fenced"' in host.log.read_text(), what="the woken worker fenced off")
+    assert (text, terminal.worker_id, after.error) == (undisturbed, "w2", None)
+    assert await host.frames(storm) == frames
 
 
 async def test_drain_lets_what_runs_finish(host: Host) -> None:

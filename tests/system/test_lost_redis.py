@@ -1,0 +1,80 @@
+"""The queue's server dies, forgets, stands still or fills up: nothing accepted is lost, and nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.eventually import eventually
+from tests.fleet_fixtures import CHAT, DURABLE, FORGETFUL, Answer, Fleet, copy_linked, started_fleet, stopped
+from tests.model_fixtures import SMOLLM2
+
+MANY = 6
+TOKENS = 40
+
+
+@pytest.fixture(params=[FORGETFUL, DURABLE], ids=["forgetful", "durable"])
+async def fleet(request: pytest.FixtureRequest, smollm2_state_dir: Path, short_tmp_path: Path) -> AsyncIterator[Fleet]:
+    async with started_fleet(copy_linked(smollm2_state_dir, short_tmp_path / "s"), *request.param) as running:
+        yield running
+
+
+async def ask_many(fleet: Fleet) -> tuple[list[Answer], list[asyncio.Task[Answer]]]:
+    """Streams at both gateways, all of them in the middle."""
+    answers = [Answer() for _ in range(MANY)]
+    asking = [
+        asyncio.create_task(fleet.ask(answer, f"gateway-{i % 2}", model=SMOLLM2, max_tokens=TOKENS))
+        for i, answer in enumerate(answers)
+    ]
+    await eventually(lambda: all(len(answer.ids) >= 3 for answer in answers), within_s=30)
+    return answers, asking
+
+
+async def check_all(answers: list[Answer], asking: list[asyncio.Task[Answer]], calm: Answer) -> None:
+    await asyncio.wait_for(asyncio.gather(*asking), 40)
+    for answer in answers:
+        answer.check()
+        assert (answer.error, answer.text, answer.completion_tokens) == (None, calm.text, TOKENS)
+
+
+async def refused_with_503(fleet: Fleet) -> bool:
+    """Whether a new request is refused, with a time to come back."""
+    body = {"model": SMOLLM2, "messages": [{"role": "user", "content": "x"}]}
+    async with aiohttp.ClientSession() as client, client.post(fleet.urls["gateway-0"] + CHAT, json=body) as response:
+        return response.status == 503 and int(response.headers["Retry-After"]) > 0
+
+
+async def test_a_server_that_is_killed_and_restarted_loses_no_request(fleet: Fleet) -> None:
+    """Alone and together with the worker; with and without its data: each stream ends once, whole, the text right."""
+    calm = await fleet.ask(Answer(), model=SMOLLM2, max_tokens=TOKENS)
+    for kills_worker in (False, True):
+        answers, asking = await ask_many(fleet)
+        fleet.redis_process.kill()
+        if kills_worker:
+            os.kill((await fleet.find_workers())[0], signal.SIGKILL)
+        fleet.redis_process.start()
+        await check_all(answers, asking, calm)
+    assert fleet.redis_process.options == DURABLE or fleet.log_events("gateway-0", "request_recovered")
+
+
+async def test_running_generations_go_on_without_the_server_and_catch_up(
+    smollm2_state_dir: Path, short_tmp_path: Path
+) -> None:
+    """Down for a while: new requests are 503 with Retry-After; what ran is complete once it is back. Then slow."""
+    async with started_fleet(copy_linked(smollm2_state_dir, short_tmp_path / "s"), *FORGETFUL) as fleet:
+        calm = await fleet.ask(Answer(), model=SMOLLM2, max_tokens=TOKENS)
+        answers, asking = await ask_many(fleet)
+        fleet.redis_process.kill()
+        assert await refused_with_503(fleet)
+        fleet.redis_process.start()
+        await check_all(answers, asking, calm)
+        answers, asking = await ask_many(fleet)
+        with stopped(fleet.redis_process.process.pid):
+            await asyncio.sleep(2)  # the fault itself: a server that does not answer for two seconds
+        await check_all(answers, asking, calm)
