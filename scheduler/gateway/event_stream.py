@@ -8,6 +8,7 @@ here: chunk framing, a closed transport, and a bound on what a slow reader may l
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Final
 
 from aiohttp import HttpVersion11, web
@@ -28,11 +29,19 @@ class EventStream:
     ``is_cut`` turns true when the client is gone or was cut for reading too slowly; pushes are dropped from then on.
     """
 
-    def __init__(self, request: web.Request, headers: dict[str, str], max_write_buffer_bytes: int) -> None:
+    def __init__(
+        self,
+        request: web.Request,
+        headers: dict[str, str],
+        max_write_buffer_bytes: int,
+        write_limit_s: float = END_LIMIT_S,
+    ) -> None:
         self.is_cut = False
         self.cut_for_slowness = False
         self._request = request
         self._max_write_buffer_bytes = max_write_buffer_bytes
+        self._write_limit_s = write_limit_s
+        self._unread_since_mono_s: float | None = None  # when the client last had nothing unread
         self._response = web.StreamResponse(headers={**HEADERS, **headers})
         self._pending: bytearray | None = bytearray()  # what was pushed before the headers went out; None: they did
         self._chunked = request.version >= HttpVersion11
@@ -53,7 +62,8 @@ class EventStream:
     def push(self, payload: bytes) -> None:
         """Write ``payload`` now, without waiting; dropped when the client is gone. Empty: nothing is written.
 
-        A client that has left more than the bound unread is cut: its connection is aborted, which cancels its handler.
+        A client that has left more than the bound unread, or anything for too long, is cut: its connection is aborted,
+        which cancels its handler.
         """
         if not payload:
             return
@@ -69,9 +79,19 @@ class EventStream:
         except RuntimeError:  # uvloop's answer when the transport closed since the check above
             self.is_cut = True
             return
-        if transport.get_write_buffer_size() > self._max_write_buffer_bytes:
+        unread_bytes = transport.get_write_buffer_size()
+        if unread_bytes == 0:
+            self._unread_since_mono_s = None
+        elif unread_bytes > self._max_write_buffer_bytes or self._is_stalled():
             self.is_cut = self.cut_for_slowness = True
             transport.abort()
+
+    def _is_stalled(self) -> bool:
+        """Whether the client has had something unread for longer than it may; comments find that out, too."""
+        now_mono_s = time.monotonic()
+        if self._unread_since_mono_s is None:
+            self._unread_since_mono_s = now_mono_s
+        return now_mono_s - self._unread_since_mono_s > self._write_limit_s
 
     async def finish(self) -> None:
         """End the body and wait until the client has taken it, for a bounded time.
@@ -80,7 +100,7 @@ class EventStream:
             ConnectionResetError: the client is gone.
         """
         try:
-            async with asyncio.timeout(END_LIMIT_S):
+            async with asyncio.timeout(self._write_limit_s):
                 await self._response.write_eof()
         except TimeoutError:
             self.is_cut = self.cut_for_slowness = True

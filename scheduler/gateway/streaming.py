@@ -32,7 +32,7 @@ class StreamedCall:
         self._gateway = gateway
         self._exchange = exchange
         self._model = exchange.call.card.name
-        self._stream = EventStream(request, {}, gateway.settings.max_write_buffer_bytes)
+        self._stream = EventStream(request, {}, gateway.settings.max_write_buffer_bytes, gateway.settings.write_limit_s)
         ids = EventIds(exchange.request_id, len(exchange.parts), seen)
         self._chunks = make_chunk_writer(exchange.call, exchange.request_id, exchange.created_at_s, ids)
         self._begun: set[int] = set()  # prompts whose first events are out
