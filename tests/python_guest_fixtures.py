@@ -33,7 +33,9 @@ class WitWorld(_example):
         global _calls
         _calls += 1
         match text:
-            case "!spin":
+            case "99999999":  # as a model's text can be made to be
+                raise KeyError("nines")
+            case "!spin" | "88888888":
                 while True:
                     pass
             case "!raise":

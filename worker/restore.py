@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,19 @@ from guests.runtime import GuestEngine, GuestModule
 from guests.text import GuestText
 from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.errors import ManifestMalformed
-from snapshots.manifest import GUEST_TENSORS, PRIMED_PREFIXES, Manifest, TensorEntry, verify_identity
+from snapshots.manifest import GUEST_TENSORS, POST_PROCESSOR, PRIMED_PREFIXES, Manifest, TensorEntry, verify_identity
 from snapshots.mapping import MappedBytes, map_sealed
 from worker.backends.encoder_protocol import EncoderPlan
 from worker.backends.protocol import ModelPlan, WeightTensor
+from worker.engine.post_processing import PostProcessedText
+from worker.engine.text import TextModel
 from worker.loaded_model import LoadedEncoder, LoadedModel
 from worker.mapped_prefixes import MappedPrefixes
 from worker.spawn_order import SpawnedFds
 from worker.tensor_names import SCALE_SUFFIX
+
+if TYPE_CHECKING:
+    from worker.post_processor import PreparedPostProcessor
 
 
 class PreparedModel:
@@ -52,8 +57,9 @@ class PreparedModel:
         use_order: tuple[TensorEntry, ...],
         primed: MappedPrefixes,
         guest_tensors: MappedBytes | None = None,
+        post_processor: PreparedPostProcessor | None = None,
     ) -> None:
-        """Takes over ``module``, ``weights``, ``primed`` and ``guest_tensors``; made by :func:`prepare_model`."""
+        """Takes over all that can be closed; made by :func:`prepare_model`."""
         self.name = manifest.name
         self.snapshot_id = manifest.snapshot_id
         self.plan: ModelPlan | EncoderPlan | None = plan  # None: closed
@@ -63,6 +69,7 @@ class PreparedModel:
         self.use_order = use_order
         self._primed = primed
         self._guest_tensors = guest_tensors
+        self._post_processor = post_processor
 
     def set_inherited(self, inherited: bool) -> None:
         """Whether children forked from now on have its memory mapped; see :meth:`MappedBytes.set_inherited`.
@@ -89,7 +96,14 @@ class PreparedModel:
         if isinstance(self.plan, EncoderPlan):
             return RestoredModel(LoadedEncoder(self.name, self.snapshot_id, self.plan, text), text, self)
         index = self._primed.index
-        loaded = LoadedModel(self.name, self.snapshot_id, self.plan, text, self._eos_token_ids, index)
+        shown: TextModel = text
+        if self._post_processor is not None:
+            try:
+                shown = PostProcessedText(text, self._post_processor.resume(seed))
+            except BaseException:
+                text.close()
+                raise
+        loaded = LoadedModel(self.name, self.snapshot_id, self.plan, shown, self._eos_token_ids, index)
         return RestoredModel(loaded, text, self)
 
     def close(self) -> None:
@@ -102,6 +116,8 @@ class PreparedModel:
         """
         self.plan = None
         self._module.close()
+        if self._post_processor is not None:
+            self._post_processor.close()
         self._primed.close()
         if self._guest_tensors is not None:
             self._guest_tensors.close()
@@ -233,10 +249,21 @@ def prepare_model(manifest: Manifest, fds: SpawnedFds, guest_engine: GuestEngine
         if made is not None:
             undo.callback(made.close)
         module = _load_guest(manifest, fds.guest_fd, guest_engine)
+        post_processor = _load_post_processor(manifest, fds)
         undo.pop_all()
     # Views come last: one that lived in an exception's frames would keep the mapping from being closed.
     plan = _make_plan(manifest, programs, _view_tensors(manifest, stored, weights, made))
-    return PreparedModel(manifest, plan, module, weights, _order_of_use(manifest, programs[0]), primed, made)
+    return PreparedModel(
+        manifest, plan, module, weights, _order_of_use(manifest, programs[0]), primed, made, post_processor
+    )
+
+
+def _load_post_processor(manifest: Manifest, fds: SpawnedFds) -> PreparedPostProcessor | None:
+    if POST_PROCESSOR not in manifest.blobs:
+        return None
+    from worker.post_processor import PreparedPostProcessor  # 50 ms, which only such models take
+
+    return PreparedPostProcessor(manifest, fds)
 
 
 def _map_guest_tensors(manifest: Manifest, fds: SpawnedFds) -> MappedBytes | None:

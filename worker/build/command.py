@@ -18,7 +18,7 @@ from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
 from worker.agent_settings import DEV, load_keyring, newest_record, read_agent_settings
 from worker.build.errors import BuildError
-from worker.build.kernel_files import KernelFile, read_kernel_file
+from worker.build.further_sections import FurtherSections, read_further_sections
 from worker.build.model_sources import locate_source, open_located
 from worker.build.package_source import default_cache_dir
 from worker.build.priming import Priming
@@ -98,6 +98,11 @@ MAX_PROMPT_BYTES: Final = 4 * 1024 * 1024
     multiple=True,
     help="Compiled device code to keep in the snapshot: NAME.fatbin or NAME.sm_90.cubin; may be given several times.",
 )
+@click.option(
+    "--postprocess",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Python guest (a WebAssembly component) that rewrites each finished line of text before it is sent.",
+)
 @click.option("--fs-verity", is_flag=True, help="Sign fs-verity digests, and turn fs-verity on where it is offered.")
 @click.option("--dev", is_flag=True, help="Make a signing key in the state folder if there is none.")
 @click.pass_context
@@ -117,6 +122,7 @@ def build(
     texts: tuple[Path, ...],
     prime: bool,
     kernels: tuple[Path, ...],
+    postprocess: Path | None,
     fs_verity: bool,
     dev: bool,
 ) -> None:
@@ -138,7 +144,7 @@ def build(
         options = _SharedOptions(
             guest_wasm=guest.read_bytes() if guest is not None else None,
             priming=_read_priming(system_prompts, texts, default_prompt=prime),
-            kernels=tuple(map(read_kernel_file, kernels)),
+            further=read_further_sections(kernels, postprocess),
             encrypt=encrypt,
             with_verity=fs_verity,
         )
@@ -157,7 +163,7 @@ class _SharedOptions(TypedDict):
 
     guest_wasm: bytes | None
     priming: Priming
-    kernels: tuple[KernelFile, ...]
+    further: FurtherSections
     encrypt: bool
     with_verity: bool
 

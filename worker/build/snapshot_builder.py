@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -36,8 +36,8 @@ from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, writ
 from worker.build.encoder_snapshot import make_encoder_card, pack_encoder_assets
 from worker.build.encoder_source import ImportedEncoder
 from worker.build.errors import BuildError, MalformedModelError
-from worker.build.guest_stage import stage_guest, store_guest, store_guest_tensors
-from worker.build.kernel_files import KernelFile, store_kernels
+from worker.build.further_sections import NO_SECTIONS, FurtherSections, store_further_sections
+from worker.build.guest_stage import stage_guest, store_guest
 from worker.build.priming import Priming, prime_snapshot
 from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
 from worker.build.report import BuildReport
@@ -69,7 +69,7 @@ def build_snapshot(
     with_verity: bool = False,
     guest_wasm: bytes | None = None,
     priming: Priming | None = None,
-    kernels: Sequence[KernelFile] = (),
+    further: FurtherSections = NO_SECTIONS,
     on_progress: OnProgress | None = None,
 ) -> BuildReport:
     """Build ``source`` as snapshot ``name``; an older one of that name is replaced when all is done. Blocks.
@@ -90,6 +90,7 @@ def build_snapshot(
     started_s = time.monotonic()
     validate_name(name)
     is_encoder = isinstance(source, ImportedEncoder)
+    further.validate_for(encodes=is_encoder)
     tensor_names = [tensor.name for tensor in source.tensors]
     guest = stage_guest(guest_wasm, _pack_assets(source), tensor_names, encodes=is_encoder)
     layout = plan_weights([spec for tensor in source.tensors for spec in _specs(tensor, weight_format)])
@@ -97,19 +98,17 @@ def build_snapshot(
     with store.add_blob(encrypt_with=encrypt_with, with_verity=with_verity) as writer:
         _write_weights(source, writer, layout, weight_format, on_progress)
     blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
-    images, image_entries = store_kernels(kernels, store, encrypt_with=encrypt_with, with_verity=with_verity)
-    made, made_entries = store_guest_tensors(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
+    others, sections = store_further_sections(guest, further, store, encrypt_with=encrypt_with, with_verity=with_verity)
     manifest = Manifest(
         name=name,
         created_at_s=store.choose_created_at_s(name),
         identity=guest_identity(),
         card=_make_card(source, weight_format),
-        blobs={WEIGHTS: writer.ref, **blobs, **made, **images},
+        blobs={WEIGHTS: writer.ref, **blobs, **others},
         tensors=layout.entries,
         tensor_handles=guest.initialised.tensor_handles,
         programs=guest.programs,
-        kernels=image_entries,
-        guest_tensors=made_entries,
+        **sections,
         vector_size=source.config.hidden_size if isinstance(source, ImportedEncoder) else 0,
     )
     if priming is not None:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 
 from guests.compile import guest_identity
 from snapshots.keyring import KeyRing
 from snapshots.manifest import WEIGHTS, Manifest
 from snapshots.store import SnapshotStore
 from worker.build.errors import BuildError
-from worker.build.guest_stage import stage_guest, store_guest, store_guest_tensors
-from worker.build.kernel_files import KernelFile, store_kernels
+from worker.build.further_sections import NO_SECTIONS, FurtherSections, store_further_sections
+from worker.build.guest_stage import stage_guest, store_guest
 from worker.build.priming import Priming, prime_snapshot
 from worker.build.quantize import WeightFormat
 from worker.build.report import BuildReport
@@ -33,7 +32,7 @@ def build_over_weights(
     *,
     guest_wasm: bytes | None = None,
     priming: Priming | None = None,
-    kernels: Sequence[KernelFile] = (),
+    further: FurtherSections = NO_SECTIONS,
     encrypt: bool = False,
     with_verity: bool = False,
 ) -> BuildReport:
@@ -54,22 +53,21 @@ def build_over_weights(
             "build it from its source with --encrypt"
         )
     is_encoder = donor.vector_size > 0
+    further.validate_for(encodes=is_encoder)
     guest = stage_guest(guest_wasm, read_assets(donor, store, keyring), list_tensor_names(donor), encodes=is_encoder)
     encrypt_with = keyring if encrypt else None
     blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
-    images, image_entries = store_kernels(kernels, store, encrypt_with=encrypt_with, with_verity=with_verity)
-    made, made_entries = store_guest_tensors(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
+    others, sections = store_further_sections(guest, further, store, encrypt_with=encrypt_with, with_verity=with_verity)
     manifest = Manifest(
         name=name,
         created_at_s=store.choose_created_at_s(name),
         identity=guest_identity(),
         card=donor.card,
-        blobs={WEIGHTS: donor.weights, **blobs, **made, **images},
+        blobs={WEIGHTS: donor.weights, **blobs, **others},
         tensors=donor.tensors,
         tensor_handles=guest.initialised.tensor_handles,
         programs=guest.programs,
-        kernels=image_entries,
-        guest_tensors=made_entries,
+        **sections,
         vector_size=donor.vector_size,
     )
     if priming is not None:
