@@ -118,17 +118,20 @@ class EngineHarness:
         bound: BoundModel | None = None,
         prefixes: PrefixIndex | None = None,
         text: TextModel | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         plan = plan or random_plan(config)
         self.text = FakeText()
         self.bound = bound or NumpyBackend().bind(plan)
         self.outcomes: dict[str, Outcome] = {}
+        self.finished: list[str] = []  # request ids in order of their ends
         self.engine = Engine(
             LoadedModel("tiny", "snapshot", plan, text or self.text, (EOS,), prefixes or PrefixIndex()),
             self.bound,
             max_running=max_running,
             kv_budget_bytes=kv_budget_bytes,
             on_steps=self._on_steps,
+            prefix_caching=prefix_caching,
         )
         self._mail = Mail()
 
@@ -169,6 +172,7 @@ class EngineHarness:
             outcome.marks |= step.marks
             if step.finished:
                 outcome.final = step
+                self.finished.append(step.request_id)
 
 
 def greedy(max_tokens: int = 8, **changes: object) -> SamplingParams:

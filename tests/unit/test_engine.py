@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from functools import partial
 
 import pytest
 from engine_fixtures import EOS, POISON, EngineHarness, Outcome, greedy, make_request
@@ -18,7 +17,6 @@ from scheduler.contract.states import FinishReason, Priority
 from scheduler.contract.telemetry import Mark
 from worker.backends.numpy_reference import NumpyBackend
 from worker.backends.protocol import FloatArray, SequenceInput
-from worker.engine.batch import decide_step
 
 PROMPTS = ["5 6 7", "11 12 13 14 15 16 17", "3", "40 41 42 43 44"]
 BLOCK_BYTES = 16 * 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
@@ -112,7 +110,7 @@ def test_preempted_request_goes_on_where_it_was() -> None:
 def test_long_prompt_is_prefilled_in_chunks_beside_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A running sequence gets a token in every step while a longer prompt is computed in pieces."""
     harness = EngineHarness()
-    monkeypatch.setattr("worker.engine.engine.decide_step", partial(decide_step, prefill_tokens=16))
+    monkeypatch.setattr("worker.engine.prefill_budget.PrefillBudget.choose_tokens", lambda _self, _num_decodes: 16)
     short = harness.submit(make_request("short", "5 6 7", greedy(40, ignore_eos=True)))
     harness.run_round()
     long = harness.submit(make_request("long", LONG_PROMPT, greedy(4, ignore_eos=True)))

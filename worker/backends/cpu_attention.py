@@ -22,6 +22,11 @@ Call = Callable[[], None]
 _QUERY_ROWS: Final = 64
 #: Scores held at once; long contexts take fewer query rows a block.
 _MAX_SCORES: Final = 4 * 1024 * 1024
+#: Beyond as many keys BLAS is faster at keys times queries than at queries times keys (3 to 4 times at 500 keys,
+#: measured), also with the transposing copy that the softmax then needs.
+_MANY_KEYS: Final = 256
+#: Keys that a softmax over nine heads gets through in the time of the calls that a softmax of its own would cost.
+_PADDED_KEYS_PER_SEQUENCE: Final = 256
 
 
 @dataclass(slots=True)
@@ -53,6 +58,7 @@ class AttentionScratch:
 
     def __init__(self) -> None:
         self._flat: FloatArray = np.empty(0, np.float32)
+        self._flat_by_key: FloatArray = np.empty(0, np.float32)
         # Key j is later than query i where j > i: below the diagonal of [keys, queries].
         self.below_diagonal: FloatArray = np.zeros((_QUERY_ROWS, _QUERY_ROWS), np.float32)
         self.below_diagonal[np.tril_indices(_QUERY_ROWS, k=-1)] = -np.inf
@@ -63,6 +69,13 @@ class AttentionScratch:
         if num_elements > len(self._flat):
             self._flat = np.empty(1 << (num_elements - 1).bit_length(), np.float32)
         return self._flat[:num_elements].reshape(num_heads, num_rows, num_keys)
+
+    def by_key(self, num_heads: int, num_keys: int, group: int) -> FloatArray:
+        """An uninitialised array of that shape; the previous one is overwritten."""
+        num_elements = num_heads * num_keys * group
+        if num_elements > len(self._flat_by_key):
+            self._flat_by_key = np.empty(1 << (num_elements - 1).bit_length(), np.float32)
+        return self._flat_by_key[:num_elements].reshape(num_heads, num_keys, group)
 
 
 def skip_tokens(runs: Runs, num_tokens: int) -> Runs:
@@ -139,20 +152,98 @@ def bind_attention(
 
     def attend() -> None:
         np.multiply(source_queries, shape.score_scale, queries)
-        num_used = 0
         planes = memory.layers[shape.layer]
+        singles = [share for share in shares if share.num_tokens == 1]
+        if len(singles) > 1 and _is_even(singles):
+            _attend_singles(queries, out, planes, singles, shape, scratch)
+            singles = []
+        for share in singles:
+            _attend_one(query_heads[..., share.first], result, planes, share, shape, scratch)
+            out[:, share.first] = result_column
+        num_used = 0
         for share in shares:
             first, num_used = share.first, share.first + share.num_tokens
-            if share.num_tokens == 1:
-                _attend_one(query_heads[..., first], result, planes, share, shape, scratch)
-                out[:, first] = result_column
-            else:
+            if share.num_tokens > 1:
                 columns = slice(first, num_used)
                 _attend_many(query_heads[..., columns], out_heads[..., columns], planes, share, shape, scratch)
         if num_used < num_tokens:
             out[:, num_used:] = 0  # padding columns: finite, whatever the buffer held before
 
     return attend
+
+
+def _is_even(singles: list[SequenceShare]) -> bool:
+    """Whether a common softmax, padded to the longest sequence, costs less than one for each."""
+    lengths = [share.start + 1 for share in singles]
+    padding = len(lengths) * max(lengths) - sum(lengths)
+    return padding < _PADDED_KEYS_PER_SEQUENCE * len(lengths)
+
+
+def _see_window(share: SequenceShare, window_tokens: int) -> tuple[Runs, int]:
+    """Runs of the keys that a share of one token sees, and their number."""
+    num_keys = share.start + 1
+    if 0 < window_tokens < num_keys:
+        return skip_tokens(share.runs, num_keys - window_tokens), window_tokens
+    return share.runs, num_keys
+
+
+def _attend_singles(
+    queries: FloatArray,
+    out: FloatArray,
+    planes: FloatArray,
+    singles: list[SequenceShare],
+    shape: AttentionShape,
+    scratch: AttentionScratch,
+) -> None:
+    """One query of each of several sequences: ``queries`` and ``out`` are ``[H * Dh, T]``. Two products a sequence, and
+    everything between them once for all."""
+    num_kv_heads, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+    columns = [share.first for share in singles]
+    rows: FloatArray = queries[:, columns].T.copy().reshape(len(singles), num_kv_heads, group, shape.head_dim)
+    seen = [_see_window(share, shape.window_tokens) for share in singles]
+    most_keys = max(num_keys for _, num_keys in seen)
+    scores = scratch.scores(len(singles), shape.num_heads, most_keys)
+    scores = scores.reshape(len(singles), num_kv_heads, group, most_keys)
+    keys, values = planes[:num_kv_heads], planes[num_kv_heads:]
+    matmul = np.matmul
+    for query, own, (runs, num_keys) in zip(rows, scores, seen, strict=True):
+        _score_one(query, keys, runs, own[:, :, :num_keys], scratch)
+        if num_keys < most_keys:
+            own[:, :, num_keys:] = -np.inf
+    np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
+    np.exp(scores, scores)
+    sums = np.add.reduce(scores, -1, keepdims=True)
+    results = rows  # the queries are done with
+    for result, own, (runs, _) in zip(results, scores, seen, strict=True):
+        first = 0
+        for begin, end in runs:
+            weights = own[:, :, first : first + end - begin]
+            if first:
+                np.add(result, matmul(weights, values[:, begin:end]), result)
+            else:
+                matmul(weights, values[:, begin:end], result)
+            first += end - begin
+    np.divide(results, sums, results)
+    out[:, columns] = results.reshape(len(singles), -1).T
+
+
+def _score_one(
+    queries: FloatArray, keys: FloatArray, runs: Runs, scores: FloatArray, scratch: AttentionScratch
+) -> None:
+    """``scores`` ``[Hkv, G, keys]`` of one token's ``queries`` ``[Hkv, G, Dh]`` with ``keys`` ``[Hkv, rows, Dh]``."""
+    num_keys = scores.shape[2]
+    first = 0
+    if num_keys <= _MANY_KEYS:
+        for begin, end in runs:
+            np.matmul(queries, keys[:, begin:end].transpose(0, 2, 1), scores[..., first : first + end - begin])
+            first += end - begin
+        return
+    columns = queries.transpose(0, 2, 1).copy()
+    by_key = scratch.by_key(len(keys), num_keys, scores.shape[1])
+    for begin, end in runs:
+        np.matmul(keys[:, begin:end], columns, by_key[:, first : first + end - begin])
+        first += end - begin
+    scores[...] = by_key.transpose(0, 2, 1)
 
 
 def _attend_one(
@@ -164,25 +255,10 @@ def _attend_one(
     scratch: AttentionScratch,
 ) -> None:
     """One query of one sequence: ``queries`` and ``out`` are ``[Hkv, G, Dh]``."""
-    num_keys, runs = share.start + 1, share.runs
-    if 0 < shape.window_tokens < num_keys:
-        runs = skip_tokens(runs, num_keys - shape.window_tokens)
-        num_keys = shape.window_tokens
+    runs, num_keys = _see_window(share, shape.window_tokens)
     num_kv_heads = shape.num_kv_heads
     scores = scratch.scores(num_kv_heads, shape.num_heads // num_kv_heads, num_keys)
-    if len(runs) == 1:
-        ((begin, end),) = runs
-        np.matmul(queries, planes[:num_kv_heads, begin:end].transpose(0, 2, 1), scores)
-        np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
-        np.exp(scores, scores)
-        np.matmul(scores, planes[num_kv_heads:, begin:end], out)
-        np.divide(out, np.add.reduce(scores, -1, keepdims=True), out)
-        return
-    first = 0
-    for begin, end in runs:
-        last = first + end - begin
-        np.matmul(queries, planes[:num_kv_heads, begin:end].transpose(0, 2, 1), scores[..., first:last])
-        first = last
+    _score_one(queries, planes[:num_kv_heads], runs, scores, scratch)
     np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
     np.exp(scores, scores)
     first = 0
@@ -206,11 +282,12 @@ def _attend_many(
 ) -> None:
     """Several queries of one sequence, in blocks: ``queries`` and ``out`` are ``[Hkv, G, Dh, T]``.
 
-    Scores are ``[Hkv, G, keys, queries]``: the softmax then runs along rows, which vectorises, and queries and
-    results keep the layout of the products around them.
+    The queries of a group lie side by side, so that a key or value is read once for all of them. Scores are
+    ``[Hkv, keys, G * queries]``: the softmax then runs along rows, which vectorises.
     """
     total = share.start + share.num_tokens
     block_rows = max(1, min(_QUERY_ROWS, _MAX_SCORES // (shape.num_heads * total)))
+    num_kv_heads, group, head_dim = queries.shape[:3]
     for first in range(0, share.num_tokens, block_rows):
         last = min(first + block_rows, share.num_tokens)
         num_rows = last - first
@@ -218,33 +295,35 @@ def _attend_many(
         begin = max(0, position + 1 - shape.window_tokens) if shape.window_tokens else 0
         num_keys = end - begin
         runs = _cut_runs(share.runs, begin, end)
-        scores = scratch.scores(shape.num_heads, num_keys, num_rows)
-        scores = scores.reshape(*queries.shape[:2], num_keys, num_rows)
-        _multiply_keys(planes[: shape.num_kv_heads, None], queries[..., first:last], runs, scores)
-        scores[:, :, num_keys - num_rows :] += scratch.below_diagonal[:num_rows, :num_rows]
+        grouped: FloatArray = queries[..., first:last].swapaxes(1, 2).reshape(num_kv_heads, head_dim, group * num_rows)
+        scores = scratch.scores(num_kv_heads, num_keys, group * num_rows)
+        _multiply_keys(planes[:num_kv_heads], grouped, runs, scores)
+        by_query = scores.reshape(num_kv_heads, num_keys, group, num_rows)
+        by_query[:, num_keys - num_rows :] += scratch.below_diagonal[:num_rows, None, :num_rows]
         if shape.window_tokens:
-            scores += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)
-        np.subtract(scores, np.maximum.reduce(scores, 2, keepdims=True), scores)
+            by_query += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)[:, None]
+        np.subtract(scores, np.maximum.reduce(scores, 1, keepdims=True), scores)
         np.exp(scores, scores)
-        sums = np.matmul(np.ones((1, num_keys), np.float32), scores)  # [Hkv, G, 1, queries]
-        weighted = _sum_values(planes[shape.num_kv_heads :, None], scores, runs)
-        np.divide(weighted, sums, out[..., first:last])
+        sums = np.matmul(np.ones((1, num_keys), np.float32), scores)  # [Hkv, 1, G * queries]
+        weighted = _sum_values(planes[num_kv_heads:], scores, runs)
+        np.divide(weighted, sums, weighted)
+        out[..., first:last] = weighted.reshape(num_kv_heads, head_dim, group, num_rows).swapaxes(1, 2)
 
 
 def _multiply_keys(keys: FloatArray, queries: FloatArray, runs: Runs, scores: FloatArray) -> None:
-    """``scores`` ``[Hkv, G, keys, T]`` of ``queries`` ``[Hkv, G, Dh, T]`` with ``keys`` ``[Hkv, 1, rows, Dh]``."""
+    """``scores`` ``[Hkv, keys, Q]`` of ``queries`` ``[Hkv, Dh, Q]`` with ``keys`` ``[Hkv, rows, Dh]``."""
     first = 0
     for begin, end in runs:
-        np.matmul(keys[:, :, begin:end], queries, scores[:, :, first : first + end - begin])
+        np.matmul(keys[:, begin:end], queries, scores[:, first : first + end - begin])
         first += end - begin
 
 
 def _sum_values(values: FloatArray, scores: FloatArray, runs: Runs) -> FloatArray:
-    """``[Hkv, G, Dh, T]``: ``values`` ``[Hkv, 1, rows, Dh]`` weighted with ``scores`` ``[Hkv, G, keys, T]``."""
+    """``[Hkv, Dh, Q]``: ``values`` ``[Hkv, rows, Dh]`` weighted with ``scores`` ``[Hkv, keys, Q]``."""
     weighted: FloatArray | None = None
     first = 0
     for begin, end in runs:
-        part: FloatArray = np.matmul(values[:, :, begin:end].swapaxes(2, 3), scores[:, :, first : first + end - begin])
+        part: FloatArray = np.matmul(values[:, begin:end].swapaxes(1, 2), scores[:, first : first + end - begin])
         weighted = part if weighted is None else np.add(weighted, part, weighted)
         first += end - begin
     if weighted is None:

@@ -7,7 +7,7 @@ One thread owns everything here (``Engine.run``); others use :meth:`Engine.submi
 from          to             when
 ============= ============== ==============================================================
 (mailbox)     waiting        tokenised and checked; otherwise it ends with an error
-waiting       running        KV blocks and ``max_running`` have room, in service order
+waiting       running        KV blocks and ``max_running`` have room, tenants in turn
 running       waiting        preempted: its KV blocks go to a request served before it
 waiting       (ended)        cancelled
 running       (ended)        every choice finished, cancelled, or an error
@@ -30,9 +30,11 @@ from scheduler.contract.telemetry import Mark
 from worker.backends.protocol import KV_BLOCK_TOKENS, BoundModel, FloatArray, SequenceInput
 from worker.engine.batch import SequenceView, Share, decide_step
 from worker.engine.failures import describe_error
+from worker.engine.fairness import ServiceOrder
 from worker.engine.intake import prepare_request
 from worker.engine.kv_cache import KvCache
 from worker.engine.mailbox import Mail, Mailbox
+from worker.engine.prefill_budget import PrefillBudget
 from worker.engine.sequence import NO_TOKEN, Choice, RunningRequest, describe_logprob
 from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
 from worker.loaded_model import LoadedModel
@@ -83,6 +85,8 @@ class Engine:
         self._max_running = max_running
         self._on_steps = on_steps
         self._kv = KvCache(bound, kv_budget_bytes, model.prefixes, prefix_caching=prefix_caching)
+        self._order = ServiceOrder()
+        self._prefill = PrefillBudget()
         self._mailbox = Mailbox()
         self._waiting: list[RunningRequest] = []  # in service order
         self._running: list[RunningRequest] = []  # in service order
@@ -182,6 +186,7 @@ class Engine:
             self._report_error(engine_request.request_id, describe_error(error))
             return
         if request.unfinished and request.max_tokens > 0:
+            self._order.join(request, [*self._waiting, *self._running])
             insort(self._waiting, request, key=lambda waiting: waiting.service_order)
             return
         if request.max_tokens <= 0:
@@ -211,15 +216,15 @@ class Engine:
     # --- admission ---
 
     def _admit(self) -> None:
-        """Move requests from waiting to running, strictly in service order."""
+        """Move requests from waiting to running, each tenant in turn (see :mod:`worker.engine.fairness`)."""
         while self._waiting:
-            request = self._waiting[0]
+            request = self._order.choose_next(self._waiting)
             while not self._has_room(request):
                 victim = self._running[-1]
                 if victim.service_order[0] <= request.service_order[0]:
                     return  # only a batch request gives way, and only to an interactive one
                 self._preempt(victim)
-            self._waiting.pop(0)
+            self._waiting.remove(request)
             try:
                 self._kv.open(request)
                 self._start(request)
@@ -272,7 +277,11 @@ class Engine:
         if not candidates:
             return
         views = [SequenceView(i, choice.num_pending) for i, (_, choice) in enumerate(candidates)]
-        shares = decide_step(views)
+        num_decodes = sum(1 for view in views if view.num_pending == 1)
+        if len(views) - num_decodes > 1:
+            views.sort(key=lambda view: self._order.rank(candidates[view.index][0]))
+        shares = decide_step(views, prefill_tokens=self._prefill.choose_tokens(num_decodes))
+        started_ns = time.monotonic_ns()
         batch = [(*candidates[share.index], share) for share in shares]
         try:
             logits = self._bound.step(tuple(_describe_input(choice, share) for _, choice, share in batch))
@@ -284,12 +293,15 @@ class Engine:
             return
         self._num_steps += 1
         prefilled_mono_ns = time.monotonic_ns()
+        num_tokens = sum(share.num_tokens for share in shares)
+        self._prefill.observe(num_decodes, num_tokens - num_decodes, prefilled_mono_ns - started_ns)
         rows = iter(logits)
         for request, choice, share in batch:
             row = next(rows) if share.wants_logits else None
             if not choice.blocks:
                 continue  # another choice of its request failed in this step
             choice.num_computed += share.num_tokens
+            self._order.charge(request, share.num_tokens)
             try:
                 self._kv.remember(request, choice)
                 self._hand_on_prefix(request, choice)
