@@ -28,6 +28,14 @@ class _Model:
     last_failure_s: float = 0.0
     last_error: ErrorInfo | None = None
     workers: dict[str, WorkerView] = field(default_factory=dict)
+    known_since_s: float = 0.0
+    awake_s: float = 0.0  # worker-seconds up to ``counted_s``
+    counted_s: float = 0.0
+
+    def count_awake(self, now_s: float) -> None:
+        """Add the worker-seconds since the last count; call before the set of workers changes, and to read."""
+        self.awake_s += len(self.workers) * max(0.0, now_s - self.counted_s)
+        self.counted_s = now_s
 
 
 class Fleet:
@@ -48,7 +56,7 @@ class Fleet:
         for card in cards:
             known = self._models.get(card.name)
             if known is None:
-                self._models[card.name] = _Model(card, last_active_s=now_s)
+                self._models[card.name] = _Model(card, last_active_s=now_s, known_since_s=now_s, counted_s=now_s)
             elif known.card != card:
                 known.card, known.failures = card, 0
         for name in [name for name, model in self._models.items() if name not in present and not model.workers]:
@@ -102,6 +110,7 @@ class Fleet:
 
     def on_ordered(self, worker_id: str, model: str, node_id: str, now_s: float) -> None:
         """A spawn order is about to be sent."""
+        self._models[model].count_awake(now_s)
         self._models[model].workers[worker_id] = WorkerView(worker_id, node_id, model, SlotState.COLD, now_s)
 
     def on_draining(self, worker_id: str, model: str) -> None:
@@ -113,6 +122,7 @@ class Fleet:
         model = self._models.get(change.model)
         if model is None:
             return
+        model.count_awake(now_s)
         was_ready = (known := model.workers.get(change.worker_id)) is not None and known.state is SlotState.READY
         if change.exited or change.state is SlotState.FAILED:
             removed = model.workers.pop(change.worker_id, None)
@@ -133,7 +143,10 @@ class Fleet:
     def on_given_up(self, worker: WorkerView, error: ErrorInfo, now_s: float) -> None:
         """A worker was not ready in time."""
         model = self._models.get(worker.model)
-        if model is not None and model.workers.pop(worker.worker_id, None) is not None:
+        if model is None:
+            return
+        model.count_awake(now_s)
+        if model.workers.pop(worker.worker_id, None) is not None:
             self._on_failure(model, error, now_s, counted=True)
 
     def _on_failure(self, model: _Model, error: ErrorInfo, now_s: float, *, counted: bool) -> None:
@@ -185,6 +198,7 @@ class Fleet:
 
     def _status(self, name: str, reports: list[WorkerReport], now_s: float) -> ModelStatus:
         model = self._models[name]
+        model.count_awake(now_s)
         own = [report for report in reports if report.model == name]
         running = sum(report.num_running for report in own)
         sealed_bytes = sum(report.sealed_bytes.get(name, 0) for report in self._nodes.values())
@@ -208,4 +222,6 @@ class Fleet:
             state="refused" if refused else ",".join(states),
             error=refused.message if refused else None,
             proportional_bytes=sum(report.proportional_bytes for report in own),
+            awake_s=round(model.awake_s, 3),
+            known_s=round(now_s - model.known_since_s, 3),
         )

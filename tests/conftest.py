@@ -14,6 +14,8 @@ import uvloop
 
 from scheduler.embedded_redis import ensure_server, stop_server
 
+_LEFT_OUT = pytest.StashKey[int]()
+
 pytest_plugins = ("tests.model_fixtures", "tests.encoder_fixtures")
 
 
@@ -22,6 +24,25 @@ def pytest_asyncio_loop_factories(
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Tests run on the loop that the product runs on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave browser tests out where there is no browser; CI installs one."""
+    if shutil.which("chromium") and shutil.which("chromedriver"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+        config.stash[_LEFT_OUT] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out."""
+    if count := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(
+            f"{count} browser tests left out: install the packages chromium and chromium-driver"
+        )
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from scheduler.contract.messages import (
     InboxMessage,
     ModelsChanged,
     NodeReport,
+    SecurityEvent,
     StageEvent,
     WorkerChanged,
     WorkerReport,
@@ -70,8 +71,11 @@ class Reports:
     async def security(self, kind: str, model: str, reason: str) -> None:
         """Something looks like tampering: log it at critical level and count it."""
         self._log.critical(SECURITY_EVENT, kind=kind, model=model, reason=reason)
+        event = SecurityEvent(time.time(), kind, model, self._node_id, reason)
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hincrby(keys.SECURITY_COUNTS, kind, 1)
+            pipe.lpush(keys.SECURITY_RECENT, codec.encode(event))
+            pipe.ltrim(keys.SECURITY_RECENT, 0, keys.SECURITY_RECENT_MAX_ENTRIES - 1)
             await pipe.execute()
 
     async def node_alive(self, report: NodeReport) -> bool:

@@ -285,6 +285,16 @@ class StageEvent(msgspec.Struct, frozen=True, array_like=True):
     eta_ms: int = -1
 
 
+class SecurityEvent(msgspec.Struct, frozen=True):
+    """Something that looked like tampering, for people to read. The log has it too, at critical level."""
+
+    at_s: float
+    kind: str
+    model: str
+    node_id: str
+    reason: str
+
+
 class ModelStatus(msgspec.Struct, frozen=True):
     """One row of ``glowplug ps``."""
 
@@ -300,6 +310,8 @@ class ModelStatus(msgspec.Struct, frozen=True):
     state: str = ""  # worker slot states, comma separated; "refused" for a refused snapshot
     error: str | None = None
     proportional_bytes: int = 0  # PSS of all workers: the weights that they share count once
+    awake_s: float = 0.0  # worker-seconds since the scheduler knows the model
+    known_s: float = 0.0  # how long that is
 
 
 class StatusReport(msgspec.Struct, frozen=True):

@@ -41,6 +41,8 @@ RECHECK_EVERY_S: Final = 0.2
 FAILURE_LOG_EVERY_S: Final = 1.0
 #: Paths that need no key: probes, which tell nothing about models or tenants, and what a browser loads first.
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/health", "/", "/favicon.ico"})
+#: What the page at ``/`` consists of: it holds no data, and reads ``/admin`` with the key of whoever looks.
+OPEN_PREFIX: Final = "/dashboard/"
 #: First match wins; a path that matches none needs a key, of any scope.
 SCOPES_BY_PREFIX: Final = (
     ("/admin", Scope.ADMIN),
@@ -90,6 +92,11 @@ def scope_of(path: str) -> Scope | None:
     return None
 
 
+def is_open(request: web.Request) -> bool:
+    """Whether ``request`` needs no key."""
+    return request.path in OPEN_PATHS or path_of_route(request).startswith(OPEN_PREFIX)
+
+
 class AccessControl:
     """The keys of one gateway process. Event loop only, but for :meth:`load`."""
 
@@ -131,10 +138,10 @@ class AccessControl:
         """
         await self._ensure_fresh()
         if not self.requires_keys:
-            if request.path not in OPEN_PATHS:
+            if not is_open(request):
                 check_not_foreign(request)
             return ANONYMOUS
-        if request.path in OPEN_PATHS:
+        if is_open(request):
             return ANONYMOUS
         key = self._authenticate(request)
         scope = scope_of(path_of_route(request))

@@ -29,6 +29,7 @@ from scheduler.gateway import (
     routes_admin,
     routes_chat,
     routes_completions,
+    routes_dashboard,
     routes_embeddings,
     routes_models,
 )
@@ -51,6 +52,7 @@ def build_app(gateway: Gateway) -> web.Application:
     """The application around ``gateway``; its hub must be started before the first request."""
     app = web.Application(middlewares=[observe_request, check_access], client_max_size=gateway.settings.max_body_bytes)
     app[GATEWAY] = gateway
+    routes_dashboard.prepare_watchers(app)
     app.on_response_prepare.append(add_standard_headers)
     app.add_routes(
         [
@@ -67,6 +69,9 @@ def build_app(gateway: Gateway) -> web.Application:
             web.get("/admin/status", routes_admin.get_status),
             web.get("/admin/traces/{request_id}", routes_admin.get_trace),
             web.get("/admin/usage", routes_admin.get_usage),
+            web.get("/admin/live", routes_dashboard.watch_live),
+            web.get("/", routes_dashboard.get_page),
+            web.get("/dashboard/{name}", routes_dashboard.get_asset),
         ]
     )
     return app

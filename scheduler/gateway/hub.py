@@ -29,6 +29,7 @@ OnFrame = Callable[[Frame], None]
 OnStage = Callable[[StageEvent], None]
 OnLost = Callable[[], None]
 
+ANY_MODEL: Final = "*"  # no model's name: those have no asterisk
 SILENCE_S: Final = 0.5  # after this long without a frame, a stream's log is read
 MAX_SILENCE_S: Final = 4.0  # reads back off to this while nothing comes (a model that is still waking)
 FILL_BATCH: Final = 500  # streams per pipeline
@@ -213,6 +214,10 @@ class Hub:
 
         return unwatch
 
+    def watch_all_stages(self, on_stage: OnStage) -> Callable[[], None]:
+        """As :meth:`watch_stages`, of every model."""
+        return self.watch_stages(ANY_MODEL, on_stage)
+
     def statistics(self) -> HubStatistics:
         """Counts since the start, and the present number of streams."""
         return HubStatistics(
@@ -264,7 +269,8 @@ class Hub:
             behind.append(stream)
 
     def _on_stage(self, event: StageEvent) -> None:
-        for on_stage in tuple(self._stage_watchers.get(event.model, ())):
+        watchers = (*self._stage_watchers.get(event.model, ()), *self._stage_watchers.get(ANY_MODEL, ()))
+        for on_stage in watchers:
             try:
                 on_stage(event)
             except Exception:  # a watcher's fault must not stop the others' tokens

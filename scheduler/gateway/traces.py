@@ -142,6 +142,18 @@ class TraceStore:
         data = await self._redis.get(keys.trace(request_id))
         return None if data is None else codec.decode(data, Trace)
 
+    async def find_newest(self, limit: int) -> list[Trace]:
+        """The newest traces of all gateways, newest first; two round trips.
+
+        Raises:
+            RedisError: Redis does not answer.
+        """
+        request_ids = await self._redis.lrange(keys.TRACES, 0, limit - 1)
+        if not request_ids:
+            return []
+        found = await self._redis.mget([keys.trace(request_id.decode()) for request_id in request_ids])
+        return [codec.decode(data, Trace) for data in found if data is not None]
+
     async def find_last(self) -> Trace | None:
         """The newest trace of any gateway.
 
