@@ -144,6 +144,8 @@ def draw_waterfall(found: dict[str, Any]) -> str:
     end_ns = max([marks[p["end"]] for p in phases], default=origin_ns)
     scale = BAR_COLUMNS / max(1, end_ns - origin_ns)
     tier = f"cold start from {found['cold_tier']}" if found["cold_tier"] else "hot"
+    if found.get("error"):
+        tier += f", ended with {found['error']}"
     lines = [f"{found['request_id']}  {found['model']}  {tier}  first byte after {found['ttft_ms']:.1f} ms"]
     for phase in phases:
         start_ns = max(0, marks[phase["start"]] - origin_ns)

@@ -211,7 +211,7 @@ class Fleet:
 
         return str(await eventually(find, within_s=15, what="a leader"))
 
-    async def find_workers(self) -> list[int]:
+    def find_workers(self) -> list[int]:
         """Pids of the worker processes, by the name that they give themselves."""
         everything = descendants(self.parts["agent"].pid)
         names = {pid: command_name(pid) for pid in everything}

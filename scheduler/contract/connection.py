@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import parse_url
@@ -15,6 +16,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 RETRIES: Final = 60
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.25
+SENTINEL_SCHEME: Final = "+sentinel://"
+SENTINEL_TIMEOUT_S: Final = 1.0
 
 #: What a lost or starting server looks like; callers that loop catch these.
 CONNECTION_ERRORS: Final = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, OSError)
@@ -48,5 +51,39 @@ def connection_options(url: str) -> dict[str, Any]:
 
 
 def connect(url: str) -> Redis:
-    """A client for ``url`` with our retry settings; connects on first use. Replies are bytes. Caller closes it."""
-    return Redis(**connection_options(url))
+    """A client for ``url`` with our retry settings; connects on first use. Replies are bytes. Caller closes it.
+
+    ``redis+sentinel://[user:password@]host:port,host:port/service[/db]`` asks those sentinels, one after the other, for
+    the service's present master, at each new connection (``rediss+sentinel``: TLS to the master). User and password are
+    the master's; ``?sentinel_username=`` and ``?sentinel_password=`` are the sentinels'.
+
+    Raises:
+        ValueError: not such a URL.
+    """
+    return _connect_by_sentinel(url) if SENTINEL_SCHEME in url else Redis(**connection_options(url))
+
+
+def _connect_by_sentinel(url: str) -> Redis:
+    from redis.asyncio.sentinel import Sentinel  # only who uses it pays for its import
+
+    scheme, _, rest = url.partition(SENTINEL_SCHEME)
+    authority, _, path = rest.partition("/")
+    path, _, query = path.partition("?")
+    credentials, _, hosts = authority.rpartition("@")
+    service, _, database = path.partition("/")
+    addresses = [(host.rpartition(":")[0], host.rpartition(":")[2]) for host in hosts.split(",")]
+    if not service or not all(host and port.isdigit() for host, port in addresses):
+        raise ValueError(f"{scheme}{SENTINEL_SCHEME}...: expected host:port[,host:port]/service after it")
+    given = dict(parse_qsl(query))
+    own = {name: given.pop(f"sentinel_{name}") for name in ("username", "password") if f"sentinel_{name}" in given}
+    at = f"{credentials}@" if credentials else ""
+    options = connection_options(f"{scheme}://{at}master:1/{database or 0}?{urlencode(given)}")
+    for name in ("host", "port"):
+        options.pop(name, None)
+    make_sentinel: Any = Sentinel  # redis-py leaves it untyped
+    sentinel = make_sentinel(
+        [(host.strip("[]"), int(port)) for host, port in addresses],
+        sentinel_kwargs={"socket_timeout": SENTINEL_TIMEOUT_S, **own},
+    )
+    client: Redis = sentinel.master_for(service, **options)
+    return client

@@ -47,9 +47,12 @@ def read_process_settings(env: Mapping[str, str] = os.environ) -> ProcessSetting
     """
     state_dir = Path(env.get(STATE_DIR) or default_state_dir(env)).expanduser().absolute()
     redis_url = env.get(REDIS_URL) or f"unix://{state_dir}/redis/redis.sock"
-    if not redis_url.startswith(("unix://", "redis://", "rediss://")):
+    schemes = ("unix://", "redis://", "rediss://", "redis+sentinel://", "rediss+sentinel://")
+    if not redis_url.startswith(schemes):
+        scheme = redis_url.partition("://")[0][:40]  # the rest may hold a password
         raise SettingsError(
-            f'{REDIS_URL}="{redis_url}": expected redis://HOST:PORT/DB, rediss://... or unix:///path/to.sock'
+            f'{REDIS_URL} begins with "{scheme}": expected redis://HOST:PORT/DB, rediss://..., unix:///path/to.sock '
+            "or redis+sentinel://HOST:PORT,HOST:PORT/SERVICE"
         )
     level = (env.get(LOG_LEVEL) or "info").lower()
     if level not in {"debug", "info", "warning", "error", "critical"}:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from scheduler.contract.errors import ErrorInfo
+from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.states import FinishReason, GrammarKind, Priority, SlotState, Task, Tier
 
 
@@ -336,3 +336,4 @@ class Trace(msgspec.Struct, frozen=True):
     marks: dict[str, int]
     phases_ms: dict[str, float]
     total_ms: float
+    error: ErrorCode | None = None  # why it did not end well

@@ -103,6 +103,7 @@ class Exchange:
         self.done = asyncio.Event()
         self.started_mono_s = self.last_frame_mono_s = time.monotonic()
         self.has_frames = False
+        self._is_recorded = False
         self._gateway = gateway
         self._on_step: OnStep | None = None
         self._on_vector: OnVector | None = None
@@ -223,6 +224,7 @@ class Exchange:
         Requires: done, without error. Waits for Redis at most a quarter of a second, so that a client that asks for the
         trace right after its answer finds it.
         """
+        self._is_recorded = True
         now_mono_ns = time.monotonic_ns()
         traces = []
         for part in self.parts:
@@ -257,13 +259,34 @@ class Exchange:
             self._log.warning("trace_not_saved", request_id=self.request_id, error=str(error))
 
     def close(self) -> None:
-        """Close the hub streams and cancel, in the background, every request that has not ended. Idempotent."""
+        """Close the hub streams and cancel, in the background, every request that has not ended. Idempotent.
+
+        A stream that this gateway cuts because it stops is not cancelled: its client may go on at another one.
+        """
+        is_handed_on = self._gateway.draining and self.call.stream and self.error is None
         for part in self.parts:
             self._gateway.hub.close(part.request.request_id)
             if part.terminal is None:
                 part.terminal = TerminalFrame()
-                if part.may_be_queued:
+                if part.may_be_queued and not is_handed_on:
                     self._gateway.cancel_in_background(part.request)
+        if not self._is_recorded and not is_handed_on:
+            self._is_recorded = True
+            self._record_failure()
+
+    def _record_failure(self) -> None:
+        """A trace of what did not end well, for whoever asks what became of it."""
+        code = ErrorCode.CANCELLED if self.error is None else self.error.code
+        now_mono_ns = time.monotonic_ns()
+        traces = []
+        for part in self.parts:
+            request, terminal = part.request, part.terminal or TerminalFrame()
+            trace = build_trace(
+                request.request_id, request.model, request.accepted_at_s, terminal, part.marks, now_mono_ns, code
+            )
+            self._gateway.traces.remember(trace)
+            traces.append(trace)
+        self._gateway.run_in_background(self._save(traces), name=f"trace:{self.request_id}")
 
     async def find_overdue(self, *, streamed: bool) -> ErrorInfo | None:
         """The error to end with if this exchange has waited longer than the settings allow, else None.

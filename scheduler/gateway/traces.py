@@ -9,6 +9,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from scheduler.contract import codec, keys
+from scheduler.contract.errors import ErrorCode
 from scheduler.contract.messages import TerminalFrame, Trace
 from scheduler.contract.states import Tier
 from scheduler.contract.telemetry import COLD_PHASES, HOT_PHASES, Mark, compute_phases_ms
@@ -49,6 +50,7 @@ class TraceDocument(msgspec.Struct):
     marks: dict[str, int]
     phases_ms: dict[str, float]
     phases: list[PhaseRow]
+    error: str | None = None  # why it did not end well
 
 
 def build_trace(
@@ -58,6 +60,7 @@ def build_trace(
     terminal: TerminalFrame,
     gateway_marks: dict[str, int],
     now_mono_ns: int,
+    error: ErrorCode | None = None,
 ) -> Trace:
     """The trace of a request that just ended; where both sides set a mark, the gateway's own wins."""
     marks = {**terminal.marks, **gateway_marks}
@@ -71,6 +74,7 @@ def build_trace(
         marks=marks,
         phases_ms=compute_phases_ms(marks, cold=terminal.cold_tier is not None),
         total_ms=(now_mono_ns - accepted_mono_ns) / 1e6,
+        error=error,
     )
 
 
@@ -100,6 +104,7 @@ def build_document(trace: Trace) -> TraceDocument:
         marks=trace.marks,
         phases_ms=trace.phases_ms,
         phases=rows,
+        error=trace.error,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from scheduler.contract import codec, keys
 from scheduler.contract.connection import connect
@@ -101,10 +102,9 @@ async def refuses(client: aiohttp.ClientSession, url: str) -> bool:
         return False  # accepted in the instant before the listener closed: look again
 
 
-async def test_a_stream_that_outlasts_the_grace_period_is_cut_and_its_request_cancelled(
-    redis_url: str, tmp_path: Path
-) -> None:
-    """Nobody is left to read it, so the worker must be told; the process ends by itself."""
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_a_call_that_outlasts_the_grace_period_is_cut(redis_url: str, tmp_path: Path, is_streamed: bool) -> None:
+    """A streamed one is left for its client to go on with at another gateway; any other is cancelled."""
 
     async def script(request: GenerateRequest, publish: Any) -> None:
         await asyncio.Event().wait()
@@ -113,13 +113,17 @@ async def test_a_stream_that_outlasts_the_grace_period_is_cut_and_its_request_ca
         worker_of(redis_url, script) as worker,
         gateway_process(redis_url, tmp_path, GLOWPLUG_GATEWAY_DRAIN_GRACE_S="0.5") as (process, url),
         aiohttp.ClientSession() as client,
-        client.post(url + CHAT, json=chat_body(stream=True)),
     ):
+        asking = asyncio.create_task(client.post(url + CHAT, json=chat_body(stream=is_streamed)))
         await eventually(lambda: len(worker.seen) == 1)
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 10) == 0
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
         redis = connect(redis_url)
-        assert await redis.exists(keys.cancelled(worker.seen[0].request_id))
+        request_id = worker.seen[0].request_id
+        assert bool(await redis.exists(keys.cancelled(request_id))) is not is_streamed
+        assert bool(await redis.exists(keys.record(request_id))) is is_streamed
         await redis.aclose()
 
 

@@ -138,6 +138,8 @@ async def test_a_worker_error_after_the_headers_is_an_event_and_then_the_end(gat
     assert "data: [DONE]" not in blocks
     async with gateway.client.get(gateway.url + "/metrics") as response:
         assert 'requests_total{endpoint="chat",model="tiny",status="500"} 1.0' in await response.text()
+    _, _, trace = await gateway.get("/admin/traces/last")
+    assert trace["error"] == "worker_failed"
 
 
 async def test_a_wake_that_takes_too_long_ends_with_an_error(redis_url: str, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ async def test_a_server_that_is_killed_and_restarted_loses_no_request(fleet: Fle
         answers, asking = await ask_many(fleet)
         fleet.redis_process.kill()
         if kills_worker:
-            os.kill((await fleet.find_workers())[0], signal.SIGKILL)
+            os.kill(fleet.find_workers()[0], signal.SIGKILL)
         fleet.redis_process.start()
         await check_all(answers, asking, calm)
     assert fleet.redis_process.options == DURABLE or fleet.log_events("gateway-0", "request_recovered")
