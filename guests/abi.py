@@ -108,3 +108,4 @@ class SequenceFlag(IntFlag):
 
     IGNORE_STOP_TOKENS = 1
     SHOW_SPECIAL = 2  # special tokens' text is emitted; default: hidden
+    KEEP_LEADING_SPACE = 4  # the text continues another: what a text of its own would lose at its beginning stays

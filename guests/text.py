@@ -103,8 +103,10 @@ class GuestText:
         packed = instance.call("gp_token_bytes", token_id)
         return _take(instance, "gp_token_bytes", packed, self._limits.result_bytes)
 
-    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> GuestSequence:
-        """State for one choice.
+    def open_sequence(
+        self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False, keep_leading_space: bool = False
+    ) -> GuestSequence:
+        """State for one choice. ``keep_leading_space``: its text continues another one.
 
         Raises:
             GuestTrap: see :meth:`tokenize`.
@@ -116,7 +118,9 @@ class GuestText:
             data = _encode(text)
             block += [struct.pack("<I", len(data)), data]
         encoded = b"".join(block)
-        flags = SequenceFlag.IGNORE_STOP_TOKENS if ignore_stop_tokens else 0
+        flags = SequenceFlag.IGNORE_STOP_TOKENS if ignore_stop_tokens else SequenceFlag(0)
+        if keep_leading_space:
+            flags |= SequenceFlag.KEEP_LEADING_SPACE
         handle = instance.call("gp_sequence_open", _put(instance, encoded), len(encoded), flags)
         if handle < 0:
             raise GuestContractError(f"gp_sequence_open failed with code {handle}")

@@ -61,6 +61,7 @@ class FakeText:
     trap_on: set[int] = field(default_factory=set)
     generation: int = 0
     num_open: int = 0
+    continued: list[bool] = field(default_factory=list)  # keep_leading_space of each sequence
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         if text == POISON:
@@ -73,8 +74,11 @@ class FakeText:
     def token_bytes(self, token_id: int) -> bytes:
         return b"<%d>" % token_id
 
-    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> FakeTextSequence:
+    def open_sequence(
+        self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False, keep_leading_space: bool = False
+    ) -> FakeTextSequence:
         self.num_open += 1
+        self.continued.append(keep_leading_space)
         return FakeTextSequence(self, stop, ignore_stop_tokens, self.generation)
 
     def trap(self) -> None:

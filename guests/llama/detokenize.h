@@ -10,7 +10,7 @@
 /* State between two tokens of a text. All zero: before the first. */
 typedef struct {
     utf8_stream characters;
-    bool has_begun; /* some token has given text */
+    bool has_begun; /* some token has given text, or the text continues another */
 } detokenizer;
 
 /* Most bytes that detokenize_token writes. */

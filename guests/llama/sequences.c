@@ -66,6 +66,7 @@ static sequence *create(const uint8_t *stop_block, uint32_t length, uint32_t fla
         return NULL;
     memset(created, 0, sizeof *created);
     created->flags = flags;
+    created->text.has_begun = (flags & GP_KEEP_LEADING_SPACE) != 0;
     if (stop_room)
         stop_strings_build(&created->stops, stop_block, length, created + 1);
     created->held = (uint8_t *)(created + 1) + stop_room;

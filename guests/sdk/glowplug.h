@@ -80,7 +80,8 @@ GP_IMPORT("program") extern int32_t gp_program(const void *program, uint32_t len
  */
 
 enum gp_tokenize_flag { GP_ADD_SPECIAL = 1, GP_PARSE_SPECIAL = 2 };
-enum gp_sequence_flag { GP_IGNORE_STOP_TOKENS = 1, GP_SHOW_SPECIAL = 2 };
+/* KEEP_LEADING_SPACE: the sequence continues a text, so a space that its first token begins with belongs to it. */
+enum gp_sequence_flag { GP_IGNORE_STOP_TOKENS = 1, GP_SHOW_SPECIAL = 2, GP_KEEP_LEADING_SPACE = 4 };
 enum gp_finish { GP_FINISH_NONE = 0, GP_FINISH_STOP_TOKEN = 1, GP_FINISH_STOP_STRING = 2 };
 
 /* What gp_sequence_push points to. Text never ends inside a UTF-8 character. */

@@ -320,6 +320,10 @@ def test_sentencepiece_text_loses_one_leading_space() -> None:
         assert [sequence.push(token).text for token in (1, hi, hi, 3 + 0xE4, 3 + 0xBD, 3 + 0xA0)] == [
             "", "Hi", " Hi", "", "", "\u4f60",
         ]  # fmt: skip
+        continued = text.open_sequence((), keep_leading_space=True)
+        assert [continued.push(token).text for token in (1, hi, hi)] == ["", " Hi", " Hi"]
+        stopped = text.open_sequence((" H",), ignore_stop_tokens=True, keep_leading_space=True)
+        assert stopped.push(hi).end is SequenceEnd.STOP_STRING
     with guest_text(replace(SENTENCEPIECE, add_space_prefix=False)) as text:
         assert text.detokenize([hi]) == " Hi"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
-from engine_fixtures import EOS, POISON, EngineHarness, Outcome, greedy, make_request
+from engine_fixtures import EOS, POISON, EngineHarness, FakeText, Outcome, greedy, make_request
 from eventually import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -355,3 +356,13 @@ async def test_engine_thread_serves_submissions_and_stops() -> None:
         thread.join(timeout=10)
     assert not thread.is_alive()
     assert harness.engine.statistics().tokens_generated == 2 * len(SOLO_TOKENS[0])
+
+
+def test_a_completion_continues_its_prompt_and_a_chats_answer_does_not() -> None:
+    """The detokeniser is told which it is: a space at the beginning belongs to the one and not to the other."""
+    text = FakeText()
+    harness = EngineHarness(text=text)
+    request = make_request("completion", "5 6 7", greedy(2))
+    harness.complete(request)
+    harness.complete(replace(request, request_id="chat", add_special=False))
+    assert text.continued == [True, False]

@@ -249,7 +249,11 @@ HEADER_NAMES: dict[type[Enum], dict[str, str]] = {
         "GP_FINISH_STOP_STRING": "STOP_STRING",
     },
     abi.TokenizeFlag: {"GP_ADD_SPECIAL": "ADD_SPECIAL", "GP_PARSE_SPECIAL": "PARSE_SPECIAL"},
-    abi.SequenceFlag: {"GP_IGNORE_STOP_TOKENS": "IGNORE_STOP_TOKENS", "GP_SHOW_SPECIAL": "SHOW_SPECIAL"},
+    abi.SequenceFlag: {
+        "GP_IGNORE_STOP_TOKENS": "IGNORE_STOP_TOKENS",
+        "GP_SHOW_SPECIAL": "SHOW_SPECIAL",
+        "GP_KEEP_LEADING_SPACE": "KEEP_LEADING_SPACE",
+    },
 }
 
 

@@ -45,7 +45,9 @@ class FakeText:
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
-    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> FakeSequence:
+    def open_sequence(
+        self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False, keep_leading_space: bool = False
+    ) -> FakeSequence:
         return self.sequence
 
 

@@ -98,5 +98,11 @@ def _open_choice(running: RunningRequest, index: int, model: LoadedModel) -> Cho
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.plan.vocab_size,
     )
-    open_text = partial(model.text.open_sequence, params.stop, ignore_stop_tokens=params.ignore_eos)
+    open_text = partial(
+        model.text.open_sequence,
+        params.stop,
+        ignore_stop_tokens=params.ignore_eos,
+        # A raw completion goes on where its prompt ends; a chat's answer is a text of its own.
+        keep_leading_space=running.request.add_special,
+    )
     return Choice(index, running.prompt, running.max_tokens, sampler, open_text)

@@ -48,9 +48,14 @@ class PostProcessedText:
         """See :class:`TextModel`; not post-processed."""
         return self._text.token_bytes(token_id)
 
-    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> TextSequence:
+    def open_sequence(
+        self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False, keep_leading_space: bool = False
+    ) -> TextSequence:
         """State for one choice."""
-        return _PostProcessedSequence(self._text.open_sequence(stop, ignore_stop_tokens=ignore_stop_tokens), self._hook)
+        opened = self._text.open_sequence(
+            stop, ignore_stop_tokens=ignore_stop_tokens, keep_leading_space=keep_leading_space
+        )
+        return _PostProcessedSequence(opened, self._hook)
 
 
 class _PostProcessedSequence:

@@ -43,5 +43,7 @@ class TextModel(Tokenizer, Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """Raw bytes of one token (for log-probabilities)."""
 
-    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> TextSequence:
-        """State for one choice."""
+    def open_sequence(
+        self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False, keep_leading_space: bool = False
+    ) -> TextSequence:
+        """State for one choice. ``keep_leading_space``: its text continues the prompt's, and is no text of its own."""
