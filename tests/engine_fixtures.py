@@ -123,6 +123,7 @@ class EngineHarness:
         prefixes: PrefixIndex | None = None,
         text: TextModel | None = None,
         prefix_caching: bool = True,
+        max_draft_tokens: int = 0,
     ) -> None:
         plan = plan or random_plan(config)
         self.text = FakeText()
@@ -130,12 +131,21 @@ class EngineHarness:
         self.outcomes: dict[str, Outcome] = {}
         self.finished: list[str] = []  # request ids in order of their ends
         self.engine = Engine(
-            LoadedModel("tiny", "snapshot", plan, text or self.text, (EOS,), prefixes or PrefixIndex()),
+            LoadedModel(
+                "tiny",
+                "snapshot",
+                plan,
+                text or self.text,
+                (EOS,),
+                prefixes or PrefixIndex(),
+                lambda: text or self.text,
+            ),
             self.bound,
             max_running=max_running,
             kv_budget_bytes=kv_budget_bytes,
             on_steps=self._on_steps,
             prefix_caching=prefix_caching,
+            max_draft_tokens=max_draft_tokens,
         )
         self._mail = Mail()
 

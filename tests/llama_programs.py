@@ -12,7 +12,7 @@ import numpy.typing as npt
 from guests.abi import NO_TENSOR, NO_VALUE, Opcode, ProgramKind
 from guests.llama_assets import LlamaConfig
 from guests.program import Operation, Program, validate_program
-from worker.backends.protocol import ModelPlan, WeightTensor
+from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
 
 TINY = LlamaConfig(
     num_layers=2,
@@ -204,3 +204,9 @@ def store_matrix(name: str, matrix: npt.NDArray[np.float32], dtype: str) -> Weig
         data: npt.NDArray[Any] = np.rint(matrix / scale[:, None]).astype(np.int8)
         return WeightTensor(name, data, scale.astype(np.float32))
     return WeightTensor(name, matrix.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32))
+
+
+def compute_logits(bound: BoundModel, *inputs: SequenceInput) -> FloatArray:
+    """Run one step; a copy of its logits ``[R, V]``."""
+    bound.step(inputs)
+    return bound.logits().copy()

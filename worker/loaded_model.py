@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from worker.backends.encoder_protocol import EncoderPlan
@@ -20,6 +21,8 @@ class LoadedModel:
     text: TextModel
     eos_token_ids: tuple[int, ...]
     prefixes: PrefixIndex = field(default_factory=PrefixIndex)
+    #: Opens another instance of the text side, for a thread of its own. May raise GuestError.
+    open_text: Callable[[], TextModel] | None = None
 
 
 @dataclass(frozen=True, slots=True)

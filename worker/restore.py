@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -103,7 +104,8 @@ class PreparedModel:
             except BaseException:
                 text.close()
                 raise
-        loaded = LoadedModel(self.name, self.snapshot_id, self.plan, shown, self._eos_token_ids, index)
+        open_text = partial(GuestText, self._module, seed)
+        loaded = LoadedModel(self.name, self.snapshot_id, self.plan, shown, self._eos_token_ids, index, open_text)
         return RestoredModel(loaded, text, self)
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import WorkerReport
 from scheduler.contract.states import SlotState
 from scheduler.contract.telemetry import Mark
-from worker.engine.engine import EngineStatistics
+from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.step_loop import StepLoop
 from worker.engine.types import RequestStep
 from worker.engine_thread import EngineThread, describe_failure

@@ -13,8 +13,7 @@ from scheduler.contract.states import FinishReason, GrammarKind, Priority, SlotS
 
 
 class OutputGrammar(msgspec.Struct, frozen=True):
-    """What a completion must match. ``source`` is JSON text of a schema (``{}`` for any object), a regular
-    expression, or a Lark grammar."""
+    """What a completion must match. ``source`` is JSON text of a schema, a regular expression, or a Lark grammar."""
 
     kind: GrammarKind
     source: str

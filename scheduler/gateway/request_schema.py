@@ -1,7 +1,7 @@
 """From a decoded JSON body to a validated call: the fields of both endpoints, their limits and what is refused.
 
 Unknown fields are ignored. A known field of ours with a wrong type or range is a 400 that names it. A field that would
-change the answer and that we cannot honour yet (tools, JSON mode) is a 400 too, rather than an answer that ignores it.
+change the answer and that we cannot honour yet (tools) is a 400 too, rather than an answer that ignores it.
 """
 
 from __future__ import annotations
@@ -293,9 +293,6 @@ def _refuse_unsupported_chat(reader: FieldReader) -> None:
     for name in ("tools", "functions"):
         if reader.raw(name):
             raise bad_field(name, "tool calls are not supported by this server; leave it out")
-    response_format = reader.mapping("response_format")
-    if response_format is not None and response_format.get("type") != "text":
-        raise bad_field("response_format", 'only {"type": "text"} is supported by this server')
 
 
 def _refuse_unsupported_completion(reader: FieldReader) -> None:

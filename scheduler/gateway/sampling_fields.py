@@ -8,6 +8,7 @@ from typing import Final
 from scheduler.contract.messages import ModelCard, SamplingParams
 from scheduler.gateway.errors import bad_field
 from scheduler.gateway.field_reader import FieldReader, check_number, json_type
+from scheduler.gateway.output_format import read_output_grammar
 
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
@@ -50,6 +51,7 @@ def read_sampling(
         num_top_logprobs=num_top_logprobs,
         min_tokens=reader.integer("min_tokens", low=0, high=max_tokens) or 0,
         ignore_eos=reader.boolean("ignore_eos", default=False),
+        grammar=read_output_grammar(reader),
     )
 
 

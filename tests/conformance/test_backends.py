@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_programs import TINY, random_plan
+from llama_programs import TINY, compute_logits, random_plan
 
 from guests.abi import NO_TENSOR, NO_VALUE, Opcode, ProgramKind
 from guests.llama_assets import LlamaConfig
@@ -75,7 +75,7 @@ def run_tokens(
     start = 0
     for size in chunks:
         share = tuple(token_ids[start : start + size])
-        results.append(bound.step((SequenceInput(block_table, start, share),))[0].copy())
+        results.append(compute_logits(bound, SequenceInput(block_table, start, share))[0])
         start += size
     bound.release_blocks(block_table)
     return results
@@ -121,17 +121,17 @@ def test_batch_gives_each_sequence_its_own_logits(backend: Backend, num_sequence
     half = tuple(
         SequenceInput(table, 0, tuple(prompt[:2]), num_logits=0) for table, prompt in zip(tables, prompts, strict=True)
     )
-    assert len(bound.step(half)) == 0
+    assert len(compute_logits(bound, *half)) == 0
     rest = tuple(
         SequenceInput(table, 2, tuple(prompt[2:]), num_logits=int(index % 3 != 1))
         for index, (table, prompt) in enumerate(zip(tables, prompts, strict=True))
     )
-    logits = bound.step(rest).copy()
+    logits = compute_logits(bound, *rest)
     alone = [run_tokens(reference_of(plan), prompt, [len(prompt)])[0] for prompt in prompts]
     wanted = [expected for index, expected in enumerate(alone) if index % 3 != 1]
     np.testing.assert_allclose(logits, wanted, atol=3e-4)
     decodes = tuple(SequenceInput(table, len(prompt), (5,)) for table, prompt in zip(tables, prompts, strict=True))
-    decoded = bound.step(decodes).copy()
+    decoded = compute_logits(bound, *decodes)
     alone = [run_tokens(reference_of(plan), [*prompt, 5], [len(prompt), 1])[1] for prompt in prompts]
     np.testing.assert_allclose(decoded, alone, atol=3e-4)
 
@@ -154,7 +154,7 @@ def test_logits_of_the_last_tokens_are_those_of_single_steps(backend: Backend) -
     tokens = [1, 2, 3, 4, 5, 6, 7]
     expected = run_tokens(bound, tokens, [4, 1, 1, 1])[1:] + run_tokens(bound, [8, 9], [2])
     inputs = (SequenceInput((0,), 0, tuple(tokens), num_logits=3), SequenceInput((1,), 0, (8, 9)))
-    np.testing.assert_allclose(bound.step(inputs), expected, atol=3e-4)
+    np.testing.assert_allclose(compute_logits(bound, *inputs), expected, atol=3e-4)
 
 
 def test_copied_block_continues_like_the_original(backend: Backend) -> None:
@@ -163,8 +163,8 @@ def test_copied_block_continues_like_the_original(backend: Backend) -> None:
     source, target = (0,), (5,)
     bound.step((SequenceInput(source, 0, (1, 2, 3, 4, 5)),))
     bound.copy_blocks([(0, 5)])
-    other = bound.step((SequenceInput(target, 4, (9,)),))[0].copy()
-    same = bound.step((SequenceInput(source, 5, (6,)),))[0].copy()
+    other = compute_logits(bound, SequenceInput(target, 4, (9,)))[0]
+    same = compute_logits(bound, SequenceInput(source, 5, (6,)))[0]
     np.testing.assert_allclose(other, run_tokens(bound, [1, 2, 3, 4, 9], [5])[0], atol=3e-4)
     np.testing.assert_allclose(same, run_tokens(bound, [1, 2, 3, 4, 5, 6], [6])[0], atol=3e-4)
 
@@ -184,7 +184,7 @@ def test_restored_prefix_continues_as_if_it_had_been_computed_here(backend: Back
         bound.restore_prefix(target, captured[:, :, :, :num_tokens])
         np.testing.assert_array_equal(bound.capture_prefix(target, num_tokens), captured[:, :, :, :num_tokens])
         tail = tuple([1, 2, 3, 4, 9, 8][num_tokens:])
-        logits = bound.step((SequenceInput(target, num_tokens, tail),))[0].copy()
+        logits = compute_logits(bound, SequenceInput(target, num_tokens, tail))[0]
         np.testing.assert_allclose(logits, run_tokens(bound, [1, 2, 3, 4, 9, 8], [6])[0], atol=3e-4)
 
 
@@ -319,7 +319,7 @@ def test_program_without_row_selection_runs(backend: Backend) -> None:
         context_length=8,
     )
     bound = bind(backend, plan)
-    logits = bound.step((SequenceInput((0,), 0, (3, 4)), SequenceInput((1,), 0, (5,))))
+    logits = compute_logits(bound, SequenceInput((0,), 0, (3, 4)), SequenceInput((1,), 0, (5,)))
     np.testing.assert_allclose(logits, embed[[4, 5]] @ head.T, atol=1e-4)
 
 

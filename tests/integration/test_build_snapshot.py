@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_programs import compute_logits
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -67,9 +68,9 @@ def _logits(model: RestoredModel, token_ids: list[int], first: int = PREFILL_TOK
     bound = NumpyBackend().bind(model.loaded.plan)
     bound.open_kv(8)
     table = tuple(range(8))
-    rows = [bound.step((SequenceInput(table, 0, tuple(token_ids[:first])),))[0].copy()]
+    rows = [compute_logits(bound, SequenceInput(table, 0, tuple(token_ids[:first])))[0]]
     for position in range(first, len(token_ids)):
-        rows.append(bound.step((SequenceInput(table, position, (token_ids[position],)),))[0].copy())
+        rows.append(compute_logits(bound, SequenceInput(table, position, (token_ids[position],)))[0])
     bound.close()
     return np.stack(rows)
 

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 from guest_fixtures import wat_guest
+from llama_programs import compute_logits
 
 from guests.abi import TensorType
 from guests.confined_work import InitialisedReply
@@ -92,7 +93,7 @@ def test_a_computed_tensor_is_stored_signed_and_used_like_a_weight(
         assert not bias[3:].any()
         bound = make_backend("numpy", 1).bind(plan)
         bound.open_kv(1)
-        logits = bound.step((SequenceInput((0,), 0, (5, 7)),))[0]
+        logits = compute_logits(bound, SequenceInput((0,), 0, (5, 7)))[0]
         embed = plan.tensors[0].data.astype(np.float32)
         np.testing.assert_allclose(logits, embed @ embed[7] + bias, rtol=1e-5, atol=1e-5)
         bound.close()

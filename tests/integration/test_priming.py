@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 from engine_fixtures import Outcome, greedy, make_request
+from llama_programs import compute_logits
 
 from guests.runtime import GuestEngine
 from scheduler.contract.chat_template import ChatTemplates
@@ -243,7 +244,7 @@ def test_real_model_primes_its_default_system_prompt(smollm2_built: BuiltState, 
     with restored(built, primed) as model:
         found = complete(model.loaded, "numkong", prompt, 8)
         token_ids = tuple(model.loaded.text.tokenize(prompt, add_special=True, parse_special=True))
-        primed_logits, portioned, at_once = compute_logits(model.loaded, token_ids)
+        primed_logits, portioned, at_once = compare_logits(model.loaded, token_ids)
         whole = complete(LoadedModel("m", "s", model.loaded.plan, model.loaded.text, (2,)), "numkong", prompt, 8)
     assert found.final is not None
     assert (found.final.usage.prompt_tokens, found.final.usage.cached_tokens) == (37, 24)
@@ -255,7 +256,7 @@ def test_real_model_primes_its_default_system_prompt(smollm2_built: BuiltState, 
     assert np.abs(log_softmax(primed_logits) - log_softmax(at_once))[best].max() < 0.15
 
 
-def compute_logits(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[FloatArray, FloatArray, FloatArray]:
+def compare_logits(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[FloatArray, FloatArray, FloatArray]:
     """The last token's logits on NumKong: behind the primed prefix; computed in the same two portions; and at once."""
     bound = make_backend("numkong", 1).bind(loaded.plan)
     keys_values = loaded.prefixes.find(token_ids)
@@ -266,7 +267,7 @@ def compute_logits(loaded: LoadedModel, token_ids: Sequence[int]) -> tuple[Float
     bound.restore_prefix(primed, keys_values)
     bound.step((SequenceInput(portioned, 0, first, num_logits=0),))
     steps = [(primed, len(first), rest), (portioned, len(first), rest), (at_once, 0, tuple(token_ids))]
-    found = [bound.step((SequenceInput(*step),))[0].copy() for step in steps]
+    found = [compute_logits(bound, SequenceInput(*step))[0] for step in steps]
     bound.close()
     return found[0], found[1], found[2]
 

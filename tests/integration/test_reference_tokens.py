@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_fixtures import EngineHarness, greedy, make_request
-from llama_programs import build_plan, store_matrix
+from llama_programs import build_plan, compute_logits, store_matrix
 from model_fixtures import smollm2_gguf  # noqa: F401  # a fixture
 
 from worker.backends.host_sampling import compute_logprobs
@@ -71,7 +71,7 @@ def test_numkong_bf16_agrees_wherever_the_choice_is_clear(plans: dict[str, Model
     num_clear = 0
     for step in range(max(len(run["generated"]) for run in RUNS)):
         active = [i for i, run in enumerate(RUNS) if step < len(run["generated"])]
-        logits = bound.step(tuple(SequenceInput(tables[i], *shares[i]) for i in active))
+        logits = compute_logits(bound, *(SequenceInput(tables[i], *shares[i]) for i in active))
         for row, i in zip(logits, active, strict=True):
             (best, best_logprob), (_, second_logprob) = RUNS[i]["top5"][step][:2]
             for token, logprob in RUNS[i]["top5"][step]:

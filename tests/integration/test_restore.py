@@ -13,6 +13,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
+from llama_programs import compute_logits
 
 from guests.program import Program
 from guests.runtime import GuestEngine
@@ -114,11 +115,11 @@ def test_greedy_tokens_are_the_float32_references(smollm2: Sealed, engine: Guest
         bound = NumpyBackend().bind(model.loaded.plan)
         bound.open_kv(16)
         table = tuple(range(16))
-        logits = bound.step((SequenceInput(table, 0, tuple(ids)),))
+        logits = compute_logits(bound, SequenceInput(table, 0, tuple(ids)))
         for position, expected in enumerate(vectors["generated"], start=len(ids)):
             token_id = int(logits[0].argmax())
             assert token_id == expected
-            logits = bound.step((SequenceInput(table, position, (token_id,)),))
+            logits = compute_logits(bound, SequenceInput(table, position, (token_id,)))
         bound.close()
         del bound, logits
 

@@ -10,7 +10,7 @@ from engine_fixtures import EOS, POISON, EngineHarness, FakeText, Outcome, greed
 from eventually import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_programs import TINY, random_plan
+from llama_programs import TINY, compute_logits, random_plan
 
 from scheduler.contract.errors import ErrorCode
 from scheduler.contract.messages import SamplingParams
@@ -38,10 +38,10 @@ def test_greedy_tokens_equal_the_backends_own_argmax() -> None:
     bound.open_kv(2)
     table = (0, 1)
     tokens = [5, 6, 7]
-    logits = bound.step((SequenceInput(table, 0, (5, 6, 7)),))
+    logits = compute_logits(bound, SequenceInput(table, 0, (5, 6, 7)))
     for _ in range(11):
         tokens.append(int(logits[0].argmax()))
-        logits = bound.step((SequenceInput(table, len(tokens) - 1, (tokens[-1],)),))
+        logits = compute_logits(bound, SequenceInput(table, len(tokens) - 1, (tokens[-1],)))
     tokens.append(int(logits[0].argmax()))
     assert SOLO_TOKENS[0] == tokens[3:][: len(SOLO_TOKENS[0])]
 

@@ -105,7 +105,7 @@ def test_a_bad_prompt_names_the_field(prompt: Any) -> None:
         ({"priority": ["batch"]}, "priority"),
         ({"user": 5}, "user"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
 )
 def test_bad_call_fields_are_named(body: dict[str, Any], param: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.llama_programs import build_plan
+from tests.llama_programs import build_plan, compute_logits
 from worker.backends.numpy_reference import NumpyBackend
 from worker.backends.protocol import SequenceInput, WeightTensor
 from worker.build.hf_source import open_hugging_face
@@ -38,10 +38,10 @@ def test_prefill_then_decode_gives_the_logits_of_transformers(name: str) -> None
         bound = NumpyBackend().bind(build_plan(source.config, weights))
     bound.open_kv(8)
     table = tuple(range(8))
-    logits = bound.step((SequenceInput(table, 0, tuple(token_ids[:PREFILL_TOKENS])),))
+    logits = compute_logits(bound, SequenceInput(table, 0, tuple(token_ids[:PREFILL_TOKENS])))
     np.testing.assert_allclose(logits[0], golden["logits"][PREFILL_TOKENS - 1], atol=TOLERANCE, rtol=0)
     for position in range(PREFILL_TOKENS, len(token_ids)):
-        logits = bound.step((SequenceInput(table, position, (token_ids[position],)),))
+        logits = compute_logits(bound, SequenceInput(table, position, (token_ids[position],)))
         np.testing.assert_allclose(logits[0], golden["logits"][position], atol=TOLERANCE, rtol=0)
     bound.close()
 

@@ -14,9 +14,11 @@ from worker.backends.cpu_buffers import transpose_into
 from worker.backends.cpu_linear import LinearWeight, bind_weight
 from worker.backends.cpu_program import CpuProgram, StepTokens
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
+from worker.backends.host_sampling import sample_rows
 from worker.backends.kv_blocks import KvBlocks
 from worker.backends.numkong_encoder import NumKongEncoder
 from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
+from worker.backends.sampling_rows import SampledToken, SamplingRow
 from worker.backends.thread_governor import ThreadGovernor
 
 
@@ -84,7 +86,8 @@ class NumKongModel:
         decode = prefill if is_same else CpuProgram(plan.decode, plan, weights, tokens)
         self._programs = {ProgramKind.PREFILL: prefill, ProgramKind.DECODE: decode}
         self._vocab_size = plan.vocab_size
-        self._logits: FloatArray = np.empty((0, plan.vocab_size), np.float32)
+        self._buffer: FloatArray = np.empty((0, plan.vocab_size), np.float32)  # of logits, where rows are transposed
+        self._logits: FloatArray = self._buffer  # of the latest step
         self._num_steps = 0
         self._num_tokens = 0
 
@@ -112,7 +115,7 @@ class NumKongModel:
     def restore_prefix(self, block_table: Sequence[int], keys_values: FloatArray) -> None:
         self._blocks.restore_prefix(block_table, keys_values)
 
-    def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
+    def step(self, inputs: tuple[SequenceInput, ...]) -> None:
         """See :class:`~worker.backends.protocol.BoundModel`."""
         token_ids: list[int] = []
         positions: list[int] = []
@@ -131,7 +134,13 @@ class NumKongModel:
             columns = program.run(token_ids, positions, last_rows)
         self._num_steps += 1
         self._num_tokens += len(token_ids)
-        return self._arrange(columns)
+        self._logits = self._arrange(columns)
+
+    def logits(self) -> FloatArray:
+        return self._logits
+
+    def sample(self, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        return sample_rows(self._logits, rows)
 
     def statistics(self) -> Mapping[str, int]:
         return {
@@ -150,11 +159,11 @@ class NumKongModel:
     def _arrange(self, columns: FloatArray | None) -> FloatArray:
         """Logits ``[R, V]`` of feature-major ``columns`` ``[V, R]``, without a copy for one row."""
         if columns is None:
-            return self._logits[:0]
+            return self._buffer[:0]
         num_rows = columns.shape[1]
         if num_rows == 1 and columns.flags.c_contiguous:
             return columns.reshape(1, -1)
-        if len(self._logits) < num_rows:
-            self._logits = np.empty((num_rows, self._vocab_size), np.float32)
-        transpose_into(self._logits[:num_rows], columns)
-        return self._logits[:num_rows]
+        if len(self._buffer) < num_rows:
+            self._buffer = np.empty((num_rows, self._vocab_size), np.float32)
+        transpose_into(self._buffer[:num_rows], columns)
+        return self._buffer[:num_rows]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from guests.abi import NO_TENSOR, Opcode, ProgramKind
 from guests.program import Operation, Program
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan, TokenSpan, lay_out
+from worker.backends.host_sampling import sample_rows
 from worker.backends.kv_blocks import KvBlocks, Runs
 from worker.backends.numpy_encoder import ENCODER_FUNCTIONS
 from worker.backends.program_shapes import infer_shapes
@@ -28,6 +29,7 @@ from worker.backends.protocol import (
     SequenceInput,
     WeightTensor,
 )
+from worker.backends.sampling_rows import SampledToken, SamplingRow
 
 
 @dataclass(slots=True)
@@ -94,6 +96,7 @@ class NumpyModel:
             ProgramKind.DECODE: _bind_program(plan.decode, plan, weights),
         }
         self._blocks = KvBlocks(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
+        self._logits: FloatArray = np.empty((0, plan.vocab_size), np.float32)
         self._num_steps = 0
         self._num_tokens = 0
 
@@ -119,15 +122,21 @@ class NumpyModel:
     def restore_prefix(self, block_table: Sequence[int], keys_values: FloatArray) -> None:
         self._blocks.restore_prefix(block_table, keys_values)
 
-    def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
-        """See :class:`~worker.backends.protocol.BoundModel`; the result is a fresh array ``[R, V]``."""
+    def step(self, inputs: tuple[SequenceInput, ...]) -> None:
+        """See :class:`~worker.backends.protocol.BoundModel`."""
         kind = ProgramKind.DECODE if all(len(i.token_ids) == 1 for i in inputs) else ProgramKind.PREFILL
         step = self._gather(inputs, self._num_values[kind])
         for call in self._calls[kind]:
             call(step)
         self._num_steps += 1
         self._num_tokens += len(step.token_ids)
-        return step.values[-1]
+        self._logits = step.values[-1]
+
+    def logits(self) -> FloatArray:
+        return self._logits
+
+    def sample(self, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        return sample_rows(self._logits, rows)
 
     def statistics(self) -> Mapping[str, int]:
         return {

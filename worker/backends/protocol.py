@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guests.program import Program
+from worker.backends.sampling_rows import SampledToken, SamplingRow
 
 if TYPE_CHECKING:  # the encoder's protocol is made of the types here
     from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
@@ -104,13 +105,20 @@ class BoundModel(Protocol):
             BackendError: of another model's shape, or more tokens than the table has room for.
         """
 
-    def step(self, inputs: tuple[SequenceInput, ...]) -> FloatArray:
-        """Run one step: writes each sequence's keys and values to its blocks and returns logits ``[R, V]``
-        float32, ``num_logits`` rows for each input, in order. The array is valid until the next call.
+    def step(self, inputs: tuple[SequenceInput, ...]) -> None:
+        """Run one step: writes each sequence's keys and values to its blocks. Its logits, ``num_logits`` rows for each
+        input, in order, stay on the device until the next step.
 
         Raises:
             BackendError: no tokens, a table that does not cover them, or a sequence beyond the context.
         """
+
+    def logits(self) -> FloatArray:
+        """The logits of the latest step, ``[R, V]`` float32 on the host. The array is valid until the next step."""
+
+    def sample(self, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """One token for each of ``rows``, in order, from the logits of the latest step. A row's token depends on
+        its logits and its :class:`SamplingRow` alone, and several may name the same logits."""
 
     def statistics(self) -> Mapping[str, int]:
         """Counters, with units in their names."""

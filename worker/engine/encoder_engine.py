@@ -22,7 +22,7 @@ from scheduler.contract.states import Priority
 from scheduler.contract.telemetry import Mark
 from worker.backends.encoder_protocol import BoundEncoder
 from worker.backends.protocol import FloatArray
-from worker.engine.engine import EngineStatistics
+from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.failures import describe_error
 from worker.engine.mailbox import Mail, Mailbox
 from worker.engine.types import EncodedInput, EncodeRequest, EngineRequest, RequestStep

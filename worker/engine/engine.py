@@ -7,9 +7,11 @@ One thread owns everything here (``Engine.run``); others use :meth:`Engine.submi
 from          to             when
 ============= ============== ==============================================================
 (mailbox)     waiting        tokenised and checked; otherwise it ends with an error
+(mailbox)     compiling      it asks for an output grammar, which another thread compiles
+compiling     waiting        the grammar can be enforced; otherwise it ends with an error
 waiting       running        KV blocks and ``max_running`` have room, tenants in turn
 running       waiting        preempted: its KV blocks go to a request served before it
-waiting       (ended)        cancelled
+waiting       (ended)        cancelled, as while compiling
 running       (ended)        every choice finished, cancelled, or an error
 ============= ============== ==============================================================
 """
@@ -19,23 +21,26 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
 
 import structlog
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo
-from scheduler.contract.messages import TokenEvent
-from scheduler.contract.states import FinishReason
-from scheduler.contract.telemetry import Mark
-from worker.backends.protocol import KV_BLOCK_TOKENS, BoundModel, FloatArray, SequenceInput
-from worker.engine.batch import SequenceView, Share, decide_step
+from worker.backends.protocol import KV_BLOCK_TOKENS, BoundModel
+from worker.engine.batch import SequenceView, decide_step
+from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.failures import describe_error
 from worker.engine.fairness import ServiceOrder
-from worker.engine.intake import prepare_request
+from worker.engine.grammar import Grammars
+from worker.engine.intake import attach_grammar, prepare_request
 from worker.engine.kv_cache import KvCache
 from worker.engine.mailbox import Mail, Mailbox
 from worker.engine.prefill_budget import PrefillBudget
-from worker.engine.sequence import NO_TOKEN, Choice, RunningRequest, describe_logprob
+from worker.engine.sequence import Choice, RunningRequest
+from worker.engine.step_reports import StepReports
+from worker.engine.turns import Turn, draft_ahead, run_turns
 from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
 from worker.loaded_model import LoadedModel
 
@@ -46,28 +51,13 @@ class EngineIntegrityError(Exception):
     """The engine's books do not agree; the message says where."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """A consistent picture after a step. Safe to read from any thread."""
-
-    num_running: int = 0  # requests in the batch
-    num_waiting: int = 0  # requests accepted, without KV memory
-    kv_used_bytes: int = 0  # held by running sequences
-    tokens_generated: int = 0
-    num_steps: int = 0
-    num_preemptions: int = 0
-    kv_total_bytes: int = 0  # all blocks: the budget, rounded down to whole ones
-    kv_cached_bytes: int = 0  # kept for prompts to come, given up when running sequences need it
-    num_prompt_tokens: int = 0  # of admitted requests
-    num_cached_tokens: int = 0  # of these, taken over instead of computed
-
-
 class Engine:
     """Continuous batching over one bound model.
 
     ``max_running`` bounds the sequences (choices) of a batch, ``kv_budget_bytes`` their KV memory together with what is
-    kept of earlier ones for prompts to come (nothing without ``prefix_caching``). ``on_steps`` is called on the engine
-    thread after every step with what it did, and must not block; what it raises ends :meth:`run`.
+    kept of earlier ones for prompts to come (nothing without ``prefix_caching``). Up to ``max_draft_tokens`` tokens of
+    a sequence are guessed ahead (0: none), which changes no text. ``on_steps`` is called on the engine thread after
+    every step with what it did, and must not block; what it raises ends :meth:`run`.
     """
 
     def __init__(
@@ -79,6 +69,7 @@ class Engine:
         kv_budget_bytes: int,
         on_steps: Callable[[list[RequestStep]], None],
         prefix_caching: bool = True,
+        max_draft_tokens: int = 0,
     ) -> None:
         self._model = model
         self._bound = bound
@@ -87,15 +78,18 @@ class Engine:
         self._kv = KvCache(bound, kv_budget_bytes, model.prefixes, prefix_caching=prefix_caching)
         self._order = ServiceOrder()
         self._prefill = PrefillBudget()
+        self._max_draft_tokens = max_draft_tokens
+        self._grammars = Grammars(model.open_text, model.plan.vocab_size, model.eos_token_ids)
         self._mailbox = Mailbox()
+        self._compiling: list[tuple[RunningRequest, Future[Any]]] = []
         self._waiting: list[RunningRequest] = []  # in service order
         self._running: list[RunningRequest] = []  # in service order
-        self._steps: dict[str, RequestStep] = {}  # what this round did, by request
-        self._token_bytes: dict[int, bytes] = {}
+        self._reports = StepReports(model.text.token_bytes)
         self._num_arrivals = 0
-        self._tokens_generated = 0
         self._num_steps = 0
         self._num_preemptions = 0
+        self._num_drafted = 0
+        self._num_kept = 0
         self._statistics = EngineStatistics()
 
     # --- any thread ---
@@ -133,10 +127,12 @@ class Engine:
                     return
                 self.run_round(mail)
         finally:
-            for request in [*self._running, *self._waiting]:
+            for request in [*self._running, *self._waiting, *(request for request, _ in self._compiling)]:
                 self._release(request)
             self._running.clear()
             self._waiting.clear()
+            self._compiling.clear()
+            self._grammars.close()
 
     def run_round(self, mail: Mail) -> None:
         """One turn of the loop: take mail, admit, step, report. Public for tests that drive the engine by hand."""
@@ -144,12 +140,13 @@ class Engine:
             self._accept(engine_request)
         for request_id in mail.cancelled:
             self._cancel(request_id)
+        self._take_compiled()
         self._admit()
         self._grow()
         self._step()
         self._publish_statistics()
-        if self._steps:
-            steps, self._steps = list(self._steps.values()), {}
+        steps = self._reports.take()
+        if steps:
             self._on_steps(steps)
         if not self._running and not self._waiting:
             self.check_integrity()
@@ -183,23 +180,46 @@ class Engine:
         try:
             request = prepare_request(engine_request, self._num_arrivals, self._model, self._kv)
         except Exception as error:  # one request's failure must not reach the others
-            self._report_error(engine_request.request_id, describe_error(error))
+            self._reports.fail(engine_request.request_id, describe_error(error))
             return
+        grammar = request.request.sampling.grammar
+        if grammar is None:
+            self._enqueue(request)
+            return
+        compiled = self._grammars.compile(grammar)
+        self._compiling.append((request, compiled))
+        compiled.add_done_callback(lambda _: self._mailbox.wake())
+
+    def _take_compiled(self) -> None:
+        for entry in [entry for entry in self._compiling if entry[1].done()]:
+            request, compiled = entry
+            self._compiling.remove(entry)
+            try:
+                compiled.result()
+                attach_grammar(request, self._grammars)
+            except Exception as error:  # one request's failure must not reach the others
+                self._fail(request, describe_error(error))
+                continue
+            self._enqueue(request)
+
+    def _enqueue(self, request: RunningRequest) -> None:
         if request.unfinished and request.max_tokens > 0:
             self._order.join(request, [*self._waiting, *self._running])
             insort(self._waiting, request, key=lambda waiting: waiting.service_order)
             return
-        if request.max_tokens <= 0:
-            step = self._step_of(request)
-            step.events += [TokenEvent(choice.index, NO_TOKEN, "", FinishReason.LENGTH) for choice in request.choices]
         self._end(request)  # an earlier run emitted everything but its end
 
     def _cancel(self, request_id: str) -> None:
         if self._forget(request_id):
-            self._report_error(request_id, ErrorInfo(ErrorCode.CANCELLED, "the request was cancelled"))
+            self._reports.fail(request_id, ErrorInfo(ErrorCode.CANCELLED, "the request was cancelled"))
 
     def _forget(self, request_id: str) -> bool:
         """Drop a request wherever it is, without reporting; whether it was known."""
+        for entry in self._compiling:
+            if entry[0].request_id == request_id:
+                self._compiling.remove(entry)
+                self._release(entry[0])
+                return True
         for requests in (self._running, self._waiting):
             for request in requests:
                 if request.request_id == request_id:
@@ -281,34 +301,33 @@ class Engine:
         if len(views) - num_decodes > 1:
             views.sort(key=lambda view: self._order.rank(candidates[view.index][0]))
         shares = decide_step(views, prefill_tokens=self._prefill.choose_tokens(num_decodes))
+        turns = [Turn(*candidates[share.index], share) for share in shares]
+        if self._max_draft_tokens:
+            draft_ahead(turns, self._kv, self._max_draft_tokens)
         started_ns = time.monotonic_ns()
-        batch = [(*candidates[share.index], share) for share in shares]
         try:
-            logits = self._bound.step(tuple(_describe_input(choice, share) for _, choice, share in batch))
+            computed_mono_ns = run_turns(self._bound, self._grammars, turns)
         except Exception as error:  # the device failed: the batch ends, the engine stays
-            _log.error("step_failed", exc_info=error, num_sequences=len(batch))
+            _log.error("step_failed", exc_info=error, num_sequences=len(turns))
             info = ErrorInfo(ErrorCode.WORKER_FAILED, f"the worker failed in a step: {error}")
-            for request in {id(request): request for request, _, _ in batch}.values():
+            for request in {id(turn.request): turn.request for turn in turns}.values():
                 self._fail(request, info)
             return
         self._num_steps += 1
-        prefilled_mono_ns = time.monotonic_ns()
-        num_tokens = sum(share.num_tokens for share in shares)
-        self._prefill.observe(num_decodes, num_tokens - num_decodes, prefilled_mono_ns - started_ns)
-        rows = iter(logits)
-        for request, choice, share in batch:
-            row = next(rows) if share.wants_logits else None
-            if not choice.blocks:
+        if not any(turn.drafted for turn in turns):  # which would look like slow decodes
+            num_tokens = sum(share.num_tokens for share in shares)
+            self._prefill.observe(num_decodes, num_tokens - num_decodes, computed_mono_ns - started_ns)
+        for turn in turns:
+            if not turn.choice.blocks:
                 continue  # another choice of its request failed in this step
-            choice.num_computed += share.num_tokens
-            self._order.charge(request, share.num_tokens)
+            turn.choice.num_computed += turn.share.num_tokens
+            self._order.charge(turn.request, turn.share.num_tokens)
             try:
-                self._kv.remember(request, choice)
-                self._hand_on_prefix(request, choice)
-                if row is not None:
-                    self._sample(request, choice, row, prefilled_mono_ns)
+                self._kv.remember(turn.request, turn.choice)
+                self._hand_on_prefix(turn.request, turn.choice)
+                self._take_sampled(turn, computed_mono_ns)
             except Exception as error:  # one request's failure must not reach the others
-                self._fail(request, describe_error(error))
+                self._fail(turn.request, describe_error(error))
 
     def _hand_on_prefix(self, request: RunningRequest, leader: Choice) -> None:
         """Give choices that wait for it the prompt's keys and values.
@@ -322,74 +341,52 @@ class Engine:
         if followers:
             self._kv.hand_on(request, leader, followers)
 
-    def _sample(self, request: RunningRequest, choice: Choice, logits: FloatArray, prefilled_mono_ns: int) -> None:
-        num_top = request.request.sampling.num_top_logprobs
-        token_id = choice.sampler.choose(logits)
-        logprob = None
-        if num_top is not None:
-            logprob = describe_logprob(logits, token_id, num_top, self._token_bytes_of)
-        event = choice.push(token_id, logprob)
-        step = self._step_of(request)
-        step.events.append(event)
-        step.sampled_mono_ns = time.monotonic_ns()
-        self._tokens_generated += 1
-        if request.marks:
-            step.marks = {
-                **request.marks,
-                Mark.PREFILLED: prefilled_mono_ns,
-                Mark.SAMPLED: step.sampled_mono_ns,
-            }
-            request.marks = {}
+    def _take_sampled(self, turn: Turn, computed_mono_ns: int) -> None:
+        """Append what was sampled: the token behind the last one, and further ones while the guesses were right."""
+        if turn.error is not None:
+            raise turn.error
+        choice, num_kept = turn.choice, 0
+        for index, sampled in enumerate(turn.sampled):
+            self._reports.push(turn.request, choice, sampled, computed_mono_ns)
+            if choice.is_finished or index == len(turn.drafted) or sampled.token_id != turn.drafted[index]:
+                break
+            num_kept += 1
+        if turn.drafted and choice.drafter is not None:
+            choice.num_computed += num_kept
+            choice.drafter.observe(len(turn.drafted), num_kept)
+            self._order.charge(turn.request, num_kept)
+            self._num_drafted += len(turn.drafted)
+            self._num_kept += num_kept
         if choice.is_finished:
             self._kv.close(choice)
-            if not request.unfinished:
-                self._running.remove(request)
-                self._end(request)
-
-    def _token_bytes_of(self, token_id: int) -> bytes:
-        found = self._token_bytes.get(token_id)
-        if found is None:
-            found = self._token_bytes[token_id] = self._model.text.token_bytes(token_id)
-        return found
+            if not turn.request.unfinished:
+                self._running.remove(turn.request)
+                self._end(turn.request)
 
     # --- reporting ---
 
-    def _step_of(self, request: RunningRequest) -> RequestStep:
-        return self._steps.setdefault(request.request_id, RequestStep(request.request_id))
-
     def _end(self, request: RunningRequest) -> None:
-        step = self._step_of(request)
-        step.finished = True
-        step.usage = request.usage
+        self._reports.end(request)
         self._release(request)
 
     def _fail(self, request: RunningRequest, error: ErrorInfo) -> None:
         if request in self._running:
             self._running.remove(request)
         self._release(request)
-        self._report_error(request.request_id, error)
-
-    def _report_error(self, request_id: str, error: ErrorInfo) -> None:
-        step = self._steps.setdefault(request_id, RequestStep(request_id))
-        step.finished = True
-        step.error = error
+        self._reports.fail(request.request_id, error)
 
     def _publish_statistics(self) -> None:
         self._statistics = EngineStatistics(
             len(self._running),
-            len(self._waiting),
+            len(self._waiting) + len(self._compiling),
             self._kv.used_bytes,
-            self._tokens_generated,
+            self._reports.tokens_generated,
             self._num_steps,
             self._num_preemptions,
             self._kv.pool.num_blocks * self._kv.block_bytes,
             self._kv.cached_bytes,
             self._kv.num_prompt_tokens,
             self._kv.num_cached_tokens,
+            self._num_drafted,
+            self._num_kept,
         )
-
-
-def _describe_input(choice: Choice, share: Share) -> SequenceInput:
-    start = choice.num_computed
-    token_ids = tuple(choice.token_ids[start : start + share.num_tokens])
-    return SequenceInput(choice.block_table, start, token_ids, 1 if share.wants_logits else 0)

@@ -7,6 +7,7 @@ from functools import partial
 
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.telemetry import Mark
+from worker.engine.grammar import Grammars
 from worker.engine.kv_cache import KvCache, count_request_blocks
 from worker.engine.sampling import Sampler
 from worker.engine.sequence import Choice, RunningRequest
@@ -18,7 +19,8 @@ from worker.loaded_model import LoadedModel
 def prepare_request(
     request: EngineRequest | EncodeRequest, arrival: int, model: LoadedModel, kv: KvCache
 ) -> RunningRequest:
-    """Tokenise ``request`` and build its choices, with earlier tokens replayed.
+    """Tokenise ``request`` and build its choices, with earlier tokens replayed; where it asks for a grammar, those wait
+    for :func:`attach_grammar`.
 
     Raises:
         GlowplugError: the prompt, or a token id in the request, does not fit the model.
@@ -38,11 +40,34 @@ def prepare_request(
     try:
         for index in range(request.num_choices):
             choices.append(_open_choice(running, index, model))
-            choices[-1].replay(request.emitted[index] if index < len(request.emitted) else ())
+        if request.sampling.grammar is None:
+            _replay(running)
     except Exception:  # whatever went wrong: choices opened so far hold guest state
         running.close()
         raise
     return running
+
+
+def attach_grammar(running: RunningRequest, grammars: Grammars) -> None:
+    """Give every choice a matcher of the request's grammar, then replay earlier tokens, which advances it.
+
+    Requires: the grammar is compiled.
+
+    Raises:
+        GlowplugError: the earlier tokens are not of this grammar.
+        GuestError: the guest failed on the earlier tokens.
+    """
+    grammar = running.request.sampling.grammar
+    if grammar is None:
+        raise ValueError(f"request {running.request_id} has no grammar")
+    for choice in running.choices:
+        choice.matcher = grammars.open_matcher(grammar)
+    _replay(running)
+
+
+def _replay(running: RunningRequest) -> None:
+    for choice, emitted in zip(running.choices, running.request.emitted, strict=False):
+        choice.replay(emitted)
 
 
 def tokenize_prompt(request: EngineRequest, text: TextModel) -> tuple[int, ...]:

@@ -89,9 +89,11 @@ class KvCache:
         self.num_prompt_tokens += len(request.prompt)
         self.num_cached_tokens += min(leader.num_computed, len(request.prompt))
 
-    def try_grow(self, choice: Choice) -> bool:
-        """Have blocks for all tokens of a choice; False, and no change, where there are none."""
-        missing = count_blocks(len(choice.token_ids)) - len(choice.blocks)
+    def try_grow(self, choice: Choice, *, num_ahead: int = 0) -> bool:
+        """Have blocks for all tokens of a choice and ``num_ahead`` more; False, and no change, where there are none."""
+        missing = count_blocks(len(choice.token_ids) + num_ahead) - len(choice.blocks)
+        if missing <= 0:
+            return True
         blocks = self.pool.allocate(missing, after=choice.blocks[-1])
         if blocks is None:
             return False

@@ -27,6 +27,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._mail = Mail()
+        self._is_woken = False
 
     def submit(self, request: EngineRequest | EncodeRequest) -> None:
         with self._condition:
@@ -43,6 +44,12 @@ class Mailbox:
             self._mail.stop = True
             self._condition.notify()
 
+    def wake(self) -> None:
+        """Make :meth:`wait_collect` return, with nothing if there is nothing."""
+        with self._condition:
+            self._is_woken = True
+            self._condition.notify()
+
     @property
     def num_requests(self) -> int:
         """Requests not yet collected. Advisory."""
@@ -55,8 +62,9 @@ class Mailbox:
             return mail
 
     def wait_collect(self) -> Mail:
-        """Sleep until there is something, then take it."""
+        """Sleep until there is something or :meth:`wake` was called, then take what is there."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._mail.is_empty)
+            self._condition.wait_for(lambda: self._is_woken or not self._mail.is_empty)
+            self._is_woken = False
             mail, self._mail = self._mail, Mail()
             return mail

@@ -23,9 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.contract.messages import SamplingParams
-from worker.backends.host_sampling import compute_logprobs as compute_logprobs
-from worker.backends.host_sampling import sample_rows
-from worker.backends.sampling_rows import NO_CHOICE, NO_IDS, NO_VALUES, SamplingRow
+from worker.backends.sampling_rows import NO_IDS, NO_VALUES, SamplingRow
 
 _UINT64_MASK: Final = (1 << 64) - 1
 _UNIT_53_BITS: Final = 2.0**-53
@@ -121,17 +119,6 @@ class Sampler:
             allowed,
             params.num_top_logprobs,
         )
-
-    def choose(self, logits: npt.NDArray[np.float32]) -> int:
-        """The next token id, from ``logits`` ``[V]`` (not changed). Does not advance: see :meth:`accept`.
-
-        Raises:
-            SamplingError: the logits are not numbers, or every token is suppressed.
-        """
-        token_id = sample_rows(logits[np.newaxis], [self.make_row(0)])[0].token_id
-        if token_id == NO_CHOICE:
-            raise SamplingError("no token can be chosen: the logits are not numbers, or every token is excluded")
-        return token_id
 
     def accept(self, token_id: int) -> None:
         """Count ``token_id`` as generated: sampled now, or replayed from an earlier run."""

@@ -12,8 +12,10 @@ from guests.abi import SequenceEnd
 from guests.errors import GuestError, GuestTrap
 from scheduler.contract.messages import TokenEvent, TokenLogprob, TopLogprob, Usage
 from scheduler.contract.states import FinishReason, Priority
-from worker.backends.protocol import FloatArray
-from worker.engine.sampling import Sampler, compute_logprobs
+from worker.backends.sampling_rows import Logprobs
+from worker.engine.grammar import GrammarMatcher
+from worker.engine.sampling import Sampler
+from worker.engine.speculation import PromptLookup
 from worker.engine.text import PushResult, TextSequence
 from worker.engine.types import EngineRequest
 
@@ -41,6 +43,8 @@ class Choice:
         self.index = index
         self.token_ids = list(prompt)
         self.sampler = sampler
+        self.matcher: GrammarMatcher | None = None  # of the request's grammar, advanced with every token
+        self.drafter: PromptLookup | None = None  # guesses tokens ahead, where that is asked for
         self.blocks: list[int] = []
         self.block_table: tuple[int, ...] = ()  # blocks, a new object whenever they change
         self.keys: list[bytes] = []  # of the full blocks of token_ids, as far as they were asked for
@@ -60,6 +64,11 @@ class Choice:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self._num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self._max_tokens - self.num_generated
 
     @property
     def is_finished(self) -> bool:
@@ -94,10 +103,20 @@ class Choice:
         if pushed.end is SequenceEnd.STOP_TOKEN:
             self.finish_reason = FinishReason.STOP
             return pushed.text + self._text.flush()
+        if self._is_complete(token_id):
+            self.finish_reason = FinishReason.STOP
+            return pushed.text + self._text.flush()
         if self.num_generated >= self._max_tokens:
             self.finish_reason = FinishReason.LENGTH
             return pushed.text + self._text.flush()
         return pushed.text
+
+    def _is_complete(self, token_id: int) -> bool:
+        """Advance in the grammar, if there is one; whether nothing can follow."""
+        if self.matcher is None:
+            return False
+        self.matcher.accept(token_id)
+        return self.matcher.is_complete
 
     def _push_text(self, token_id: int) -> PushResult:
         """Push to the detokeniser, rebuilding it once if its guest instance is gone.
@@ -149,10 +168,7 @@ class RunningRequest:
             choice.close()
 
 
-def describe_logprob(
-    logits: FloatArray, token_id: int, num_top: int, token_bytes: Callable[[int], bytes]
-) -> TokenLogprob:
-    """The log-probability entry of ``token_id`` under ``logits`` ``[V]``, before any sampling parameter."""
-    found = compute_logprobs(logits, token_id, num_top)
-    top = tuple(TopLogprob(token, token_bytes(token), logprob) for token, logprob in found.top)
-    return TokenLogprob(token_id, token_bytes(token_id), found.chosen, top)
+def describe_logprob(logprobs: Logprobs, token_id: int, token_bytes: Callable[[int], bytes]) -> TokenLogprob:
+    """The log-probability entry of the sampled ``token_id``."""
+    top = tuple(TopLogprob(token, token_bytes(token), logprob) for token, logprob in logprobs.top)
+    return TokenLogprob(token_id, token_bytes(token_id), logprobs.chosen, top)

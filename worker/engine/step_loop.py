@@ -8,7 +8,8 @@ from typing import Protocol, cast
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
 from worker.backends.protocol import Backend, BoundModel, ModelPlan
 from worker.engine.encoder_engine import EncoderEngine
-from worker.engine.engine import Engine, EngineStatistics
+from worker.engine.engine import Engine
+from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
 from worker.loaded_model import LoadedEncoder, LoadedModel
 
