@@ -44,7 +44,9 @@ class SpelledText(FakeText):
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         return [ord(character) - 32 for character in text]
 
-    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> FakeTextSequence:
+    def open_sequence(
+        self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False, keep_leading_space: bool = False
+    ) -> FakeTextSequence:
         self.num_open += 1
         return SpelledSequence(self, stop, ignore_stop_tokens, self.generation)
 

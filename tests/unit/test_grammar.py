@@ -50,7 +50,9 @@ class WordText:
             raise GuestTrap("unreachable executed")
         return list(text.encode())
 
-    def open_sequence(self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False) -> Any:
+    def open_sequence(
+        self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False, keep_leading_space: bool = False
+    ) -> Any:
         raise NotImplementedError("a grammar opens no sequence")
 
 
