@@ -25,7 +25,7 @@ from scheduler.api_keys import (
     load_keys,
 )
 from scheduler.contract.environment import SettingsError
-from scheduler.gateway.access import OPEN_PATHS, check_may_start, scope_of
+from scheduler.gateway.access import OPEN_PATHS, OPEN_PREFIX, check_may_start, scope_of
 from tests.eventually import eventually
 from tests.gateway_fixtures import MODEL, GatewayHarness, chat_body, make_card, run_gateway
 
@@ -64,7 +64,7 @@ async def status_of(gateway: GatewayHarness, method: str, path: str, **options: 
 
 
 async def test_threat_no_key(gateway: GatewayHarness) -> None:
-    """Every route but the probes answers 401 in OpenAI's shape without a key, before its body is read."""
+    """Every route but the probes and the empty page answers 401 in OpenAI's shape without a key, before its body is read."""
     routes = {
         (route.method, route.resource.canonical)
         for route in gateway.server._runner.app.router.routes()
@@ -72,7 +72,7 @@ async def test_threat_no_key(gateway: GatewayHarness) -> None:
     }
     assert len(routes) >= 11
     for method, path in routes:
-        wanted = {200} if path in OPEN_PATHS else {401}
+        wanted = {200} if path in OPEN_PATHS else {200, 404} if path.startswith(OPEN_PREFIX) else {401}
         assert await status_of(gateway, method, re.sub(r"\{.*?\}", "x", path)) in wanted, (method, path)
     async with gateway.client.post(gateway.url + CHAT, json=chat_body()) as response:
         assert response.headers["WWW-Authenticate"].startswith("Bearer")
