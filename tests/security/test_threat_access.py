@@ -64,7 +64,7 @@ async def status_of(gateway: GatewayHarness, method: str, path: str, **options: 
 
 
 async def test_threat_no_key(gateway: GatewayHarness) -> None:
-    """Every route but the probes and the empty page answers 401 in OpenAI's shape without a key, before its body is read."""
+    """Every route but the probes and the empty page answers 401 in OpenAI's shape without a key."""
     routes = {
         (route.method, route.resource.canonical)
         for route in gateway.server._runner.app.router.routes()
