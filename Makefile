@@ -19,12 +19,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_QUIET) -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-check: setup  ## format, lint, types, import contracts, rebuilt guests equal the shipped ones
+check: setup  ## format, lint, types, import contracts, rebuilt guests equal the shipped ones, kernels are of their sources
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m guests.build --check
+	$(BIN)/python -m worker.backends.kernels.build --check
 
 model: setup  ## fetch the real model that tests and demo use (once)
 	$(BIN)/python tests/fetch_test_model.py

@@ -26,6 +26,7 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "keys": ("worker.build.keys_command", "keys", "Manage keys: of snapshots, and of the API."),
     "resign": ("worker.build.keys_command", "resign", "Sign snapshots with the newest key."),
     "guests": ("guests.command", "guests", "Compile, inspect and run guests (WebAssembly)."),
+    "kernels": ("worker.backends.kernels.command", "kernels", "Build and check the CUDA kernels."),
     "serve": ("scheduler.serve_command", "serve", "Start everything on this machine and serve."),
     "gateway": ("scheduler.serve_command", "gateway", "Start the HTTP gateway alone."),
     "scheduler": ("scheduler.serve_command", "scheduler", "Start the scheduler alone."),
