@@ -17,6 +17,7 @@ from scheduler.contract import keys as redis_keys
 from scheduler.contract.environment import read_process_settings
 
 DAY_S: Final = 86_400
+LIST_COLUMNS: Final = 132  # a key cut off at a pipe's 80 columns would be of no use
 READ_LIMIT_S: Final = 1.0
 CLI_ACTOR: Final = "command-line"
 
@@ -91,7 +92,7 @@ def list_keys(state_dir: Path, as_json: bool) -> None:
 
     table = Table(box=None, pad_edge=False)
     for column in ("KEY", "STATE", "TENANT", "SCOPES", "MODELS", "CREATED", "LAST USED", "EXPIRES", "NOTE"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for row in rows:
         times = (_show_time(row[name]) for name in ("created_at_s", "last_used_at_s", "expires_at_s"))
         table.add_row(
@@ -103,7 +104,8 @@ def list_keys(state_dir: Path, as_json: bool) -> None:
             *times,
             row["note"],
         )
-    Console().print(table)
+    console = Console()
+    Console(width=max(console.width, LIST_COLUMNS)).print(table)
 
 
 @api.command("revoke", short_help="Refuse a key from now on.")

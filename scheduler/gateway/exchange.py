@@ -196,7 +196,9 @@ class Exchange:
                 if request.generation > MAX_GENERATIONS:
                     found = job_queue.GIVEN_UP
                 else:
-                    found = await self._gateway.dispatcher.recover(request, record=self._build_record(part))
+                    found = await self._gateway.dispatcher.recover(
+                        request, weight=self._weight, record=self._build_record(part)
+                    )
             except (RedisError, OSError) as error:
                 self._log.warning("recovery_delayed", request_id=request.request_id, error=str(error))
                 await asyncio.sleep(RECOVERY_RETRY_S)

@@ -166,6 +166,7 @@ def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
     return cert_path, key_path
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1")  # what is tested is that it is refused
 async def test_threat_eavesdropping(redis_url: str, tmp_path: Path) -> None:
     """With a certificate: TLS 1.2 and newer only, HSTS, streams too; plain HTTP gets nothing; reloaded at run time."""
     certificate, key = make_certificate(tmp_path, "first")
