@@ -14,6 +14,7 @@ from scheduler.contract import environment
 from scheduler.contract.environment import ProcessSettings, SettingsError, read_positive_float
 from snapshots.keyring import KeyRing
 from snapshots.rollback import RECORD_NAME
+from worker.backends.cores import count_usable_cores
 
 BACKEND: Final = "GLOWPLUG_BACKEND"
 THREADS: Final = "GLOWPLUG_THREADS"
@@ -61,7 +62,7 @@ def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.env
     verification = env.get(VERIFY) or VERIFICATION_POLICIES[0]
     if verification not in VERIFICATION_POLICIES:
         raise SettingsError(f'{VERIFY}="{verification}": expected one of {", ".join(VERIFICATION_POLICIES)}')
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = count_usable_cores()
     return AgentSettings(
         process=environment.read_process_settings(env),
         backend=backend,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import ml_dtypes
 import numpy as np
 
 from guests.abi import Opcode, ProgramKind
+from worker.backends.cores import count_usable_cores
 from worker.backends.cpu_attention import AttentionScratch, SequenceShare, skip_tokens
 from worker.backends.cpu_buffers import transpose_into
 from worker.backends.cpu_linear import LinearWeight, bind_weight
@@ -21,17 +22,16 @@ from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, Sequence
 from worker.backends.sampling_rows import SampledToken, SamplingRow
 from worker.backends.thread_governor import ThreadGovernor
 
-
-def count_usable_cores() -> int:
-    """Cores that this process may run on (affinity; a container's cpuset shows here)."""
-    return max(1, len(os.sched_getaffinity(0)))
+#: Products of fewer rows than this run on the caller's thread alone, and would start no pool.
+_WARM_ROWS_PER_THREAD: Final = 128
 
 
 class NumKongBackend:
     """CPU backend.
 
-    ``num_threads`` 0 means one for each usable core. NumPy's BLAS must have one thread beside NumKong's pool
-    (``OPENBLAS_NUM_THREADS=1`` before NumPy is imported): its second one spins after every call and starves the pool.
+    ``num_threads`` 0 means one for each usable core (affinity and cgroup quota). NumPy's BLAS must have one thread
+    beside NumKong's pool (``OPENBLAS_NUM_THREADS=1`` before NumPy is imported): its second one spins after every call
+    and starves the pool.
     """
 
     name = "numkong"
@@ -42,12 +42,13 @@ class NumKongBackend:
 
     def warm(self) -> None:
         """Start the thread pool and touch both kernels with a tiny product."""
+        num_rows = _WARM_ROWS_PER_THREAD * self._num_threads
         for dtype in (ml_dtypes.bfloat16, np.int8):
-            weight = WeightTensor("warm", np.ones((64, 64), dtype), np.ones(64, np.float32))
+            weight = WeightTensor("warm", np.ones((num_rows, 64), dtype), np.ones(num_rows, np.float32))
             product = bind_weight(weight, ThreadGovernor(self._num_threads))
             staging = product.make_staging((64, 1))
             staging.bind_stage(np.ones((64, 1), np.float32))()
-            product.bind(staging, np.empty((64, 1), np.float32))()
+            product.bind(staging, np.empty((num_rows, 1), np.float32))()
 
     def bind(self, plan: ModelPlan) -> BoundModel:
         """Bind both programs; weights stay where they lie.
