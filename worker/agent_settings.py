@@ -21,12 +21,14 @@ THREADS: Final = "GLOWPLUG_THREADS"
 SEALED_LIMIT_BYTES: Final = "GLOWPLUG_SEALED_LIMIT_BYTES"
 DRAIN_GRACE_S: Final = "GLOWPLUG_DRAIN_GRACE_S"
 VERIFY: Final = "GLOWPLUG_VERIFY"
+DRAFT_TOKENS: Final = "GLOWPLUG_DRAFT_TOKENS"
 DEV: Final = "GLOWPLUG_DEV"
 
 BACKENDS: Final = ("numkong", "numpy")
 #: ``once``: bytes are verified as they enter sealed memory, where they cannot change. ``always``: before each wake too.
 VERIFICATION_POLICIES: Final = ("once", "always")
 DEFAULT_DRAIN_GRACE_S: Final = 10.0
+MAX_DRAFT_TOKENS: Final = 32
 SEALED_MEMORY_FRACTION: Final = 0.8
 
 
@@ -39,6 +41,7 @@ class AgentSettings(msgspec.Struct, frozen=True):
     sealed_limit_bytes: int
     drain_grace_s: float
     verification: str = VERIFICATION_POLICIES[0]
+    draft_tokens: int = 0  # guessed ahead in each sequence; 0: none
 
     @property
     def store_root(self) -> Path:
@@ -72,7 +75,15 @@ def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.env
         ),
         drain_grace_s=read_positive_float(DRAIN_GRACE_S, DEFAULT_DRAIN_GRACE_S, env),
         verification=verification,
+        draft_tokens=_read_draft_tokens(env),
     )
+
+
+def _read_draft_tokens(env: Mapping[str, str]) -> int:
+    text = env.get(DRAFT_TOKENS) or "0"
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and int(text) <= MAX_DRAFT_TOKENS):
+        raise SettingsError(f'{DRAFT_TOKENS}="{text}": expected a whole number from 0 (off) to {MAX_DRAFT_TOKENS}')
+    return int(text)
 
 
 def newest_record(state_dir: Path) -> Path:

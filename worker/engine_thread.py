@@ -122,6 +122,7 @@ class EngineThread:
             bound,
             max_running=order.max_running,
             kv_budget_bytes=order.kv_budget_bytes,
+            max_draft_tokens=order.draft_tokens,
             on_steps=self._on_steps,
         )
         self.marks[Mark.RESTORED] = time.monotonic_ns()

@@ -53,6 +53,7 @@ class SpawnOrder(msgspec.Struct, frozen=True):
     drain_grace_s: float
     cold_tier: Tier
     marks: dict[str, int] = {}
+    draft_tokens: int = 0  # guessed ahead in each sequence; 0: none
 
 
 class SpawnedFds:

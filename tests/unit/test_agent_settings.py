@@ -69,3 +69,12 @@ def test_verification_policy_is_once_unless_said(tmp_path: Path) -> None:
     assert read_agent_settings(1000, {"GLOWPLUG_VERIFY": "always"}).verification == "always"
     with pytest.raises(SettingsError, match='GLOWPLUG_VERIFY="never": expected one of once, always'):
         read_agent_settings(1000, {"GLOWPLUG_VERIFY": "never"})
+
+
+def test_drafts_are_off_unless_asked_for() -> None:
+    """Tokens are guessed ahead where the operator says how many; nonsense is refused by name."""
+    assert read_agent_settings(1000, {}).draft_tokens == 0
+    assert read_agent_settings(1000, {"GLOWPLUG_DRAFT_TOKENS": "8"}).draft_tokens == 8
+    for wrong in ("-1", "33", "many", "1.5"):
+        with pytest.raises(SettingsError, match=r"GLOWPLUG_DRAFT_TOKENS=.*from 0"):
+            read_agent_settings(1000, {"GLOWPLUG_DRAFT_TOKENS": wrong})

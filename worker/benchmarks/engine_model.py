@@ -113,6 +113,7 @@ class EngineDriver:
         kv_budget_bytes: int,
         max_running: int = 16,
         prefix_caching: bool = True,
+        max_draft_tokens: int = 0,
     ) -> None:
         made = make_backend(backend, num_threads)
         made.warm()
@@ -125,6 +126,7 @@ class EngineDriver:
             kv_budget_bytes=kv_budget_bytes,
             on_steps=self._on_steps,
             prefix_caching=prefix_caching,
+            max_draft_tokens=max_draft_tokens,
         )
         self._mail = Mail()
 

@@ -44,9 +44,17 @@ def make_step_loop(
     max_running: int,
     kv_budget_bytes: int,
     on_steps: Callable[[list[RequestStep]], None],
+    max_draft_tokens: int = 0,
 ) -> StepLoop:
-    """The engine of ``model``. Requires: ``bound`` is its plan, bound by :func:`bind_plan`."""
+    """The engine of ``model``; encoders have no drafts. Requires: ``bound`` is its plan, bound by :func:`bind_plan`."""
     if isinstance(model, LoadedEncoder):
         return EncoderEngine(model, cast(BoundEncoder, bound), on_steps=on_steps)
     bound_model = cast(BoundModel, bound)
-    return Engine(model, bound_model, max_running=max_running, kv_budget_bytes=kv_budget_bytes, on_steps=on_steps)
+    return Engine(
+        model,
+        bound_model,
+        max_running=max_running,
+        kv_budget_bytes=kv_budget_bytes,
+        on_steps=on_steps,
+        max_draft_tokens=max_draft_tokens,
+    )
