@@ -8,6 +8,7 @@ by run. Nothing is gathered.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +23,8 @@ Call = Callable[[], None]
 _QUERY_ROWS: Final = 64
 #: Scores held at once; long contexts take fewer query rows a block.
 _MAX_SCORES: Final = 4 * 1024 * 1024
+#: From as many scores on, prompts are attended to by all threads.
+_SCORES_FOR_THREADS: Final = 1024 * 1024
 #: Beyond as many keys BLAS is faster at keys times queries than at queries times keys (3 to 4 times at 500 keys,
 #: measured), also with the transposing copy that the softmax then needs.
 _MANY_KEYS: Final = 256
@@ -54,9 +57,15 @@ class AttentionShape:
 
 
 class AttentionScratch:
-    """Buffers that all attention operations of a model share; grown on demand."""
+    """Buffers that all attention operations of a model share; grown on demand.
 
-    def __init__(self) -> None:
+    Long prompts are attended to by ``num_threads`` threads, each with buffers of its own, as BLAS has one (NumPy lets
+    go of the interpreter's lock in its loops). The threads start with the first long prompt, never before a fork.
+    """
+
+    def __init__(self, num_threads: int = 1) -> None:
+        self._others = [AttentionScratch() for _ in range(num_threads - 1)]
+        self._executor: ThreadPoolExecutor | None = None
         self._flat: FloatArray = np.empty(0, np.float32)
         self._flat_by_key: FloatArray = np.empty(0, np.float32)
         # Key j is later than query i where j > i: below the diagonal of [keys, queries].
@@ -69,6 +78,33 @@ class AttentionScratch:
         if num_elements > len(self._flat):
             self._flat = np.empty(1 << (num_elements - 1).bit_length(), np.float32)
         return self._flat[:num_elements].reshape(num_heads, num_rows, num_keys)
+
+    def run_parts(self, attend: Callable[[slice, AttentionScratch], None], parts: list[slice]) -> None:
+        """Call ``attend`` with each part and buffers of its own, on all threads."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(len(self._others), thread_name_prefix="attention")
+
+        def attend_every(first: int, scratch: AttentionScratch) -> None:
+            for part in parts[first :: len(self._others) + 1]:
+                attend(part, scratch)
+
+        futures = [self._executor.submit(attend_every, i + 1, other) for i, other in enumerate(self._others)]
+        try:
+            attend_every(0, self)
+        finally:
+            wait(futures)  # nobody writes to the buffers after an error here
+        for future in futures:
+            future.result()
+
+    @property
+    def num_threads(self) -> int:
+        return 1 + len(self._others)
+
+    def close(self) -> None:
+        """End the threads. Idempotent."""
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = None
 
     def by_key(self, num_heads: int, num_keys: int, group: int) -> FloatArray:
         """An uninitialised array of that shape; the previous one is overwritten."""
@@ -287,27 +323,51 @@ def _attend_many(
     """
     total = share.start + share.num_tokens
     block_rows = max(1, min(_QUERY_ROWS, _MAX_SCORES // (shape.num_heads * total)))
-    num_kv_heads, group, head_dim = queries.shape[:3]
-    for first in range(0, share.num_tokens, block_rows):
-        last = min(first + block_rows, share.num_tokens)
-        num_rows = last - first
-        position, end = share.start + first, share.start + last
-        begin = max(0, position + 1 - shape.window_tokens) if shape.window_tokens else 0
-        num_keys = end - begin
-        runs = _cut_runs(share.runs, begin, end)
-        grouped: FloatArray = queries[..., first:last].swapaxes(1, 2).reshape(num_kv_heads, head_dim, group * num_rows)
-        scores = scratch.scores(num_kv_heads, num_keys, group * num_rows)
-        _multiply_keys(planes[:num_kv_heads], grouped, runs, scores)
-        by_query = scores.reshape(num_kv_heads, num_keys, group, num_rows)
-        by_query[:, num_keys - num_rows :] += scratch.below_diagonal[:num_rows, None, :num_rows]
-        if shape.window_tokens:
-            by_query += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)[:, None]
-        np.subtract(scores, np.maximum.reduce(scores, 1, keepdims=True), scores)
-        np.exp(scores, scores)
-        sums = np.matmul(np.ones((1, num_keys), np.float32), scores)  # [Hkv, 1, G * queries]
-        weighted = _sum_values(planes[num_kv_heads:], scores, runs)
-        np.divide(weighted, sums, weighted)
-        out[..., first:last] = weighted.reshape(num_kv_heads, head_dim, group, num_rows).swapaxes(1, 2)
+    uses_threads = scratch.num_threads > 1 and shape.num_heads * total * share.num_tokens >= _SCORES_FOR_THREADS
+    if uses_threads:
+        block_rows = min(block_rows, -(-share.num_tokens // scratch.num_threads))
+    starts = range(0, share.num_tokens, block_rows)
+    blocks = [slice(first, min(first + block_rows, share.num_tokens)) for first in starts]
+
+    def attend(block: slice, own: AttentionScratch) -> None:
+        _attend_block(queries[..., block], out[..., block], planes, share, block.start, shape, own)
+
+    if uses_threads:
+        scratch.run_parts(attend, blocks)
+    else:
+        for block in blocks:
+            attend(block, scratch)
+
+
+def _attend_block(
+    queries: FloatArray,
+    out: FloatArray,
+    planes: FloatArray,
+    share: SequenceShare,
+    first: int,
+    shape: AttentionShape,
+    scratch: AttentionScratch,
+) -> None:
+    """The queries of a share from its token ``first`` on; arrays as in :func:`_attend_many`."""
+    num_kv_heads, group, head_dim, num_rows = queries.shape
+    position = share.start + first
+    end = position + num_rows
+    begin = max(0, position + 1 - shape.window_tokens) if shape.window_tokens else 0
+    num_keys = end - begin
+    runs = _cut_runs(share.runs, begin, end)
+    grouped: FloatArray = queries.swapaxes(1, 2).reshape(num_kv_heads, head_dim, group * num_rows)
+    scores = scratch.scores(num_kv_heads, num_keys, group * num_rows)
+    _multiply_keys(planes[:num_kv_heads], grouped, runs, scores)
+    by_query = scores.reshape(num_kv_heads, num_keys, group, num_rows)
+    by_query[:, num_keys - num_rows :] += scratch.below_diagonal[:num_rows, None, :num_rows]
+    if shape.window_tokens:
+        by_query += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)[:, None]
+    np.subtract(scores, np.maximum.reduce(scores, 1, keepdims=True), scores)
+    np.exp(scores, scores)
+    sums = np.matmul(np.ones((1, num_keys), np.float32), scores)  # [Hkv, 1, G * queries]
+    weighted = _sum_values(planes[num_kv_heads:], scores, runs)
+    np.divide(weighted, sums, weighted)
+    out[...] = weighted.reshape(num_kv_heads, head_dim, group, num_rows).swapaxes(1, 2)
 
 
 def _multiply_keys(keys: FloatArray, queries: FloatArray, runs: Runs, scores: FloatArray) -> None:

@@ -73,7 +73,8 @@ class NumKongModel:
     def __init__(self, plan: ModelPlan, num_threads: int) -> None:
         self._shares: list[SequenceShare] = []
         self._blocks = KvBlocks(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
-        tokens = StepTokens(self._shares, AttentionScratch(), memory=self._blocks)
+        self._attention = AttentionScratch(num_threads)
+        tokens = StepTokens(self._shares, self._attention, memory=self._blocks)
         self._governor = ThreadGovernor(num_threads)
         weights: dict[int, LinearWeight] = {}
         for program in (plan.prefill, plan.decode):
@@ -155,6 +156,7 @@ class NumKongModel:
     def close(self) -> None:
         self._programs.clear()  # with them every reference to a weight
         self._shares.clear()
+        self._attention.close()
         self._blocks.close()
 
     def _arrange(self, columns: FloatArray | None) -> FloatArray:
