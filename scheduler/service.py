@@ -288,7 +288,7 @@ class Scheduler:
             workers=tuple(reports),
             swept=self._sweeper.counts,
         )
-        await self._redis.set(keys.STATUS, codec.encode(status), ex=keys.NODE_TTL_S)
+        await self._redis.set(keys.STATUS, codec.encode(status), ex=keys.STATUS_TTL_S)
 
 
 async def run_scheduler(settings: ProcessSettings) -> None:

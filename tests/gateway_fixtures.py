@@ -63,11 +63,11 @@ def make_card(name: str = MODEL, **changes: Any) -> ModelCard:
     return ModelCard(**{**fields, **changes})
 
 
-def make_status(tier: Tier = Tier.HOST_RAM, *, state: str = "", age_s: float = 0.0, nodes: int = 1) -> StatusReport:
+def make_status(tier: Tier = Tier.HOST_RAM, *, state: str = "", nodes: int = 1) -> StatusReport:
     """A scheduler's report with one model and ``nodes`` node agents."""
     row = ModelStatus(MODEL, tier, int(bool(state)), 0, 0, None, 300.0, 1 << 20, 2 << 20, state)
     node_reports = tuple(NodeReport(f"node-{i}", 1, time.time(), 1, 1, {}) for i in range(nodes))
-    return StatusReport(time.time() - age_s, "leader", (row,), node_reports)
+    return StatusReport(time.time(), "leader", (row,), node_reports)
 
 
 Publish = Callable[[StepFrame | TerminalFrame], None]

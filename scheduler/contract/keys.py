@@ -11,6 +11,7 @@ REQUEST_TTL_S: Final = 3600  # queued job, fence, cancel flag
 LOG_TTL_S: Final = 600  # token log after its last frame
 TRACE_TTL_S: Final = 3600
 NODE_TTL_S: Final = 10
+STATUS_TTL_S: Final = 5
 WORKER_TTL_S: Final = 5
 RECORD_TTL_S: Final = REQUEST_TTL_S + LOG_TTL_S  # what a client needs to come back: as long as there is a log to read
 GATEWAY_TTL_S: Final = 5

@@ -6,6 +6,7 @@ import asyncio
 import os
 import pickle
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -423,3 +424,17 @@ async def _is_empty(dispatcher: Dispatcher) -> bool:
 async def _count_refused(redis: Redis) -> int:
     errors = await redis.info("errorstats")
     return int(errors.get("errorstat_OOM", {}).get("count", 0))
+
+
+@pytest.mark.parametrize("step_s", [-2 * 86_400.0, 2 * 86_400.0])
+async def test_a_wall_clock_that_steps_changes_nothing(
+    redis: Redis, dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    """A worker whose clock is days off takes what is queued, in its order; leases and tries do not look at it."""
+    handler = Handler()
+    await dispatcher.enqueue(make_request("r1"))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + step_s)
+    await dispatcher.enqueue(make_request("r2"))
+    async with serving_worker(redis, handler, room=1):
+        await eventually(lambda: handler.ended == ["r1", "r2"], what="both ended, oldest first")

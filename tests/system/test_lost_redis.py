@@ -15,8 +15,8 @@ from tests.eventually import eventually
 from tests.fleet_fixtures import CHAT, DURABLE, FORGETFUL, Answer, Fleet, copy_linked, started_fleet, stopped
 from tests.model_fixtures import SMOLLM2
 
-MANY = 6
-TOKENS = 40
+MANY = 4
+TOKENS = 20
 
 
 @pytest.fixture(params=[FORGETFUL, DURABLE], ids=["forgetful", "durable"])
@@ -76,5 +76,5 @@ async def test_running_generations_go_on_without_the_server_and_catch_up(
         await check_all(answers, asking, calm)
         answers, asking = await ask_many(fleet)
         with stopped(fleet.redis_process.process.pid):
-            await asyncio.sleep(2)  # the fault itself: a server that does not answer for two seconds
+            await asyncio.sleep(1.5)  # the fault itself: a server that does not answer for so long
         await check_all(answers, asking, calm)
