@@ -183,7 +183,10 @@ def _connect(scheme: str, host: str, port: int | None) -> http.client.HTTPConnec
         return http.client.HTTPConnection(host, port, timeout=REQUEST_TIMEOUT_S)
     import ssl
 
-    context = ssl.create_default_context(cafile=os.environ.get(CA_FILE))
+    try:
+        context = ssl.create_default_context(cafile=os.environ.get(CA_FILE))
+    except OSError as error:
+        raise click.ClickException(f"{CA_FILE}={os.environ.get(CA_FILE)}: not a PEM file to read: {error}") from error
     return http.client.HTTPSConnection(host, port, timeout=REQUEST_TIMEOUT_S, context=context)
 
 
