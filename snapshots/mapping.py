@@ -100,13 +100,12 @@ def seal_blob(
     stored = StoredChunks(ref, label, keyring)
     source_fd = open_blob_file(path, ref, label)
     try:
-        memory_fd = _create_memory_file(ref)
+        memory_fd = create_memory_file(ref, ref.size_bytes)
         try:
             with _aligned_mapping(memory_fd, ref.size_bytes, mmap.PROT_READ | mmap.PROT_WRITE) as target:
                 sealing.fill_and_verify(source_fd, memory_fd, target, stored, num_threads, on_progress)
             fcntl.fcntl(memory_fd, fcntl.F_ADD_SEALS, SEALS)
-            # Reopened read-only: kernels before 6.7 refuse shared mappings of a write-sealed file otherwise.
-            read_fd = os.open(f"/proc/self/fd/{memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+            read_fd = reopen_read_only(memory_fd)
         except OSError as error:
             raise MappingError(
                 f"cannot hold {ref.size_bytes} bytes of blob {label} in sealed memory: {error.strerror}"
@@ -118,7 +117,12 @@ def seal_blob(
     return SealedBlob(read_fd, ref.size_bytes, ref.digest)
 
 
-def _create_memory_file(ref: BlobRef) -> int:
+def create_memory_file(ref: BlobRef, size_bytes: int) -> int:
+    """A memory file of ``size_bytes`` for ``ref``, open for writing, without seals. The caller closes it.
+
+    Raises:
+        MappingError: the kernel refused.
+    """
     name = f"glowplug-{ref.digest[:16]}"
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
@@ -128,16 +132,16 @@ def _create_memory_file(ref: BlobRef) -> int:
             raise MappingError(f"cannot create a memory file: {error.strerror}") from error
         fd = os.memfd_create(name, flags)
     try:
-        os.ftruncate(fd, ref.size_bytes)
+        os.ftruncate(fd, size_bytes)
     except OSError as error:
         os.close(fd)
-        raise MappingError(f"cannot size a memory file to {ref.size_bytes} bytes: {error.strerror}") from error
+        raise MappingError(f"cannot size a memory file to {size_bytes} bytes: {error.strerror}") from error
     return fd
 
 
 @contextmanager
 def _aligned_mapping(fd: int, size_bytes: int, protection: int) -> Iterator[memoryview]:
-    mapping, lead = _map_aligned(fd, size_bytes, protection)
+    mapping, lead = map_aligned(fd, size_bytes, protection)
     try:
         with memoryview(mapping) as whole, whole[lead : lead + size_bytes] as view:
             yield view
@@ -145,7 +149,16 @@ def _aligned_mapping(fd: int, size_bytes: int, protection: int) -> Iterator[memo
         mapping.close()
 
 
-def _map_aligned(fd: int, size_bytes: int, protection: int) -> tuple[mmap.mmap, int]:
+def reopen_read_only(memory_fd: int) -> int:
+    """A descriptor for workers. Kernels before 6.7 refuse shared mappings of a write-sealed file through others.
+
+    Raises:
+        OSError: no descriptor is left.
+    """
+    return os.open(f"/proc/self/fd/{memory_fd}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def map_aligned(fd: int, size_bytes: int, protection: int) -> tuple[mmap.mmap, int]:
     """Map ``fd`` shared at an address aligned to huge pages: (owner of the mapping, bytes before the file's first).
 
     An anonymous mapping is made large enough and the file mapped over its aligned part: so Python's mmap object
@@ -192,20 +205,44 @@ def map_sealed(fd: int, size_bytes: int) -> MappedBytes:
     Raises:
         MappingError: not sealed against writing, shrinking and growing, or not of ``size_bytes``.
     """
+    seals = read_seals(fd, size_bytes)
+    if seals & SEALS != SEALS:
+        raise MappingError(f"descriptor {fd} has seals {seals:#x}, needs {SEALS:#x}: its bytes could still change")
+    return MappedBytes(*map_for_reading(fd, size_bytes), size_bytes)
+
+
+def size_with_progress(size_bytes: int) -> int:
+    """Size of a memory file that tells behind its content how much of it is verified (see snapshots.filling)."""
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES + PAGE_BYTES
+
+
+def read_seals(fd: int, size_bytes: int) -> int:
+    """The seals of a memory file that holds ``size_bytes``, with or without a page of progress behind them.
+
+    Raises:
+        MappingError: no memory file, or of another size.
+    """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         status = os.fstat(fd)
     except (OSError, ValueError) as error:  # ValueError: the -1 of a closed SealedBlob
         raise MappingError(f"descriptor {fd} is not a sealed memory file: {error}") from error
-    if seals & SEALS != SEALS:
-        raise MappingError(f"descriptor {fd} has seals {seals:#x}, needs {SEALS:#x}: its bytes could still change")
-    if not stat.S_ISREG(status.st_mode) or status.st_size != size_bytes or size_bytes <= 0:
+    sizes = (size_bytes, size_with_progress(size_bytes))
+    if not stat.S_ISREG(status.st_mode) or status.st_size not in sizes or size_bytes <= 0:
         raise MappingError(f"descriptor {fd} holds {status.st_size} bytes, expected {size_bytes}")
+    return seals
+
+
+def map_for_reading(fd: int, size_bytes: int) -> tuple[mmap.mmap, int]:
+    """:func:`map_aligned`, read-only.
+
+    Raises:
+        MappingError: the kernel refused.
+    """
     try:
-        owner, lead = _map_aligned(fd, size_bytes, mmap.PROT_READ)
+        return map_aligned(fd, size_bytes, mmap.PROT_READ)
     except OSError as error:
         raise MappingError(f"cannot map {size_bytes} bytes of sealed memory: {error.strerror}") from error
-    return MappedBytes(owner, lead, size_bytes)
 
 
 class MappedBytes:
@@ -226,6 +263,14 @@ class MappedBytes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte is verified."""
+        return True
+
+    def wait_verified(self, end_bytes: int) -> None:
+        """Wait until every byte before ``end_bytes`` is verified. Sealed memory is: returns at once."""
 
     @property
     def address(self) -> int:

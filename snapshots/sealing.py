@@ -8,16 +8,17 @@ the bytes are copied in. Failing both, the 4 KiB pages are as right and only slo
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
 
 from snapshots import chunks
-from snapshots.errors import BlobCorrupt
 from snapshots.stored_chunks import StoredChunks
 
 HUGE_PAGE_BYTES: Final = 2 * 1024 * 1024
@@ -37,38 +38,51 @@ def fill_and_verify(
     stored: StoredChunks,
     num_threads: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    limit_bytes_per_s: float = 0,
+    stop: threading.Event | None = None,
 ) -> None:
     """Fill ``target``, a writable mapping of ``memory_fd``, with the blob whose file is open as ``source_fd``.
 
-    On failure ``target`` holds nothing of use: some chunks may be there, others not.
+    In the order of the file, which is the order of use. ``on_progress(verified_bytes, size_bytes)``: all chunks before
+    ``verified_bytes`` are in place and verified; called in order, from the calling thread. ``limit_bytes_per_s`` paces
+    the reading (0: as fast as it goes). ``stop``, set by another thread, ends it early.
+
+    On failure ``target`` holds nothing of use behind what ``on_progress`` named.
 
     Raises:
-        BlobCorrupt: a chunk is not the signed one; the first of those found.
-        OSError: no memory for it.
+        BlobCorrupt: a chunk is not the signed one; the first such.
+        OSError: no memory for it, or stopped (ECANCELED).
     """
     ref = stored.ref
+    stop = stop or threading.Event()
     piece_bytes = max(PIECE_BYTES, ref.chunk_bytes)
-    stop = threading.Event()
-    done_bytes = 0
-    corrupt: list[BlobCorrupt] = []
+    pace = _Pace(limit_bytes_per_s)
     with ThreadPoolExecutor(num_threads or chunks.available_cores(), thread_name_prefix="seal") as pool:
         pieces = [
-            pool.submit(_fill_piece, source_fd, memory_fd, target, start, end, stored, stop)
+            (end, pool.submit(_fill_piece, source_fd, memory_fd, target, (start, end), stored, pace, stop))
             for start, end in chunks.iterate_chunks(ref.size_bytes, piece_bytes)
         ]
-        for piece in as_completed(pieces):
-            try:
-                done_bytes += piece.result()
-            except BlobCorrupt as error:
-                stop.set()
-                corrupt.append(error)
-            except BaseException:
-                stop.set()
-                raise
-            if on_progress is not None:
-                on_progress(done_bytes, ref.size_bytes)
-    if corrupt:
-        raise min(corrupt, key=lambda error: error.offset or 0)
+        try:
+            for end, piece in pieces:
+                piece.result()
+                if on_progress is not None:
+                    on_progress(end, ref.size_bytes)
+        except BaseException:
+            stop.set()
+            raise
+
+
+class _Pace:
+    """Keeps a reader at or below a rate, from the moment it is made."""
+
+    def __init__(self, limit_bytes_per_s: float) -> None:
+        self._limit_bytes_per_s = limit_bytes_per_s
+        self._begin_mono_s = time.monotonic()
+
+    def wait(self, position: int, stop: threading.Event) -> None:
+        """Until the byte at ``position`` may be read, or ``stop`` is set."""
+        if self._limit_bytes_per_s > 0:
+            stop.wait(self._begin_mono_s + position / self._limit_bytes_per_s - time.monotonic())
 
 
 def verify_in_place(target: memoryview, stored: StoredChunks, num_threads: int | None = None) -> None:
@@ -93,15 +107,17 @@ def _fill_piece(
     source_fd: int,
     memory_fd: int,
     target: memoryview,
-    start: int,
-    end: int,
+    span: tuple[int, int],
     stored: StoredChunks,
+    pace: _Pace,
     stop: threading.Event,
-) -> int:
-    """Copy one piece chunk by chunk and digest each while it is in the core's cache; bytes done."""
+) -> None:
+    """Copy one piece chunk by chunk and digest each while it is in the core's cache."""
+    start, end = span
+    pace.wait(start, stop)
     if stop.is_set():
-        return 0
-    _back_with_huge_pages(source_fd, target, start, end)
+        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+    _back_with_huge_pages(memory_fd, target, start, end)
     if stored.ref.encryption is not None:
         # Decryption stores to the mapping itself: where memory runs out that must be an error here, not a SIGBUS there.
         os.posix_fallocate(memory_fd, start, end - start)
@@ -109,16 +125,20 @@ def _fill_piece(
     for position in range(start, end, chunk_bytes):
         with target[position : min(position + chunk_bytes, end)] as chunk:
             stored.read_into(source_fd, position // chunk_bytes, chunk)
-    return end - start
 
 
-def _back_with_huge_pages(source_fd: int, target: memoryview, start: int, end: int) -> None:
-    """Make the whole 2 MiB extents of this piece huge pages, if the kernel will. Best effort."""
+def _back_with_huge_pages(memory_fd: int, target: memoryview, start: int, end: int) -> None:
+    """Make the whole 2 MiB extents of this piece huge pages, if the kernel will. Best effort.
+
+    Raises:
+        OSError: no memory for it.
+    """
     end -= end % HUGE_PAGE_BYTES
     if start % HUGE_PAGE_BYTES or end <= start:
         return
     for extent in range(start, end, HUGE_PAGE_BYTES):
-        # An extent without any page cannot be collapsed, so its first byte comes now (again with its chunk).
-        os.preadv(source_fd, [target[extent : extent + 1]], extent)
+        # An extent without any page cannot be collapsed. Allocated rather than read: the file may be on a disk, where
+        # a byte of each extent would be as many waits (180 ms against 140 for 269 MB, page cache cold).
+        os.posix_fallocate(memory_fd, extent, 1)
     address = int(np.frombuffer(target, np.uint8).ctypes.data)
     _libc.madvise(address + start, end - start, MADV_COLLAPSE)

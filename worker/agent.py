@@ -42,7 +42,7 @@ from snapshots.verification import verify_blob
 from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
 from worker.reports import REDIS_TROUBLE, RETRY_AFTER_S, Reports, keep_trying, make_node_report, read_memory_total_bytes
-from worker.sealed_cache import SealedCache, SealedFile
+from worker.sealed_cache import FillingFile, SealedCache, SealedFile
 from worker.spawn_order import WorkerExited
 from worker.worker_processes import WorkerProcesses
 from worker.zygote_client import ZygoteClient
@@ -79,6 +79,8 @@ class NodeAgent:
             verify_again,
             self._zygote.models.on_dropped,
             functools.partial(_verify_file, keyring),
+            functools.partial(_begin_fill, keyring, settings.fill_limit_bytes_per_s),
+            self._on_fill_failed,
         )
         self._workers = WorkerProcesses(
             zygote=self._zygote,
@@ -328,6 +330,9 @@ class NodeAgent:
     def _on_exit(self, message: WorkerExited) -> None:
         self._workers.on_exit(message)
 
+    def _on_fill_failed(self, worker_ids: list[str], error: SnapshotError) -> None:
+        self._workers.end_refused(worker_ids, error)
+
     def _on_lost(self, worker_ids: list[str]) -> None:
         self._workers.on_lost(worker_ids)
 
@@ -344,6 +349,12 @@ def _seal_blob(keyring: KeyRing, path: Path, ref: BlobRef, label: str) -> Sealed
     return seal_blob(path, ref, label=label, keyring=keyring)
 
 
+def _begin_fill(keyring: KeyRing, limit_bytes_per_s: float, path: Path, ref: BlobRef, label: str) -> FillingFile:
+    from snapshots.filling import FillingBlob  # as above: NumPy
+
+    return FillingBlob(path, ref, label=label, keyring=keyring, limit_bytes_per_s=limit_bytes_per_s)
+
+
 def _verify_file(keyring: KeyRing, path: Path, ref: BlobRef, label: str) -> None:
     verify_blob(path, ref, label, keyring=keyring)
 
@@ -355,7 +366,7 @@ def _verify_sealed(fd: int, ref: BlobRef) -> None:
 
 
 def _load_sealing() -> None:
-    import snapshots.mapping  # noqa: F401
+    import snapshots.filling  # noqa: F401
     import worker.jobs  # noqa: F401  # likewise: for the end of the first worker
 
 

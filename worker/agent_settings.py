@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from worker.backends.cores import count_usable_cores
 BACKEND: Final = "GLOWPLUG_BACKEND"
 THREADS: Final = "GLOWPLUG_THREADS"
 SEALED_LIMIT_BYTES: Final = "GLOWPLUG_SEALED_LIMIT_BYTES"
+FILL_LIMIT_BYTES_PER_S: Final = "GLOWPLUG_FILL_LIMIT_BYTES_PER_S"
 DRAIN_GRACE_S: Final = "GLOWPLUG_DRAIN_GRACE_S"
 VERIFY: Final = "GLOWPLUG_VERIFY"
 DRAFT_TOKENS: Final = "GLOWPLUG_DRAFT_TOKENS"
@@ -33,7 +35,8 @@ SEALED_MEMORY_FRACTION: Final = 0.8
 
 
 class AgentSettings(msgspec.Struct, frozen=True):
-    """What a node agent needs to know. ``drain_grace_s`` is what running requests get when the agent stops."""
+    """What a node agent needs to know. ``drain_grace_s`` is what running requests get when the agent stops;
+    ``fill_limit_bytes_per_s`` is how fast weights are read into sealed memory, ahead of their use (0: unlimited)."""
 
     process: ProcessSettings
     backend: str
@@ -42,6 +45,7 @@ class AgentSettings(msgspec.Struct, frozen=True):
     drain_grace_s: float
     verification: str = VERIFICATION_POLICIES[0]
     draft_tokens: int = 0  # guessed ahead in each sequence; 0: none
+    fill_limit_bytes_per_s: float = 0
 
     @property
     def store_root(self) -> Path:
@@ -76,6 +80,7 @@ def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.env
         drain_grace_s=read_positive_float(DRAIN_GRACE_S, DEFAULT_DRAIN_GRACE_S, env),
         verification=verification,
         draft_tokens=_read_draft_tokens(env),
+        fill_limit_bytes_per_s=read_positive_float(FILL_LIMIT_BYTES_PER_S, math.inf, env),
     )
 
 

@@ -139,7 +139,9 @@ class EngineThread:
             model, bound = inherited.model, inherited.bound
         else:
             manifest: Manifest = codec.decode(order.manifest, Manifest)
-            model = prepare_model(manifest, fds, self._guest_engine)
+            model = prepare_model(manifest, fds, self._guest_engine, may_be_filling=True)
+            if not backend.waits_for_weights:
+                model.weights.wait_verified(model.weights.size_bytes)
             if model.plan is None:
                 raise RuntimeError("a model that was just prepared is closed")
             bound = bind_plan(backend, model.plan)

@@ -13,6 +13,7 @@ compiled guest was made for this environment, before any of it is used.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -28,6 +29,7 @@ from guests.runtime import GuestEngine, GuestModule
 from guests.text import GuestText
 from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.errors import ManifestMalformed
+from snapshots.filling import map_verified
 from snapshots.manifest import GUEST_TENSORS, POST_PROCESSOR, PRIMED_PREFIXES, Manifest, TensorEntry, verify_identity
 from snapshots.mapping import MappedBytes, map_sealed
 from worker.backends.encoder_protocol import EncoderPlan
@@ -179,6 +181,7 @@ class RestoredModel:
         for entry in self._prepared.use_order:
             if stop is not None and stop.is_set():
                 return
+            self._prepared.weights.wait_verified(entry.offset + entry.size_bytes)
             self._prepared.weights.populate(entry.offset, entry.size_bytes)
 
     def close(self) -> None:
@@ -226,11 +229,14 @@ def restore_model(
         raise
 
 
-def prepare_model(manifest: Manifest, fds: SpawnedFds, guest_engine: GuestEngine) -> PreparedModel:
+def prepare_model(
+    manifest: Manifest, fds: SpawnedFds, guest_engine: GuestEngine, *, may_be_filling: bool = False
+) -> PreparedModel:
     """The model of ``manifest``, out of sealed memory, before its guest has a state.
 
     Requires: ``manifest`` was verified; the descriptors hold its blobs, verified. They stay the
-    caller's and may be closed afterwards. Starts no thread. On failure nothing stays mapped.
+    caller's and may be closed afterwards. Starts no thread. On failure nothing stays mapped. ``may_be_filling``: the
+    weights may be such that are still being verified; the plan's tensors then say when they can be read.
 
     Raises:
         Incompatible: the compiled guest was made for another environment; the message says how to rebuild.
@@ -243,7 +249,8 @@ def prepare_model(manifest: Manifest, fds: SpawnedFds, guest_engine: GuestEngine
     programs = _decode_programs(manifest)
     stored = _resolve_handles(manifest)
     with ExitStack() as undo:
-        weights = map_sealed(fds.weights_fd, manifest.weights.size_bytes)
+        map_weights = map_verified if may_be_filling else map_sealed
+        weights = map_weights(fds.weights_fd, manifest.weights.size_bytes)
         undo.callback(weights.close)
         primed = MappedPrefixes(manifest, fds.find(PRIMED_PREFIXES, manifest.worker_roles))
         undo.callback(primed.close)
@@ -352,14 +359,27 @@ def _view_tensors(
     mapped = weights.array(np.uint8, (weights.size_bytes,))
     own = mapped if made is None else made.array(np.uint8, (made.size_bytes,))
     made_names = {entry.name for entry in manifest.guest_tensors}
+    # Of the blob that may still be filled in; what the guest made at init is sealed.
+    last = None if weights.is_whole else max(entry.offset for entry, _ in stored if entry.name not in made_names)
     return tuple(
         WeightTensor(
             entry.name,
             _view(entry, own if entry.name in made_names else mapped),
             None if scale is None else _view(scale, mapped),
+            _make_wait(weights, entry, scale, entry.offset == last)
+            if last is not None and entry.name not in made_names
+            else None,
         )
         for entry, scale in stored
     )
+
+
+def _make_wait(
+    weights: MappedBytes, entry: TensorEntry, scale: TensorEntry | None, is_last: bool
+) -> Callable[[], None]:
+    """Waits for one tensor; for the last one, until the whole blob is verified, so that no first step ends before."""
+    end_bytes = max(part.offset + part.size_bytes for part in (entry, scale) if part is not None)
+    return partial(weights.wait_verified, weights.size_bytes if is_last else end_bytes)
 
 
 def _view(entry: TensorEntry, mapped: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:

@@ -4,10 +4,11 @@
 from        to          when
 =========== =========== ==================================================================
 (none)      starting    spawn order; the snapshot is being sealed or the fork is under way
-starting    running     the zygote forked it
+starting    running     the zygote forked it; its weights may still be filled in
 starting    (none)      refused: snapshot corrupt, no room, no fork; reported as failed
 running     stopping    drain order, or the agent stops: SIGTERM, and SIGKILL past the grace
 running     (none)      it ended by itself: reported with its error
+running     (none)      a chunk of its weights is wrong: killed before it served, reported as failed
 stopping    (none)      it ended: reported
 =========== =========== ==================================================================
 """
@@ -32,7 +33,7 @@ from worker.agent_settings import AgentSettings
 from worker.model_catalogue import CatalogueEntry, describe_refusal
 from worker.reports import Reports, describe_exit, keep_trying
 from worker.sealed_cache import NoRoom, SealedCache
-from worker.spawn_order import EXIT_REPORTED, PrepareModel, SpawnOrder, WorkerExited
+from worker.spawn_order import EXIT_REPORTED, PrepareModel, SpawnedFds, SpawnOrder, WorkerExited
 from worker.zygote_client import SpawnFailed, ZygoteClient
 
 #: A worker that ends by itself at the end of its grace gets this much longer before it is killed.
@@ -48,8 +49,10 @@ ReleaseLeases = Callable[[str, str, bool], Awaitable[int]]
 class _Process:
     worker_id: str
     model: str
+    entry: CatalogueEntry
     pid: int = 0  # 0 until forked
     is_stopping: bool = False
+    cause: SnapshotError | None = None  # killed for this: its snapshot turned out corrupt while it started
     kill_timer: asyncio.TimerHandle | None = None
 
 
@@ -84,7 +87,7 @@ class WorkerProcesses:
         """Seal the snapshot if needed and fork a worker. A refusal is reported, never raised."""
         if command.worker_id in self._processes:
             return  # the order was delivered twice
-        process = self._processes[command.worker_id] = _Process(command.worker_id, command.model)
+        process = self._processes[command.worker_id] = _Process(command.worker_id, command.model, entry)
         try:
             await self._spawn(process, command, entry, received_mono_ns)
         except BlobCorrupt as error:
@@ -128,15 +131,30 @@ class WorkerProcesses:
             marks={**command.marks, Mark.ORDER_RECEIVED: received_mono_ns, Mark.VERIFIED: time.monotonic_ns()},
         )
         process.pid = await self._zygote.spawn(order, fds)
-        if self._processes.get(process.worker_id) is process:  # else it has ended: nobody holds the files for it
-            self._zygote.models.on_forked(
-                PrepareModel(order.snapshot_id, order.manifest, order.backend, order.num_threads), fds
-            )
+        self._start_task(self._prepare_when_whole(process, order, fds), f"preparation of {card.name}")
         self._log.info(
             "worker_started", worker_id=order.worker_id, model=card.name, pid=process.pid, tier=order.cold_tier
         )
-        if process.is_stopping:  # the drain order overtook the fork
+        if process.cause is not None:  # so did the wrong chunk
+            await self._zygote.signal(process.worker_id, signal.SIGKILL)
+        elif process.is_stopping:  # the drain order overtook the fork
             await self._zygote.signal(process.worker_id, signal.SIGTERM)
+
+    async def _prepare_when_whole(self, process: _Process, order: SpawnOrder, fds: SpawnedFds) -> None:
+        """The zygote restores only what is verified to the last byte: it must not wait for bytes itself."""
+        is_whole = await self._cache.wait_whole(order.snapshot_id)
+        if is_whole and self._processes.get(process.worker_id) is process:  # else nobody holds the files for it
+            message = PrepareModel(order.snapshot_id, order.manifest, order.backend, order.num_threads)
+            self._zygote.models.on_forked(message, fds)
+
+    def end_refused(self, worker_ids: list[str], error: SnapshotError) -> None:
+        """Kill workers that wait for weights of which a chunk is wrong. They have served nothing: the first token
+        needs all weights. Their requests get ``error``."""
+        ended = [self._processes[worker_id] for worker_id in worker_ids if worker_id in self._processes]
+        for process in ended:
+            process.cause = error
+            self._log.error("worker_refused", worker_id=process.worker_id, model=process.model, error=str(error))
+            self._start_task(self._zygote.signal(process.worker_id, signal.SIGKILL), f"end of {process.worker_id}")
 
     async def drain(self, worker_id: str, grace_s: float) -> None:
         """Ask a worker to finish what runs and exit; kill it past ``grace_s``. Unknown ids are gone already."""
@@ -176,9 +194,11 @@ class WorkerProcesses:
             return
         is_expected = process.is_stopping or message.exit_code in (0, EXIT_REPORTED)
         error = None if is_expected else describe_exit(process.worker_id, process.model, message.exit_code)
+        if process.cause is not None:
+            error = _describe_failed_fill(process.cause)
         log = self._log.info if is_expected else self._log.error
         log("worker_exited", worker_id=process.worker_id, model=process.model, exit_code=message.exit_code)
-        self._bury(process, error, crashed=not is_expected)
+        self._bury(process, error, crashed=not is_expected and process.cause is None)
 
     def on_lost(self, worker_ids: list[str]) -> None:
         """The zygote died and these workers with it."""
@@ -196,18 +216,26 @@ class WorkerProcesses:
         self._start_task(self._report_end(process, error, crashed), f"bury {process.worker_id}")
 
     async def _report_end(self, process: _Process, error: ErrorInfo | None, crashed: bool) -> None:
-        """Leases first: when the scheduler hears of the end, the jobs can be claimed again."""
+        """Leases first: when the scheduler hears of the end, the jobs can be claimed again. Before a card is refused
+        too: what the scheduler refuses then is the queue."""
         state = SlotState.COLD if error is None else SlotState.FAILED
         num_released = 0
 
-        async def report() -> None:
+        async def release() -> None:
             nonlocal num_released
             num_released += await self._release_leases(process.model, process.worker_id, crashed)
+
+        async def report() -> None:
+            await release()
             await self._reports.worker_gone(process.worker_id)
             await self._reports.worker_changed(
                 process.worker_id, process.model, state, exited=True, error=error, had_requests=num_released > 0
             )
 
+        is_last = not any(other.cause is process.cause for other in self._processes.values())
+        if isinstance(process.cause, BlobCorrupt) and is_last:
+            await keep_trying(release, "leases of a refused worker")
+            await self._on_corrupt(process.entry, process.cause)
         await keep_trying(report, "report of a worker's end")
 
     async def _refuse(self, process: _Process, error: ErrorInfo) -> None:
@@ -226,3 +254,9 @@ class WorkerProcesses:
         self._changed.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._log.error("task_failed", task=task.get_name(), exc_info=error)
+
+
+def _describe_failed_fill(error: SnapshotError) -> ErrorInfo:
+    if isinstance(error, MappingError):
+        return ErrorInfo(ErrorCode.OUT_OF_MEMORY, str(error))
+    return describe_refusal(error)

@@ -330,12 +330,12 @@ def test_page_that_cannot_be_had_is_an_error_and_no_signal(
     """Where a store to the mapping would be a SIGBUS (here: beyond the memory file's end), sealing raises."""
     path, ref, _ = small
 
-    def create_too_short(ref: BlobRef) -> int:
+    def create_too_short(ref: BlobRef, size_bytes: int) -> int:
         fd = os.memfd_create("short", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, 4096)
         return fd
 
-    monkeypatch.setattr(mapping, "_create_memory_file", create_too_short)
+    monkeypatch.setattr(mapping, "create_memory_file", create_too_short)
     before = open_descriptors()
     with pytest.raises(MappingError, match="Bad address"):
         seal_blob(path, ref)

@@ -12,16 +12,19 @@ import msgspec
 import pytest
 
 from snapshots import chunks
-from snapshots.errors import BlobCorrupt
+from snapshots.errors import BlobCorrupt, MappingError, SnapshotError
 from snapshots.manifest import GUEST_CWASM, GUEST_WASM, WEIGHTS, BlobRef, Manifest, Programs
 from tests.snapshot_fixtures import make_card
 from worker.sealed_cache import NoRoom, SealedCache
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sealed:
     fd: int
     size_bytes: int
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 class Sealer:
@@ -39,6 +42,20 @@ class Sealer:
             raise BlobCorrupt(ref.digest[:8], "its bytes are not the signed ones")
         self.sealed.append(ref.digest)
         return Sealed(os.open(os.devnull, os.O_RDONLY), ref.size_bytes)
+
+
+class Filling(Sealed):
+    """Fills when the test says so: ``end`` is set, with ``error`` if it fails."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(os.open(os.devnull, os.O_RDONLY), size_bytes)
+        self.end = threading.Event()
+        self.error: Exception | None = None
+
+    def fill(self) -> None:
+        assert self.end.wait(10)
+        if self.error is not None:
+            raise self.error
 
 
 def make_ref(text: str, size_bytes: int) -> BlobRef:
@@ -228,3 +245,110 @@ async def test_a_dropped_snapshot_is_told_before_its_files_are_closed() -> None:
     assert cache.forget("a")
     assert dropped == ["a1"]
     cache.close()
+
+
+class FillingHost:
+    """A cache that fills weights, and what it did."""
+
+    def __init__(self) -> None:
+        self.files: list[Filling] = []
+        self.failed: list[tuple[list[str], SnapshotError]] = []
+        self.cache = SealedCache(
+            lambda ref: Path("/blobs"),
+            Sealer(),
+            1000,
+            begin_fill=self.begin,
+            min_fill_bytes=0,
+            on_failed=lambda workers, error: self.failed.append((workers, error)),
+        )
+
+    def begin(self, path: Path, ref: BlobRef, label: str) -> Filling:
+        assert label == WEIGHTS
+        self.files.append(Filling(ref.size_bytes))
+        return self.files[-1]
+
+
+async def test_workers_start_while_weights_are_filled() -> None:
+    """Two workers of a snapshot get the same descriptors before its weights are whole; nobody may take it away."""
+    host = FillingHost()
+    first = await host.cache.acquire("a1", make_manifest("a"), "w1")
+    assert await host.cache.acquire("a1", make_manifest("a"), "w2") == first
+    assert not host.cache.holds("a1")
+    host.cache.release("w1")
+    host.cache.release("w2")
+    assert not host.cache.forget("a")
+    host.cache.retain({})
+    whole = asyncio.create_task(host.cache.wait_whole("a1"))
+    host.files[0].end.set()
+    assert await whole
+    assert host.cache.holds("a1")
+    host.cache.check_integrity()
+    assert host.cache.forget("a")
+    host.cache.close()
+
+
+async def test_another_snapshot_waits_for_a_fill() -> None:
+    """One at a time; a snapshot over the same weights then has them, and is whole at once."""
+    host = FillingHost()
+    await host.cache.acquire("a1", make_manifest("a"), "w1")
+    other = asyncio.create_task(host.cache.acquire("b1", make_manifest("b", weights="a", guest="other"), "w2"))
+    await asyncio.sleep(0)
+    assert not other.done()
+    host.files[0].end.set()
+    await other
+    assert len(host.files) == 1
+    assert host.cache.holds("b1")
+    host.cache.check_integrity()
+    host.cache.close()
+
+
+@pytest.mark.parametrize("error", [BlobCorrupt(WEIGHTS, "its bytes are not the signed ones"), OSError("no disk")])
+async def test_a_wrong_chunk_ends_its_workers_and_is_forgotten(error: Exception) -> None:
+    """All of its workers are named once; what they map stays open until the last is gone; a next try starts afresh."""
+    host = FillingHost()
+    open_before = len(os.listdir("/proc/self/fd"))
+    await host.cache.acquire("a1", make_manifest("a"), "w1")
+    await host.cache.acquire("a1", make_manifest("a"), "w2")
+    fds = len(os.listdir("/proc/self/fd"))
+    host.files[0].error = error
+    host.files[0].end.set()
+    assert not await host.cache.wait_whole("a1")
+    ((workers, told),) = host.failed
+    assert workers == ["w1", "w2"]
+    assert type(told) is (BlobCorrupt if isinstance(error, BlobCorrupt) else MappingError)
+    assert host.cache.sealed_bytes() == {}
+    host.cache.release("w1")
+    assert len(os.listdir("/proc/self/fd")) == fds
+    host.cache.release("w2")
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    await host.cache.acquire("a1", make_manifest("a"), "w3")
+    host.files[1].end.set()
+    assert await host.cache.wait_whole("a1")
+    host.cache.check_integrity()
+    host.cache.close()
+
+
+async def test_policy_always_waits_for_a_fill() -> None:
+    """The second worker gets memory that was digested again, or an error when there is none any more."""
+    for error in (None, BlobCorrupt(WEIGHTS, "its bytes are not the signed ones")):
+        file = Filling(100)
+        file.error = error
+        verified: list[str] = []
+        cache = SealedCache(
+            lambda ref: Path("/blobs"),
+            Sealer(),
+            1000,
+            lambda fd, ref, verified=verified: verified.append(ref.digest[:5]),  # type: ignore[misc]
+            min_fill_bytes=0,
+            begin_fill=lambda path, ref, label, file=file: file,  # type: ignore[misc]
+        )
+        await cache.acquire("a1", make_manifest("a"), "w1")
+        second = asyncio.create_task(cache.acquire("a1", make_manifest("a"), "w2"))
+        file.end.set()
+        if error is None:
+            await second
+        else:
+            with pytest.raises(MappingError, match="were refused while this worker waited"):
+                await second
+        assert verified == ([] if error else ["a0000", "guest"])
+        cache.close()

@@ -239,6 +239,7 @@ class _Binder:
         self._staged: dict[tuple[str, int], _Staged] = {}  # by weight's class and width
         self._scratch: dict[tuple[int, ...], FloatArray] = {}  # by shape
         self._rope_tables: dict[tuple[int, float], RopeTable] = {}
+        self._table_waits: list[Call] = []  # for the weights that tables are made of
         self._token_ids = np.zeros(num_rows, np.int64)
         self._positions: FloatArray = np.zeros(num_rows, np.float32)
 
@@ -253,7 +254,7 @@ class _Binder:
                 bound.result = self._columns(operation.inputs[0]) if source_is_token else None
             elif source_is_token:
                 self._bind(operation)
-        bound.calls = [table.update for table in self._rope_tables.values()] + self._calls
+        bound.calls = self._table_waits + [table.update for table in self._rope_tables.values()] + self._calls
         return bound
 
     def bind_rows(self) -> _BoundRows:
@@ -272,6 +273,7 @@ class _Binder:
         return bound
 
     def _bind(self, operation: Operation) -> None:
+        self._wait_weights(operation)
         binders: dict[Opcode, Callable[[Operation], Call | None]] = {
             Opcode.EMBED: self._bind_embed,
             Opcode.RMS_NORM: self._bind_rms_norm,
@@ -295,6 +297,14 @@ class _Binder:
         for staged in self._staged.values():
             if staged.value == operation.out:
                 staged.value = NO_VALUE
+
+    def _wait_weights(self, operation: Operation) -> None:
+        """Where weights are still being filled in, the first step waits for each before the operation that reads it.
+        Binding reads none: it makes views."""
+        for handle in operation.tensors:
+            wait = self._compiled.plan.tensors[handle].wait_verified if handle != NO_TENSOR else None
+            if wait is not None:
+                self._calls.append(wait)
 
     def _columns(self, value: int) -> FloatArray:
         """Feature-major view ``[width, rows]`` of a value."""
@@ -385,6 +395,8 @@ class _Binder:
         if table is None:
             table = make_rope_table(self._vector(operation), operation.floats[0], self._positions)
             self._rope_tables[key] = table
+            wait = self._compiled.plan.tensors[operation.tensors[0]].wait_verified
+            self._table_waits += [wait] if wait is not None else []
         heads = self._heads(operation.out, *operation.ints[:3])
         return bind_rope(heads, table, self._take_scratch(heads.shape))
 

@@ -36,6 +36,7 @@ class NumKongBackend:
 
     name = "numkong"
     binds_before_fork = True  # NumKong starts its pool with the first product
+    waits_for_weights = True
 
     def __init__(self, num_threads: int = 0) -> None:
         self._num_threads = num_threads or count_usable_cores()
@@ -75,7 +76,8 @@ class NumKongModel:
         self._blocks = KvBlocks(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
         self._attention = AttentionScratch(num_threads)
         tokens = StepTokens(self._shares, self._attention, memory=self._blocks)
-        self._governor = ThreadGovernor(num_threads)
+        is_filling = any(tensor.wait_verified is not None for tensor in plan.tensors)
+        self._governor = ThreadGovernor(num_threads, begins_single=is_filling)
         weights: dict[int, LinearWeight] = {}
         for program in (plan.prefill, plan.decode):
             for operation in program.operations:

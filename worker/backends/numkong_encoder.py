@@ -20,7 +20,8 @@ class NumKongEncoder:
 
     def __init__(self, plan: EncoderPlan, num_threads: int) -> None:
         self._spans: list[TokenSpan] = []
-        self._governor = ThreadGovernor(num_threads)
+        is_filling = any(tensor.wait_verified is not None for tensor in plan.tensors)
+        self._governor = ThreadGovernor(num_threads, begins_single=is_filling)
         weights: dict[int, LinearWeight] = {}
         for operation in plan.program.operations:
             handle = operation.tensors[0]

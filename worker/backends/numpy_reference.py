@@ -63,6 +63,7 @@ class NumpyBackend:
 
     name = "numpy"
     binds_before_fork = True
+    waits_for_weights = False  # it reads all of them when it binds
 
     def warm(self) -> None:
         """One small product, so that BLAS has its buffers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -30,12 +30,14 @@ class WeightTensor:
     """A weight where it lies in mapped memory; a view, never a copy.
 
     ``data`` has the stored shape; dtype float32, ml_dtypes.bfloat16, or int8. ``scale`` [N] float32 belongs to
-    int8 weights (value = data * scale per output channel).
+    int8 weights (value = data * scale per output channel). ``wait_verified``, where there is one, must return before
+    a byte of either is read: the memory is still being filled (reading it early ends the process).
     """
 
     name: str
     data: npt.NDArray[Any]
     scale: FloatArray | None = None
+    wait_verified: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +134,14 @@ class Backend(Protocol):
 
     ``binds_before_fork``: :meth:`bind` and ``prepare_step`` touch no device and start no thread, so that a zygote may
     call them and its children go on with the result. :meth:`warm` is for the children alone.
+
+    ``waits_for_weights``: it minds :attr:`WeightTensor.wait_verified`, so that it may have weights early. Else it is
+    bound when all of them are verified.
     """
 
     name: str
     binds_before_fork: bool
+    waits_for_weights: bool
 
     def warm(self) -> None:
         """No-op launch: create whatever the first real call would otherwise wait for (thread pool, context)."""

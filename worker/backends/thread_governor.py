@@ -24,16 +24,18 @@ class ThreadGovernor:
     =========== =========== =======================================================
     all threads one thread  three products stalled, with less than 256 in time between
     one thread  all threads a number of products passed; it doubles with each failed try
+    (new)       one thread  another process is known to be busy (``begins_single``)
     =========== =========== =======================================================
     """
 
-    def __init__(self, max_threads: int) -> None:
-        self.num_threads = max_threads  # read before each product
+    def __init__(self, max_threads: int, *, begins_single: bool = False) -> None:
+        """``begins_single``: another process is known to be busy now, as it is while weights are being filled in."""
+        self.num_threads = 1 if begins_single else max_threads  # read before each product
         self.num_fallbacks = 0
         self._max_threads = max_threads
         self._stalls = 0
         self._calm = 0
-        self._single_left = 0
+        self._single_left = _MIN_SINGLE_PRODUCTS if begins_single else 0
         self._single_products = _MIN_SINGLE_PRODUCTS
 
     def observe(self, elapsed_ns: int, stall_ns: int) -> None:

@@ -87,9 +87,8 @@ def arrange_tensors(
     parts = [part for _, parts in layout.tensors for part in parts]
     _check_parts(file, parts)
     _refuse_unknown(file, names, parts)
-    arranged = [_source_tensor(file, name, parts) for name, parts in layout.tensors]
-    arranged.append(SourceTensor(ROPE_TENSOR, inv_freq.shape, lambda: iter((inv_freq,))))
-    return tuple(arranged)
+    rope = SourceTensor(ROPE_TENSOR, inv_freq.shape, lambda: iter((inv_freq,)))  # first: every step begins with it
+    return (rope, *(_source_tensor(file, name, parts) for name, parts in layout.tensors))
 
 
 def _add_layer(layout: _Layout, names: CheckpointNames, config: LlamaConfig, index: int) -> None:
