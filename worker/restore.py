@@ -366,9 +366,9 @@ def _view_tensors(
             entry.name,
             _view(entry, own if entry.name in made_names else mapped),
             None if scale is None else _view(scale, mapped),
-            _make_wait(weights, entry, scale, entry.offset == last)
-            if last is not None and entry.name not in made_names
-            else None,
+            None
+            if last is None or entry.name in made_names
+            else _make_wait(weights, entry, scale, entry.offset == last),
         )
         for entry, scale in stored
     )
