@@ -172,6 +172,52 @@ def test_row_attention(
     assert error < TOLERANCE[activation]
 
 
+@pytest.mark.parametrize("activation", ["bf16", "f16"])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "window"),
+    [(4, 2, 64, 0), (1, 1, 80, 0), (2, 2, 96, 40), (2, 1, 128, 0), (3, 1, 64, 9)],
+)
+def test_prefill_attention(
+    rng: np.random.Generator,
+    activation: Activation,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    record_property: Record,
+) -> None:
+    """Chunks on tensor cores: a whole prompt over several tiles, the tail of a long one, and a single row."""
+    lengths = [int(rng.integers(65, 100)), int(rng.integers(40, 120)), int(rng.integers(1, 40))]
+    num_rows = [lengths[0], int(rng.integers(2, 20)), 1]
+    cache = make_cache(
+        rng, activation, lengths, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window
+    )
+    shape = cache.shape
+    first_rows = np.array([1, 1 + num_rows[0] + num_rows[2], 1 + num_rows[0]], np.int32)
+    total = 1 + sum(num_rows)
+    queries = draw(rng, (total, shape.row_stride), activation)
+    tiles = attention.list_prefill_tiles(num_rows)
+
+    def make() -> tuple[Launch, tuple[Array, ...]]:
+        out = poisoned((total, num_heads * head_dim), DTYPES[activation])
+        launch = attention.prefill_attention(
+            activation, shape, out, queries, cache.kv_layer, cache.block_tables, tiles, first_rows,
+            np.array(num_rows, np.int32), np.array(lengths, np.int32), num_tiles=len(tiles),
+        )  # fmt: skip
+        return launch, (out,)
+
+    (out,) = run_in_every_order(make)
+    assert (out[0].view(np.uint8) == 0xFF).all()  # a row of no sequence
+    expected = np.zeros(out.shape)
+    for sequence, (length, count) in enumerate(zip(lengths, num_rows, strict=True)):
+        for offset in range(count):
+            row = first_rows[sequence] + offset
+            expected[row] = attend(cache, sequence, length - count + offset, queries[row])
+    error = relative_error(out[1:], expected[1:])
+    record_property("relative_error", error)
+    assert error < TOLERANCE[activation]
+
+
 def test_choice_of_splits() -> None:
     """Few long sequences are split, many or short ones are not."""
     assert attention.choose_num_splits(1, 8, 8192, 132) == 33

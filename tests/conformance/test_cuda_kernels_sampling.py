@@ -10,7 +10,10 @@ import pytest
 from cuda_fixtures import Array, poisoned, relative_error, run_in_every_order
 
 from worker.backends import cuda_kernels as kernels
-from worker.backends.cuda_kernels import SAMPLING_ROW, Launch
+from worker.backends import host_sampling
+from worker.backends.cuda_kernels import Launch
+from worker.backends.cuda_sampling_rows import pack_sampling_rows
+from worker.backends.sampling_rows import SamplingRow
 
 
 @dataclass(frozen=True)
@@ -77,41 +80,38 @@ def acceptable(logits: Array, choice: Choice) -> set[int]:
     }
 
 
+def as_row(index: int, choice: Choice) -> SamplingRow:
+    """The engine's form; ids ascend, as it promises."""
+    counted, bias = sorted(choice.counted), sorted(choice.bias)
+    allowed = None
+    if choice.allowed is not None:
+        bits = np.zeros(-(-len(choice.allowed) // 32) * 32, np.uint8)
+        bits[: len(choice.allowed)] = choice.allowed
+        allowed = np.packbits(bits, bitorder="little").view(np.uint32)
+    return SamplingRow(
+        index,
+        *(choice.uniform, choice.temperature, choice.top_k, choice.top_p, choice.min_p, choice.repetition_penalty),
+        seen_ids=np.array(sorted(choice.seen), np.int64),
+        frequency_penalty=choice.frequency_penalty,
+        presence_penalty=choice.presence_penalty,
+        counted_ids=np.array([token for token, _ in counted], np.int64),
+        counts=np.array([count for _, count in counted], np.float32),
+        bias_ids=np.array([token for token, _ in bias], np.int64),
+        bias_values=np.array([value for _, value in bias], np.float32),
+        allowed=allowed,
+    )
+
+
 def sample(logits: Array, choices: list[Choice]) -> Array:
     """Tokens of the kernel; row ``i`` of the logits for choice ``i``."""
     vocab_size = logits.shape[1]
-    rows = np.zeros(len(choices), SAMPLING_ROW)
-    ids: list[int] = []
-    values: list[float] = []
-    masks: list[Array] = []
-
-    def add_range(pairs: list[tuple[int, float]]) -> tuple[int, int]:
-        begin = len(ids)
-        ids.extend(token for token, _ in pairs)
-        values.extend(value for _, value in pairs)
-        return begin, len(ids)
-
-    for index, choice in enumerate(choices):
-        seen = add_range([(token, 0.0) for token in choice.seen])
-        counted = add_range([(token, float(count)) for token, count in choice.counted])
-        bias = add_range(list(choice.bias))
-        mask_row = -1
-        if choice.allowed is not None:
-            mask_row = len(masks)
-            bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-            bits[:vocab_size] = choice.allowed
-            masks.append(np.packbits(bits, bitorder="little").view(np.uint32))
-        rows[index] = (
-            *(choice.uniform, choice.top_p, choice.temperature, choice.min_p, choice.repetition_penalty),
-            *(choice.frequency_penalty, choice.presence_penalty, index, choice.top_k, mask_row, *seen, *counted, *bias),
-        )
-    id_pool, value_pool = np.array([*ids, 0], np.int32), np.array([*values, 0], np.float32)
-    mask_pool = np.stack(masks) if masks else 0
+    packed = pack_sampling_rows([as_row(index, choice) for index, choice in enumerate(choices)])
+    masks = 0 if packed.masks is None else packed.masks
 
     def make() -> tuple[Launch, tuple[Array, ...]]:
         tokens, scratch = poisoned(len(choices), np.int32), poisoned(logits.shape)
         launch = kernels.sample_rows(
-            tokens, scratch, logits, rows, id_pool, value_pool, mask_pool,
+            tokens, scratch, logits, packed.table, packed.ids, packed.values, masks,
             num_rows=len(choices), vocab_size=vocab_size,
         )  # fmt: skip
         return launch, (tokens,)
@@ -155,6 +155,8 @@ def test_sampling_follows_the_rule(rng: np.random.Generator, vocab_size: int) ->
     for row, (token, choice) in enumerate(zip(tokens, choices, strict=True)):
         allowed = acceptable(logits[row], choice)
         assert int(token) in allowed, (choice, token)
+        (on_host,) = host_sampling.sample_rows(logits, [as_row(row, choice)])
+        assert on_host.token_id in allowed, (choice, on_host)
         num_exact += len(allowed) == 1
     assert num_exact >= len(choices) - 4  # nearly always there is one right answer
 
@@ -182,6 +184,8 @@ def test_logits_that_are_not_numbers() -> None:
     tokens = sample(logits, choices)
     assert tokens[:3].tolist() == [-1, -1, -1]
     assert tokens[3] == choose(logits[3], choices[3])
+    on_host = host_sampling.sample_rows(logits, [as_row(row, choice) for row, choice in enumerate(choices)])
+    assert [sampled.token_id for sampled in on_host[1:]] == tokens[1:].tolist()
 
 
 def test_argmax(rng: np.random.Generator) -> None:

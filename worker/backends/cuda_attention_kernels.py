@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from worker.backends.cuda_kernels import KV_BLOCK_TOKENS, WARP_THREADS, Activation, Buffer, Launch
 from worker.backends.protocol import BackendError
@@ -16,6 +18,12 @@ _MAX_HEAD_DIM: Final = 256
 
 #: Query heads that one block of the decode kernel may take, by head_dim; the rest goes through row_attention.
 _DECODE_HEADS: Final = {64: (1, 4), 80: (1,), 96: (1,), 128: (1, 2)}
+
+#: Head sizes of the tensor-core prefill kernel.
+_PREFILL_HEAD_DIMS: Final = (64, 80, 96, 128)
+_PREFILL_TILE_ROWS: Final = 64
+_PREFILL_SHARED_ROWS: Final = 2 * 32  # keys and values of 32 tokens
+_ROW_PADDING: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,19 @@ class PagedAttention:
 def has_decode_kernel(activation: Activation, head_dim: int) -> bool:
     """Whether decode of such heads is split over the context; otherwise use :func:`row_attention`."""
     return activation != "f32" and head_dim in _DECODE_HEADS
+
+
+def has_prefill_kernel(activation: Activation, head_dim: int) -> bool:
+    """Whether prefill of such heads runs on tensor cores; otherwise use :func:`row_attention`."""
+    return activation != "f32" and head_dim in _PREFILL_HEAD_DIMS
+
+
+def list_prefill_tiles(num_rows: Sequence[int]) -> npt.NDArray[np.int32]:
+    """``[tiles, 2]``: sequence, and first of its ``num_rows[s]`` queries, of each tile of :func:`prefill_attention`."""
+    tiles = [
+        (sequence, first) for sequence, count in enumerate(num_rows) for first in range(0, count, _PREFILL_TILE_ROWS)
+    ]
+    return np.array(tiles, np.int32).reshape(-1, 2)
 
 
 def choose_num_splits(num_sequences: int, num_kv_heads: int, longest_context_tokens: int, num_processors: int) -> int:
@@ -87,6 +108,41 @@ def decode_attention(
             *map(np.int32, sizes),
             np.float32(shape.scale),
         ),
+    )
+
+
+def prefill_attention(
+    activation: Activation,
+    shape: PagedAttention,
+    out: Buffer,
+    queries: Buffer,
+    kv_layer: Buffer,
+    block_tables: Buffer,
+    tiles: Buffer,
+    first_rows: Buffer,
+    num_rows: Buffer,
+    context_tokens: Buffer,
+    *,
+    num_tiles: int,
+) -> Launch:
+    """Causal attention of chunks: ``out [rows, heads * head_dim]``; keys of the chunk itself are in the cache already.
+
+    ``tiles`` as :func:`list_prefill_tiles` gives them; sequence ``s`` has ``num_rows[s]`` queries from row
+    ``first_rows[s]`` on, the last of which sees ``context_tokens[s]`` keys. All int32.
+
+    Raises:
+        BackendError: no kernel for this type and head_dim, see :func:`has_prefill_kernel`.
+    """
+    if not has_prefill_kernel(activation, shape.head_dim):
+        raise BackendError(f"prefill attention of {activation} heads of {shape.head_dim}: no such kernel")
+    sizes = (shape.row_stride, shape.table_width, shape.num_heads, shape.num_kv_heads, shape.window_tokens)
+    buffers = (out, queries, kv_layer, block_tables, tiles, first_rows, num_rows, context_tokens)
+    return Launch(
+        f"prefill_attention_{activation}_d{shape.head_dim}",
+        (num_tiles, shape.num_heads, 1),
+        (128, 1, 1),
+        2 * _PREFILL_SHARED_ROWS * (shape.head_dim + _ROW_PADDING),
+        (*buffers, np.int64(shape.block_stride), *map(np.int32, sizes), np.float32(shape.scale)),
     )
 
 

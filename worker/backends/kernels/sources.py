@@ -9,7 +9,7 @@ from typing import Final
 KERNELS_FOLDER: Final = Path(__file__).parent
 
 #: The translation unit: every family, in one module.
-FAMILIES: Final = ("normalise", "rotary", "elementwise", "linear", "attention", "sampling")
+FAMILIES: Final = ("normalise", "rotary", "elementwise", "linear", "attention", "prefill", "sampling")
 
 
 def read_headers() -> dict[str, bytes]:
