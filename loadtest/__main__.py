@@ -1,4 +1,4 @@
-"""``python -m loadtest demo|bench|engine-compare|waterfall``."""
+"""``python -m loadtest demo|bench|chaos|engine-compare|waterfall``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def main() -> int:
         from loadtest.bench import run_bench
 
         return run_bench(arguments)
+    if mode == "chaos":
+        from loadtest.chaos import run_chaos
+
+        return run_chaos(arguments)
     if mode == "engine-compare":
         from loadtest.engine_compare import run_engine_compare
 
@@ -24,7 +28,7 @@ def main() -> int:
         from loadtest.waterfall import run_waterfall
 
         return run_waterfall(arguments)
-    print("usage: python -m loadtest demo|bench|engine-compare|waterfall [--help]", file=sys.stderr)
+    print("usage: python -m loadtest demo|bench|chaos|engine-compare|waterfall [--help]", file=sys.stderr)
     return 2
 
 
