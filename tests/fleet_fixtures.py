@@ -28,7 +28,7 @@ from redis.asyncio import Redis
 from loadtest.processes import command_name, descendants
 from scheduler.contract import codec, keys
 from scheduler.contract.connection import connect
-from scheduler.contract.messages import StatusReport
+from scheduler.contract.messages import StatusReport, StepFrame, TerminalFrame
 from scheduler.embedded_redis import find_server_binary
 from tests.eventually import eventually
 
@@ -224,6 +224,24 @@ class Fleet:
             return bool(await self.redis.llen(keys.token_log(request_id)) >= at_least)  # type: ignore[misc]
 
         await eventually(enough, within_s=20, what=f"{at_least} frames of {request_id}")
+
+    async def check(self, answer: Answer, num_tokens: int) -> None:
+        """The answer is whole: every event once and in order, one good end, and its text is that of the log.
+
+        Not compared with a calm run: a batch of another size rounds otherwise, and greedy text may part at a near tie.
+
+        Raises:
+            AssertionError: it is not.
+        """
+        answer.check()
+        assert (answer.error, answer.completion_tokens) == (None, num_tokens), answer
+        raw = await self.redis.lrange(keys.token_log(answer.request_id), 0, -1)  # type: ignore[misc]
+        *steps, terminal = [codec.decode_frame(data) for data in raw]
+        assert isinstance(terminal, TerminalFrame)
+        assert all(isinstance(step, StepFrame) for step in steps), "one terminal frame, at the end"
+        events = [event for step in steps if isinstance(step, StepFrame) for event in step.events]
+        assert answer.text == "".join(event.text for event in events)
+        assert sum(event.token_id >= 0 for event in events) == num_tokens
 
     async def ask(self, answer: Answer, first: str = "gateway-0", **fields: Any) -> Answer:
         """Stream a chat into ``answer``; on a lost connection, go on at the next gateway."""

@@ -41,13 +41,11 @@ async def in_mid_stream(answer: Answer) -> None:
 
 async def test_parts_that_stand_still_or_die_in_pairs_lose_nothing(fleet: Fleet) -> None:
     """SIGSTOP of worker, leader, agent and gateway; kill -9 of pairs: each stream whole, once, in order."""
-    calm = await fleet.ask(Answer(), model=SMOLLM2, max_tokens=TOKENS)
 
     async def finish(answer: Answer, asking: asyncio.Task[Answer], what: str, since_s: float) -> None:
         await asyncio.wait_for(asking, 40)
         print(f"{what}: whole {time.monotonic() - since_s:.2f} s after the fault")
-        answer.check()
-        assert (answer.error, answer.text, answer.completion_tokens) == (None, calm.text, TOKENS), what
+        await fleet.check(answer, TOKENS)
 
     # The worker is killed: noticed by its parent, replaced, its request goes on.
     answer, asking = begin(fleet)
@@ -111,13 +109,11 @@ async def test_parts_that_stand_still_or_die_in_pairs_lose_nothing(fleet: Fleet)
     await eventually(lambda: answer.num_resumes == 1 and len(answer.ids) > 8, within_s=20, what="the rest")
     fleet.send("gateway-0", signal.SIGCONT)
     await again
-    answer.check()
-    assert (answer.error, answer.completion_tokens) == (None, 3 * TOKENS)
+    await fleet.check(answer, 3 * TOKENS)
 
 
 async def test_restarting_every_part_in_turn_under_load_loses_nothing(fleet: Fleet) -> None:
     """SIGTERM and a new process, part by part, while clients ask: the ledger has every answer whole."""
-    calm = await fleet.ask(Answer(), model=SMOLLM2, max_tokens=TOKENS)
     ledger: list[Answer] = []
     is_over = asyncio.Event()
 
@@ -138,16 +134,15 @@ async def test_restarting_every_part_in_turn_under_load_loses_nothing(fleet: Fle
     await asyncio.wait_for(asyncio.gather(*clients), 60)
     print(f"rolling restart: {len(ledger)} requests, {sum(a.num_resumes for a in ledger)} resumed elsewhere")
     for answer in ledger:
-        answer.check()
-        assert (answer.error, answer.text) == (None, calm.text)
+        await fleet.check(answer, TOKENS)
 
 
 async def test_requests_that_nobody_hears_are_cancelled_after_the_grace(fleet: Fleet) -> None:
     """A killed gateway's client does not come back: its sequence is freed, and a late comer is told."""
     answer, asking = begin(fleet, tokens=2000)
     await in_mid_stream(answer)
-    asking.cancel()
     fleet.send("gateway-0", signal.SIGKILL)
+    asking.cancel()  # before it can go on elsewhere
 
     async def is_gone() -> bool:
         return not await fleet.redis.exists(keys.job(answer.request_id))
@@ -156,7 +151,11 @@ async def test_requests_that_nobody_hears_are_cancelled_after_the_grace(fleet: F
     await fleet.ask(answer, "gateway-1")
     assert answer.error is not None
     assert answer.error["code"] == "cancelled"
-    assert (await fleet.status()).swept["unheard_requests"] >= 1
+
+    async def is_counted() -> bool:
+        return (await fleet.status()).swept.get("unheard_requests", 0) >= 1
+
+    await eventually(is_counted, what="the count in the status report")
     async with aiohttp.ClientSession() as client:
         other = answer.request_id[:-1] + ("0" if answer.request_id[-1] != "0" else "1")
         async with client.get(f"{fleet.urls['gateway-1']}/v1/requests/{other}/stream") as response:

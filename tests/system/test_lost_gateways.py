@@ -21,9 +21,7 @@ async def fleet(smollm2_state_dir: Path, short_tmp_path: Path) -> AsyncIterator[
 
 
 async def test_a_stream_goes_on_at_another_gateway_after_kill_9(fleet: Fleet) -> None:
-    """Every event once and in order, the text of an undisturbed run, and its usage; also after the end."""
-    calm = await fleet.ask(Answer(), model=SMOLLM2, max_tokens=40)
-    calm.check()
+    """Every event once and in order, the text of the log, and its usage; also after the end."""
     storm = Answer()
     asking = asyncio.create_task(fleet.ask(storm, model=SMOLLM2, max_tokens=40))
     await eventually(lambda: len(storm.ids) >= 8)
@@ -31,6 +29,6 @@ async def test_a_stream_goes_on_at_another_gateway_after_kill_9(fleet: Fleet) ->
     await asking
     storm.check()
     assert storm.num_resumes >= 1
-    assert (storm.text, storm.completion_tokens) == (calm.text, calm.completion_tokens)
+    await fleet.check(storm, 40)
     whole = await fleet.ask(Answer(request_id=storm.request_id), "gateway-1")
     assert (whole.ids, whole.text) == (storm.ids, storm.text)
