@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llama_programs import TINY, random_plan
@@ -124,6 +125,7 @@ class EngineHarness:
         text: TextModel | None = None,
         prefix_caching: bool = True,
         max_draft_tokens: int = 0,
+        open_text: Callable[[], TextModel] | None = None,
     ) -> None:
         plan = plan or random_plan(config)
         self.text = FakeText()
@@ -138,7 +140,7 @@ class EngineHarness:
                 text or self.text,
                 (EOS,),
                 prefixes or PrefixIndex(),
-                lambda: text or self.text,
+                open_text or (lambda: text or self.text),
             ),
             self.bound,
             max_running=max_running,
