@@ -9,9 +9,9 @@ whether the run was resumed or its tokens were guessed ahead. A row of logits is
 other. So equal logits give the equal token, bit for bit, on every backend.
 
 Logits themselves may differ in their last bits between batch shapes, because matrix products sum in another order
-(about 1e-6 of a logit on the reference backend, about 1e-2 where activations are rounded to bf16). The draw is
-inverse-CDF, so such a difference changes a token only where the drawn number falls into that sliver of probability,
-and a greedy token only where the two best logits are that close.
+(most where activations are rounded to bf16: 0.03 was seen). The draw is inverse-CDF, so such a difference changes a
+token only where the drawn number falls into that sliver of probability, and a greedy token only where the two best
+logits are that close.
 """
 
 from __future__ import annotations
