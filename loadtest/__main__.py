@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 
 def main() -> int:
     """Dispatch on the first argument; exit status 2 for wrong usage."""
+    # A terminated measurement unwinds, so that the servers it started end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     mode, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if mode == "demo":
         from loadtest.demo import run_demo
