@@ -52,7 +52,8 @@ def measure(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         for size in (0, options.draft_tokens)
     }
     figures: dict[str, Any] = {}
-    for name, prompt in PROMPTS.items():
+    for name in options.prompt or PROMPTS:
+        prompt = PROMPTS[name]
         text = TEMPLATE.format(prompt=prompt)
         token_ids = tuple(model.text.tokenize(text, add_special=False, parse_special=True))
         speeds: dict[int, list[float]] = {size: [] for size in drivers}
@@ -89,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128, help="of each answer (default: 128)")
     parser.add_argument("--draft-tokens", type=int, default=8, help="most tokens guessed ahead (default: 8)")
+    parser.add_argument("--prompt", action="append", choices=list(PROMPTS), help="these only (default: all)")
     options = parser.parse_args(arguments)
     with open_model(options.source, options.weights) as model:
         figures = {

@@ -56,6 +56,9 @@ def run(model: LoadedModel, options: argparse.Namespace) -> Outcome:
         for entry in [entry for entry in asked if entry[2].is_done]:
             asked.remove(entry)
             _judge(model, options.max_tokens, *entry, outcome)
+            if outcome.num_schemas % 20 == 0:
+                progress = f"{outcome.num_valid} valid, {outcome.num_cut_by_length} cut"
+                print(f"{outcome.num_schemas} schemas: {progress}", file=sys.stderr, flush=True)
     outcome.seconds = round(time.monotonic() - begin_s, 1)
     driver.close()
     return outcome
