@@ -268,11 +268,10 @@ def test_numbers_stay_inside_their_bounds(
     assert allowed(matcher)
 
 
-def test_only_short_ranges_with_excluded_ends_are_rewritten() -> None:
+def test_only_excluded_ends_of_numbers_are_rewritten() -> None:
     """All other schemas pass as they are, and so do values that look like schemas."""
     for kept in (
-        {"exclusiveMinimum": 3, "maximum": 4},
-        {"exclusiveMinimum": 3},
+        {"type": "integer", "exclusiveMinimum": 3, "maximum": 4},
         {"minimum": 3, "maximum": 3.5},
         {"const": {"exclusiveMinimum": 3, "maximum": 3.5}},
         {"enum": [{"exclusiveMinimum": 3, "maximum": 3.5}]},
@@ -280,5 +279,6 @@ def test_only_short_ranges_with_excluded_ends_are_rewritten() -> None:
         {"exclusiveMinimum": True, "maximum": 3.5},
     ):
         assert json.loads(prepare_schema(json.dumps(kept))) == kept
+    assert json.loads(prepare_schema('{"exclusiveMaximum": 2}')) == {"maximum": 2 - 1e-6}
     moved = json.loads(prepare_schema('{"items": [{"exclusiveMinimum": 3, "maximum": 3.5, "type": "number"}]}'))
     assert moved == {"items": [{"minimum": 3.000001, "maximum": 3.5, "type": "number"}]}

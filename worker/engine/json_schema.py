@@ -13,11 +13,11 @@ VALUES: Final = frozenset({"const", "enum", "default", "examples"})  # keywords 
 
 
 def prepare_schema(source: str) -> str:
-    """The JSON text of a schema, with excluded whole-number ends of short ranges moved inside.
+    """The JSON text of a schema, with excluded ends of number ranges moved inside.
 
-    llguidance 1.9 lets ``3`` through for ``{"exclusiveMinimum": 3, "maximum": 3.5}``, and mirrored below zero: where
-    the range ends before the next whole number. Such an end becomes an inclusive one, a millionth further in; what is
-    lost are numbers that nobody writes.
+    llguidance 1.9 lets ``3`` through for ``{"exclusiveMinimum": 3, "maximum": 3.5}``, and digits that a reader's float
+    rounds to the excluded end (``3.00000000000000002``). Such an end becomes an inclusive one, a millionth further in.
+    Integers are left as they are.
 
     Raises:
         ValueError: not JSON.
@@ -35,15 +35,17 @@ def prepare_schema(source: str) -> str:
 
 
 def _close_bounds(schema: dict[str, Any]) -> None:
+    if schema.get("type") == "integer":
+        return
     minimum, maximum = _read(schema, "minimum"), _read(schema, "maximum")
     low, high = _read(schema, "exclusiveMinimum"), _read(schema, "exclusiveMaximum")
     start, end = low if minimum is None else minimum, high if maximum is None else maximum
-    if _is_whole(low) and low is not None and end is not None and low < end < low + 1:
-        inside = low + min(STEP, (end - low) / 2)
+    if low is not None and abs(low) < LARGEST and (end is None or low < end):
+        inside = low + (STEP if end is None else min(STEP, (end - low) / 2))
         del schema["exclusiveMinimum"]
         schema["minimum"] = inside if minimum is None else max(inside, minimum)
-    if _is_whole(high) and high is not None and start is not None and high - 1 < start < high:
-        inside = high - min(STEP, (high - start) / 2)
+    if high is not None and abs(high) < LARGEST and (start is None or start < high):
+        inside = high - (STEP if start is None else min(STEP, (high - start) / 2))
         del schema["exclusiveMaximum"]
         schema["maximum"] = inside if maximum is None else min(inside, maximum)
 
@@ -51,7 +53,3 @@ def _close_bounds(schema: dict[str, Any]) -> None:
 def _read(schema: dict[str, Any], keyword: str) -> float | None:
     value = schema.get(keyword)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _is_whole(value: float | None) -> bool:
-    return value is not None and abs(value) < LARGEST and value == int(value)
