@@ -44,6 +44,24 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+#: As Qwen's templates write tools, calls and results, in short.
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "Write <tool_call>...</tool_call><|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'tool' %}<tool_response>{{ message.name }}: {{ message.content }}</tool_response>"
+    "{% else %}{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def function_tool(name: str, parameters: Any = None) -> dict[str, Any]:
+    """A tool in OpenAI's chat form."""
+    function = {"name": name, "description": f"The {name}."}
+    return {"type": "function", "function": function if parameters is None else {**function, "parameters": parameters}}
+
 
 def make_card(name: str = MODEL, **changes: Any) -> ModelCard:
     """A servable card."""

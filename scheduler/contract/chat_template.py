@@ -33,6 +33,7 @@ class ChatTemplates:
 
     def __init__(self) -> None:
         self._compiled: dict[str, Template] = {}
+        self._takes_tools: dict[str, bool] = {}
 
     def ensure_compiled(self, card: ModelCard) -> Template:
         """The compiled template of ``card``, compiled at most once. About 10 ms for a large template, else a look-up.
@@ -54,8 +55,24 @@ class ChatTemplates:
             found = self._compiled[source] = _compile(source, card.name)
         return found
 
-    def render(self, card: ModelCard, messages: Sequence[dict[str, Any]]) -> str:
+    def takes_tools(self, card: ModelCard) -> bool:
+        """Whether the template of ``card`` does anything with tools; False where there is no usable template."""
+        source = card.chat_template
+        if source is None or "tools" not in source:
+            return False
+        found = self._takes_tools.get(source)
+        if found is None:
+            if len(self._takes_tools) >= MAX_CACHED_TEMPLATES:
+                self._takes_tools.pop(next(iter(self._takes_tools)))
+            found = self._takes_tools[source] = _reads_tools(source)
+        return found
+
+    def render(
+        self, card: ModelCard, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> str:
         """The prompt text for ``messages``, ending where the assistant's answer begins.
+
+        ``tools`` are function definitions, for templates that take them.
 
         Raises:
             GlowplugError: no template (400), the template refuses the messages (400), or it does not compile (500).
@@ -69,7 +86,7 @@ class ChatTemplates:
                 add_generation_prompt=True,
                 bos_token=card.bos_token or "",
                 eos_token=card.eos_token or "",
-                tools=None,
+                tools=None if tools is None else list(tools),
                 documents=None,
             ):
                 pieces.append(piece)
@@ -86,6 +103,17 @@ class ChatTemplates:
 def _refused(reason: str) -> GlowplugError:
     message = f"messages: the model's chat template refuses them: {reason}"
     return GlowplugError(ErrorCode.INVALID_REQUEST, message, param="messages")
+
+
+def _reads_tools(source: str) -> bool:
+    from jinja2 import TemplateError, meta
+
+    if len(source) > MAX_TEMPLATE_CHARS:
+        return False
+    try:
+        return "tools" in meta.find_undeclared_variables(_environment().parse(source))
+    except TemplateError:
+        return False
 
 
 def _compile(source: str, model: str) -> Template:

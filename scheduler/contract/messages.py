@@ -84,6 +84,8 @@ class RequestRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     include_usage: bool
     created_at_s: int
     echoes: tuple[str, ...] = ()
+    tool_style: str = ""  # how the model writes calls, where the answer may hold some
+    tool_names: tuple[str, ...] = ()  # of which functions
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

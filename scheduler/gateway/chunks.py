@@ -6,8 +6,10 @@ from typing import Protocol
 
 import msgspec
 
+from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import TokenEvent
 from scheduler.gateway import sse
+from scheduler.gateway.errors import encode_error
 from scheduler.gateway.event_ids import EventIds
 from scheduler.gateway.request_schema import Call, Endpoint
 from scheduler.gateway.responses import (
@@ -19,10 +21,13 @@ from scheduler.gateway.responses import (
     LegacyCompletion,
     UsageBody,
     append_legacy_token,
+    build_chat_delta,
     build_chat_token,
     empty_legacy_logprobs,
     fingerprint,
+    finish_word,
 )
+from scheduler.gateway.tool_calls import ArgumentsDelta, CallDelta, TextDelta, ToolCallParser, choice_seed
 
 _encoder = msgspec.json.Encoder()
 
@@ -30,8 +35,11 @@ _encoder = msgspec.json.Encoder()
 class ChunkWriter(Protocol):
     """Makes the events of one call's stream; each method's result is ready to be pushed.
 
-    Every event has an id. Those that the client has already come out empty.
+    Every event that a client may go on after has an id. Those that it has already come out empty.
     """
+
+    def opening(self) -> bytes:
+        """What goes out with the headers."""
 
     def begin(self, part: int) -> bytes:
         """What goes before the first token of prompt ``part``."""
@@ -39,21 +47,48 @@ class ChunkWriter(Protocol):
     def tokens(self, events: tuple[TokenEvent, ...], part: int) -> bytes:
         """What one step added; empty when all its text is held back."""
 
-    def usage(self, usage: UsageBody) -> bytes:
-        """The usage event."""
+    def ending(self, usage: UsageBody) -> bytes:
+        """The last events of a call that ended well."""
+
+    def done(self) -> bytes:
+        """What ends the stream, behind the comments."""
+
+    def error(self, error: ErrorInfo) -> bytes:
+        """The event that ends a stream which failed."""
 
 
 def make_chunk_writer(call: Call, request_id: str, created_at_s: int, ids: EventIds) -> ChunkWriter:
     """The writer for ``call``'s endpoint."""
-    kind = ChatChunkWriter if call.endpoint is Endpoint.CHAT else LegacyChunkWriter
-    writer: ChunkWriter = kind(call, request_id, created_at_s, ids)
-    return writer
+    match call.endpoint:
+        case Endpoint.CHAT:
+            return ChatChunkWriter(call, request_id, created_at_s, ids)
+        case _:
+            return LegacyChunkWriter(call, request_id, created_at_s, ids)
 
 
-class ChatChunkWriter:
+class CompletionChunkWriter:
+    """What the streams of both completion endpoints share: how they begin, fail and end."""
+
+    def opening(self) -> bytes:
+        return b""
+
+    def done(self) -> bytes:
+        return sse.DONE
+
+    def error(self, error: ErrorInfo) -> bytes:
+        return sse.event(encode_error(error))
+
+
+class ChatChunkWriter(CompletionChunkWriter):
     """``chat.completion.chunk`` events. With ``include_usage`` every chunk but the last has ``usage: null``."""
 
     def __init__(self, call: Call, request_id: str, created_at_s: int, ids: EventIds) -> None:
+        use = call.tools
+        self._parsers = (
+            []
+            if use is None
+            else [ToolCallParser(use, choice_seed(request_id, index)) for index in range(call.total_choices)]
+        )
         self._call = call
         self._ids = ids
         self._id = f"chatcmpl-{request_id}"
@@ -69,13 +104,26 @@ class ChatChunkWriter:
         for event in events:
             index = part * self._call.num_choices + event.choice
             logprobs = None if event.logprob is None else ChatLogprobs([build_chat_token(event.logprob)])
-            if event.text or logprobs is not None:
-                pieces.append(self._chunk(part, [ChatChunkChoice(index, Delta(content=event.text), logprobs)]))
+            num_calls = 0
+            if self._parsers:
+                parser = self._parsers[index]
+                deltas = [build_chat_delta(delta) for delta in read_deltas(parser, event)]
+                num_calls = parser.num_calls
+            else:
+                deltas = [Delta(content=event.text)] if event.text else []
+            if not deltas and logprobs is not None:
+                deltas.append(Delta(content=""))
+            for delta in deltas:
+                pieces.append(self._chunk(part, [ChatChunkChoice(index, delta, logprobs)]))
+                logprobs = None  # a token's chunk is its first one
             if event.finish_reason is not None:
-                pieces.append(self._chunk(part, [ChatChunkChoice(index, Delta(), None, event.finish_reason.value)]))
+                reason = finish_word(event.finish_reason, num_calls)
+                pieces.append(self._chunk(part, [ChatChunkChoice(index, Delta(), None, reason)]))
         return b"".join(pieces)
 
-    def usage(self, usage: UsageBody) -> bytes:
+    def ending(self, usage: UsageBody) -> bytes:
+        if not self._call.include_usage:
+            return b""
         return self._chunk(len(self._call.prompts) - 1, [], usage)
 
     def _chunk(self, part: int, choices: list[ChatChunkChoice], usage: UsageBody | None = None) -> bytes:
@@ -88,7 +136,7 @@ class ChatChunkWriter:
         return sse.event(_encoder.encode(chunk), event_id)
 
 
-class LegacyChunkWriter:
+class LegacyChunkWriter(CompletionChunkWriter):
     """``text_completion`` events. An echoed prompt is the first text of each of its choices."""
 
     def __init__(self, call: Call, request_id: str, created_at_s: int, ids: EventIds) -> None:
@@ -120,7 +168,9 @@ class LegacyChunkWriter:
                 pieces.append(self._chunk(part, [LegacyChoice(index, "", None, event.finish_reason.value)]))
         return b"".join(pieces)
 
-    def usage(self, usage: UsageBody) -> bytes:
+    def ending(self, usage: UsageBody) -> bytes:
+        if not self._call.include_usage:
+            return b""
         return self._chunk(len(self._call.prompts) - 1, [], usage)
 
     def _chunk(self, part: int, choices: list[LegacyChoice], usage: UsageBody | None = None) -> bytes:
@@ -131,6 +181,12 @@ class LegacyChunkWriter:
         if self._call.include_usage:
             chunk.usage = usage
         return sse.event(_encoder.encode(chunk), event_id)
+
+
+def read_deltas(parser: ToolCallParser, event: TokenEvent) -> list[TextDelta | CallDelta | ArgumentsDelta]:
+    """What a token adds, and with the last one what was held back."""
+    deltas = parser.feed(event.text)
+    return deltas if event.finish_reason is None else deltas + parser.finish()
 
 
 def _choices_of(call: Call, part: int) -> range:

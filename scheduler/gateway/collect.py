@@ -18,17 +18,19 @@ from scheduler.gateway.responses import (
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     LegacyChoice,
     LegacyCompletion,
     LegacyLogprobs,
     UsageBody,
     append_legacy_token,
+    build_chat_message,
     build_chat_token,
     build_usage,
     empty_legacy_logprobs,
     fingerprint,
+    finish_word,
 )
+from scheduler.gateway.tool_calls import choice_seed
 from scheduler.gateway.traces import COLD_START_NAMES, format_server_timing
 
 LIMIT_CHECK_EVERY_S: Final = 1.0
@@ -88,7 +90,10 @@ class CollectedCall:
             logprobs = None
             if call.sampling.num_top_logprobs is not None:
                 logprobs = ChatLogprobs([build_chat_token(logprob) for _, logprob in choice.logprobs])
-            choices.append(ChatChoice(index, ChatMessage(choice.text), logprobs, choice.finish_reason.value))
+            seed = choice_seed(self._exchange.request_id, index)
+            message = build_chat_message(choice.text, call.tools, seed)
+            reason = finish_word(choice.finish_reason, len(message.tool_calls or ()))
+            choices.append(ChatChoice(index, message, logprobs, reason))
         return ChatCompletion(
             f"chatcmpl-{self._exchange.request_id}",
             created_at_s,

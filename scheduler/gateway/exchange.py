@@ -175,6 +175,8 @@ class Exchange:
             include_usage=call.include_usage,
             created_at_s=self.created_at_s,
             echoes=tuple(map(str, call.prompts)) if call.echo else (),
+            tool_style="" if call.tools is None else call.tools.style.value,
+            tool_names=() if call.tools is None else tuple(sorted(call.tools.names)),
         )
 
     # --- a server that forgot -------------------------------------------------------------------------------------
@@ -342,7 +344,9 @@ class Exchange:
         self.done.set()
 
     def _name_field(self, error: ErrorInfo) -> ErrorInfo:
-        """The worker knows that a prompt is too long, not which field it came in."""
+        """The worker knows neither the field in which the prompt came nor what asked for a grammar."""
+        if error.param == "response_format" and self.call.tools is not None:
+            return msgspec.structs.replace(error, param="tools")
         if error.code is not ErrorCode.CONTEXT_LENGTH_EXCEEDED or error.param is not None:
             return error
         return msgspec.structs.replace(error, param=self.call.endpoint.prompt_field)

@@ -1,29 +1,32 @@
 """From a decoded JSON body to a validated call: the fields of both endpoints, their limits and what is refused.
 
 Unknown fields are ignored. A known field of ours with a wrong type or range is a 400 that names it. A field that would
-change the answer and that we cannot honour yet (tools) is a 400 too, rather than an answer that ignores it.
+change the answer and that we cannot honour is a 400 too, rather than an answer that ignores it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
+
+from msgspec import structs
 
 from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import EmbeddingInputs, ModelCard, SamplingParams
 from scheduler.contract.states import Priority
+from scheduler.gateway.chat_messages import read_messages
 from scheduler.gateway.errors import bad_field
 from scheduler.gateway.field_reader import FieldReader, json_type
+from scheduler.gateway.ignored_fields import check_ignored_fields
 from scheduler.gateway.sampling_fields import read_chat_logprobs, read_completion_logprobs, read_sampling
+from scheduler.gateway.tool_calls import ToolUse
+from scheduler.gateway.tool_fields import ToolRequest, read_tools
 
-MAX_MESSAGES: Final = 2048
-MAX_PARTS_PER_MESSAGE: Final = 256
 MAX_CHOICES: Final = 16  # prompts times n
 MAX_MODEL_CHARS: Final = 256
 MAX_USER_CHARS: Final = 512
-MAX_ROLE_CHARS: Final = 64
 LEGACY_MAX_TOKENS: Final = 16  # OpenAI's default of /v1/completions
 UNLIMITED_TOKENS: Final = 2**31 - 1
 
@@ -59,6 +62,7 @@ class Call:
     user: str | None
     embedding: EmbeddingInputs | None = None  # set: this is what is asked for, and no text
     as_base64: bool = False
+    tools: ToolUse | None = None  # set: the text may hold calls
 
     @property
     def total_choices(self) -> int:
@@ -84,12 +88,28 @@ def read_chat_call(body: dict[str, Any], card: ModelCard, templates: ChatTemplat
         GlowplugError: a field is wrong, the template refuses the messages, or the prompt cannot fit.
     """
     reader = FieldReader(body)
-    _refuse_unsupported_chat(reader)
+    check_ignored_fields(reader)
+    tools = read_tools(reader, card, templates)
     num_top_logprobs = read_chat_logprobs(reader)
     default_max_tokens = card.context_length or UNLIMITED_TOKENS
     sampling = read_sampling(reader, card, default_max_tokens=default_max_tokens, num_top_logprobs=num_top_logprobs)
-    prompt = templates.render(card, read_messages(reader.raw("messages")))
-    return _build_call(reader, card, Endpoint.CHAT, (prompt,), sampling, echo=False)
+    if tools is not None:
+        sampling = enforce_tools(sampling, tools)
+    definitions = None if tools is None else tools.definitions
+    prompt = templates.render(card, read_messages(reader.raw("messages")), definitions)
+    call = _build_call(reader, card, Endpoint.CHAT, (prompt,), sampling, echo=False)
+    return call if tools is None else replace(call, tools=tools.use)
+
+
+def enforce_tools(sampling: SamplingParams, tools: ToolRequest) -> SamplingParams:
+    """``sampling`` with the grammar of the calls that ``tools`` asks for.
+
+    Raises:
+        GlowplugError: an output format is asked for too, which no call would match.
+    """
+    if sampling.grammar is not None:
+        raise bad_field("response_format", 'cannot be enforced beside tools; send tool_choice "none", or drop one')
+    return sampling if tools.grammar is None else structs.replace(sampling, grammar=tools.grammar)
 
 
 def read_completion_call(body: dict[str, Any], card: ModelCard) -> Call:
@@ -99,6 +119,7 @@ def read_completion_call(body: dict[str, Any], card: ModelCard) -> Call:
         GlowplugError: a field is wrong, or a prompt cannot fit.
     """
     reader = FieldReader(body)
+    check_ignored_fields(reader)
     _refuse_unsupported_completion(reader)
     num_top_logprobs = read_completion_logprobs(reader)
     default_max_tokens = min(LEGACY_MAX_TOKENS, card.context_length or LEGACY_MAX_TOKENS)
@@ -228,71 +249,7 @@ def _check_token_ids(value: Any, card: ModelCard) -> tuple[int, ...]:
     return tuple(value)
 
 
-# --- messages ---------------------------------------------------------------------------------------------------
-
-
-def read_messages(value: Any) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: ``role`` and ``content`` as text. ``developer`` becomes ``system``.
-
-    Raises:
-        GlowplugError: not a list of messages, too many, or a content part that is not text; names the element.
-    """
-    if value is None:
-        raise bad_field("messages", "is required")
-    if not isinstance(value, list):
-        raise bad_field("messages", f"expected an array, got {json_type(value)}")
-    if not 0 < len(value) <= MAX_MESSAGES:
-        raise bad_field("messages", f"{len(value)} messages; expected 1 to {MAX_MESSAGES}")
-    return [_read_message(message, f"messages[{i}]") for i, message in enumerate(value)]
-
-
-def _read_message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise bad_field(where, f"expected an object, got {json_type(message)}")
-    role = message.get("role")
-    if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE_CHARS:
-        seen = "an empty or overlong string" if isinstance(role, str) else json_type(role)
-        raise bad_field(f"{where}.role", f"expected system, user or assistant, got {seen}")
-    found: dict[str, Any] = {
-        "role": "system" if role == "developer" else role,
-        "content": _read_content(message.get("content"), f"{where}.content", may_be_absent=role == "assistant"),
-    }
-    name = message.get("name")
-    if name is not None:
-        if not isinstance(name, str):
-            raise bad_field(f"{where}.name", f"expected a string, got {json_type(name)}")
-        found["name"] = name
-    return found
-
-
-def _read_content(content: Any, where: str, *, may_be_absent: bool) -> str:
-    if isinstance(content, str):
-        return content
-    if content is None and may_be_absent:
-        return ""
-    if not isinstance(content, list):
-        raise bad_field(where, f"expected a string or an array of text parts, got {json_type(content)}")
-    if len(content) > MAX_PARTS_PER_MESSAGE:
-        raise bad_field(where, f"{len(content)} parts; at most {MAX_PARTS_PER_MESSAGE} are accepted")
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            seen = f'"{kind[:40]}"' if isinstance(kind, str) else json_type(part if kind is None else kind)
-            raise bad_field(f"{where}[{i}].type", f'only parts of type "text" are supported, got {seen}')
-        if not isinstance(part.get("text"), str):
-            raise bad_field(f"{where}[{i}].text", f"expected a string, got {json_type(part.get('text'))}")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
 # --- what we cannot honour --------------------------------------------------------------------------------------
-
-
-def _refuse_unsupported_chat(reader: FieldReader) -> None:
-    for name in ("tools", "functions"):
-        if reader.raw(name):
-            raise bad_field(name, "tool calls are not supported by this server; leave it out")
 
 
 def _refuse_unsupported_completion(reader: FieldReader) -> None:

@@ -10,6 +10,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from scheduler.contract.messages import ModelCard, TokenLogprob, TopLogprob, Usage
+from scheduler.contract.states import FinishReason
+from scheduler.gateway.tool_calls import ArgumentsDelta, CallDelta, TextDelta, ToolCall, ToolUse, read_items
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -41,9 +43,24 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class FunctionDelta(msgspec.Struct):
+    """Of a call that begins, the name; then more of its arguments' JSON text."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCallDelta(msgspec.Struct):
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class Delta(msgspec.Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -63,10 +80,24 @@ class ChatChunk(msgspec.Struct):
     object: str = "chat.completion.chunk"
 
 
+class FunctionCall(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class ChatToolCall(msgspec.Struct):
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
 class ChatMessage(msgspec.Struct):
-    content: str
+    """``content`` is null where the answer is calls alone."""
+
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    tool_calls: list[ChatToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -129,6 +160,37 @@ def build_usage(usages: list[Usage]) -> UsageBody:
         prompt_tokens + completion_tokens,
         PromptTokensDetails(sum(usage.cached_tokens for usage in usages)),
     )
+
+
+def finish_word(reason: FinishReason, num_calls: int) -> str:
+    """OpenAI's word for why a choice ended."""
+    return "tool_calls" if num_calls and reason is FinishReason.STOP else reason.value
+
+
+def build_chat_message(text: str, use: ToolUse | None, seed: str) -> ChatMessage:
+    """The message of one choice's ``text``; ``seed`` as for :class:`ToolCallParser`."""
+    if use is None:
+        return ChatMessage(text)
+    items = read_items(text, use, seed)
+    calls = [item for item in items if isinstance(item, ToolCall)]
+    content = "".join(item for item in items if isinstance(item, str))
+    if not calls:
+        return ChatMessage(content)
+    return ChatMessage(
+        content or None,
+        tool_calls=[ChatToolCall(call.call_id, FunctionCall(call.name, call.arguments)) for call in calls],
+    )
+
+
+def build_chat_delta(delta: TextDelta | CallDelta | ArgumentsDelta) -> Delta:
+    """What a chunk says of ``delta``."""
+    match delta:
+        case TextDelta(text):
+            return Delta(content=text)
+        case CallDelta(index, call_id, name):
+            return Delta(tool_calls=[ToolCallDelta(index, FunctionDelta(name), call_id, "function")])
+        case ArgumentsDelta(index, text):
+            return Delta(tool_calls=[ToolCallDelta(index, FunctionDelta(arguments=text))])
 
 
 def build_chat_token(logprob: TokenLogprob) -> ChatToken:

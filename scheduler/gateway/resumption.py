@@ -27,6 +27,8 @@ from scheduler.gateway.request_ids import is_request_id
 from scheduler.gateway.request_log import FACTS
 from scheduler.gateway.request_schema import Call, Endpoint
 from scheduler.gateway.streaming import StreamedCall
+from scheduler.gateway.tool_calls import ToolUse
+from scheduler.gateway.tool_styles import ToolStyle
 
 ENDPOINT: Final = "resume"
 
@@ -176,4 +178,5 @@ def _rebuild_call(record: RequestRecord) -> Call:
         echo=bool(record.echoes),
         priority=Priority.INTERACTIVE,
         user=None,
+        tools=ToolUse(ToolStyle(record.tool_style), frozenset(record.tool_names)) if record.tool_style else None,
     )

@@ -10,15 +10,16 @@ from aiohttp import web
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import ModelCard, ModelStatus
 from scheduler.contract.states import Task, Tier
-from scheduler.gateway.gateway import GATEWAY
+from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.identity import IDENTITY
-from scheduler.gateway.model_directory import ModelDirectory
+from scheduler.gateway.tool_styles import find_tool_style
 
 OWNER: Final = "glowplug"
 
 
 class ModelDocument(msgspec.Struct):
-    """A model in OpenAI's shape, and beyond it: ``status`` is cold, loading, warm or refused."""
+    """A model in OpenAI's shape, and beyond it: ``status`` is cold, loading, warm or refused; ``tools`` whether it can
+    call functions."""
 
     id: str
     created: int
@@ -29,6 +30,7 @@ class ModelDocument(msgspec.Struct):
     weight_format: str
     system_fingerprint: str
     task: Task
+    tools: bool
     object: str = "model"
     owned_by: str = OWNER
 
@@ -43,7 +45,7 @@ async def list_models(request: web.Request) -> web.Response:
     directory, identity = request.app[GATEWAY].directory, request[IDENTITY]
     await directory.ensure_fresh()
     visible = sorted(filter(identity.may_see, directory.cards))
-    found = [build_document(directory.cards[name], directory) for name in visible]
+    found = [build_document(directory.cards[name], request.app[GATEWAY]) for name in visible]
     return web.Response(body=msgspec.json.encode(ModelList(found)), content_type="application/json")
 
 
@@ -56,10 +58,13 @@ async def get_model(request: web.Request) -> web.Response:
         raise GlowplugError(
             ErrorCode.MODEL_NOT_FOUND, f'no model "{name[:200]}" here; GET /v1/models lists them', param="model"
         )
-    return web.Response(body=msgspec.json.encode(build_document(card, directory)), content_type="application/json")
+    return web.Response(
+        body=msgspec.json.encode(build_document(card, request.app[GATEWAY])), content_type="application/json"
+    )
 
 
-def build_document(card: ModelCard, directory: ModelDirectory) -> ModelDocument:
+def build_document(card: ModelCard, gateway: Gateway) -> ModelDocument:
+    directory = gateway.directory
     status = directory.status_of(card.name)
     return ModelDocument(
         id=card.name,
@@ -71,6 +76,7 @@ def build_document(card: ModelCard, directory: ModelDirectory) -> ModelDocument:
         weight_format=card.weight_format,
         system_fingerprint=f"fp_{card.snapshot_id}",
         task=card.task,
+        tools=gateway.templates.takes_tools(card) and find_tool_style(card.chat_template or "") is not None,
     )
 
 

@@ -13,7 +13,6 @@ from scheduler.contract.messages import StageEvent, StepFrame
 from scheduler.contract.telemetry import Mark
 from scheduler.gateway import sse
 from scheduler.gateway.chunks import make_chunk_writer
-from scheduler.gateway.errors import encode_error
 from scheduler.gateway.event_ids import EventIds
 from scheduler.gateway.event_stream import EventStream
 from scheduler.gateway.exchange import Exchange, Part
@@ -51,7 +50,8 @@ class StreamedCall:
         unwatch = gateway.hub.watch_stages(self._model, self._on_stage)
         try:
             await self._exchange.start(self._on_step)
-            response = await self._stream.open(sse.comment("ok") if is_hot else self._waking_comment())
+            first = sse.comment("ok") if is_hot else self._waking_comment()
+            response = await self._stream.open(first + self._chunks.opening())
             self._stream.push(await self._serve())
             if not self._stream.is_cut:
                 await self._stream.finish()
@@ -124,14 +124,13 @@ class StreamedCall:
             return self._error_event()
         trace = await exchange.record()
         pieces = [self._begin(part) for part in exchange.parts]
-        if exchange.call.include_usage:
-            usages = [part.terminal.usage for part in exchange.parts if part.terminal is not None]
-            pieces.append(self._chunks.usage(build_usage(usages)))
+        usages = [part.terminal.usage for part in exchange.parts if part.terminal is not None]
+        pieces.append(self._chunks.ending(build_usage(usages)))
         pieces.append(sse.comment(f"X-Cold-Start: {COLD_START_NAMES[trace.cold_tier]}"))
         pieces.append(sse.comment(f"Server-Timing: {format_server_timing(trace.phases_ms)}"))
-        pieces.append(sse.DONE)
+        pieces.append(self._chunks.done())
         return b"".join(pieces)
 
     def _error_event(self) -> bytes:
         error = self._exchange.error
-        return b"" if error is None else sse.event(encode_error(error))
+        return b"" if error is None else self._chunks.error(error)

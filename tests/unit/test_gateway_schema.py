@@ -10,12 +10,12 @@ from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import ModelCard
 from scheduler.contract.states import Priority
+from scheduler.gateway.chat_messages import read_messages
 from scheduler.gateway.request_body import parse_json_object
 from scheduler.gateway.request_schema import (
     Call,
     read_chat_call,
     read_completion_call,
-    read_messages,
     read_model_name,
 )
 from tests.gateway_fixtures import make_card
@@ -104,7 +104,12 @@ def test_a_bad_prompt_names_the_field(prompt: Any) -> None:
         ({"priority": "urgent"}, "priority"),
         ({"priority": ["batch"]}, "priority"),
         ({"user": 5}, "user"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),  # the template takes none
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"store": "yes"}, "store"),
+        ({"modalities": ["audio"]}, "modalities"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
     ],
 )

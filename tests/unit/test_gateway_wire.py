@@ -66,7 +66,7 @@ def test_usage_is_null_in_every_chunk_but_its_own() -> None:
     """With include_usage; the usage chunk has no choices."""
     writer = make_chunk_writer(chat_call(stream_options={"include_usage": True}), "ID", 5, EventIds("ID", 1))
     usage = build_usage([Usage(3, 4, 1), Usage(1, 1, 0)])
-    first, last = decode(writer.begin(0) + writer.usage(usage))
+    first, last = decode(writer.begin(0) + writer.ending(usage))
     assert first["usage"] is None
     assert last["choices"] == []
     assert last["usage"] == {
