@@ -20,10 +20,12 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from snapshots.errors import KeyRingError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import SALT_BYTES, TAG_BYTES, BlobEncryption
+from snapshots.manifest import SALT_BYTES, TAG_BYTES, BlobEncryption, BlobRef
 
 _KEY_INFO: Final = b"glowplug 2026 blob encryption key v1"
 _AAD_CONTEXT: Final = b"glowplug 2026 blob chunk v1"
+_EXPORT_KEY_INFO: Final = b"glowplug 2026 transport encryption key v1"  # the blob's address follows
+_EXPORT_AAD_CONTEXT: Final = b"glowplug 2026 transport chunk v1"
 _KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 
@@ -32,21 +34,22 @@ class ChunkNotAuthentic(Exception):
     """A chunk's ciphertext or tag was changed, or belongs elsewhere. Caught inside this package."""
 
 
-class BlobCipher:
-    """Encrypts and decrypts the chunks of one blob. Safe from any thread; releases the GIL."""
+class ChunkCipher:
+    """Encrypts and decrypts the chunks of one blob in one file. Safe from any thread; releases the GIL."""
 
-    def __init__(self, secret: bytes, salt: bytes) -> None:
-        self._aead = AESGCM(HKDF(SHA256(), _KEY_BYTES, salt=salt, info=_KEY_INFO).derive(secret))
+    def __init__(self, secret: bytes, salt: bytes, key_info: bytes, aad_context: bytes) -> None:
+        self._aead = AESGCM(HKDF(SHA256(), _KEY_BYTES, salt=salt, info=key_info).derive(secret))
+        self._aad_context = aad_context
 
-    def encrypt(self, plain: bytes | bytearray | memoryview, digest: bytes, index: int) -> bytes:
+    def encrypt(self, content: bytes | bytearray | memoryview, digest: bytes, index: int) -> bytes:
         """Ciphertext of chunk ``index``, whose plain digest is ``digest``, and its 16-byte tag.
 
-        Requires: each index is used once for this cipher.
+        Requires: with this cipher, an index is used for one content only.
         """
-        return self._aead.encrypt(_nonce(index), bytes(plain), _aad(digest, index))
+        return self._aead.encrypt(_nonce(index), bytes(content), self._aad(digest, index))
 
     def decrypt_into(self, stored: bytes | memoryview, digest: bytes, index: int, into: bytearray | memoryview) -> None:
-        """Plain bytes of chunk ``index``, written to ``into``, which is exactly as long as they are.
+        """Content of chunk ``index``, written to ``into``, which is exactly as long as it is.
 
         Raises:
             ChunkNotAuthentic: ``into`` then holds nothing of use.
@@ -54,9 +57,26 @@ class BlobCipher:
         if len(stored) != len(into) + TAG_BYTES:
             raise ChunkNotAuthentic
         try:
-            self._aead.decrypt_into(_nonce(index), stored, _aad(digest, index), into)
+            self._aead.decrypt_into(_nonce(index), stored, self._aad(digest, index), into)
         except InvalidTag:
             raise ChunkNotAuthentic from None
+
+    def _aad(self, digest: bytes, index: int) -> bytes:
+        return self._aad_context + digest + index.to_bytes(8, "little")
+
+
+class BlobCipher(ChunkCipher):
+    """Chunks of a blob's file in a store."""
+
+    def __init__(self, secret: bytes, salt: bytes) -> None:
+        super().__init__(secret, salt, _KEY_INFO, _AAD_CONTEXT)
+
+
+class ExportCipher(ChunkCipher):
+    """Compressed chunks of a blob in one transport file: ``salt`` is the file's, ``address`` the blob's."""
+
+    def __init__(self, secret: bytes, salt: bytes, address: str) -> None:
+        super().__init__(secret, salt, _EXPORT_KEY_INFO + bytes.fromhex(address), _EXPORT_AAD_CONTEXT)
 
 
 def start_encryption(keyring: KeyRing) -> tuple[BlobEncryption, BlobCipher]:
@@ -81,9 +101,15 @@ def open_cipher(encryption: BlobEncryption, keyring: KeyRing) -> BlobCipher:
     return BlobCipher(keyring.encryption_secret(encryption.key_id), encryption.salt)
 
 
+def open_export_cipher(ref: BlobRef, salt: bytes, keyring: KeyRing) -> ExportCipher:
+    """The cipher of an encrypted blob's frames in the transport file of this salt.
+
+    Raises:
+        KeyRingError: its key is not in the ring.
+    """
+    assert ref.encryption is not None
+    return ExportCipher(keyring.encryption_secret(ref.encryption.key_id), salt, ref.address)
+
+
 def _nonce(index: int) -> bytes:
     return index.to_bytes(_NONCE_BYTES, "big")
-
-
-def _aad(digest: bytes, index: int) -> bytes:
-    return _AAD_CONTEXT + digest + index.to_bytes(8, "little")

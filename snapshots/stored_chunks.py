@@ -87,6 +87,17 @@ class StoredChunks:
             raise self.corrupt(index, NOT_SIGNED)
         return plain
 
+    def store(self, plain: bytes, index: int) -> bytes:
+        """Stored form of chunk ``index``, from its plain bytes, which are verified first: only the content that was
+        encrypted at the start may meet its key and nonce again, and then gives the same ciphertext.
+
+        Raises:
+            BlobCorrupt: they are not the signed ones.
+        """
+        if chunks.digest_chunk(plain) != self.ref.chunk_digest(index):
+            raise self.corrupt(index, NOT_SIGNED)
+        return plain if self._cipher is None else self._cipher.encrypt(plain, self.ref.chunk_digest(index), index)
+
     def corrupt(self, index: int, what: str) -> BlobCorrupt:
         """The error for chunk ``index``."""
         return BlobCorrupt(self.label, what, chunk=index, offset=self.plain_span(index)[0])

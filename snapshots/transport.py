@@ -1,32 +1,30 @@
 """Export and import of a snapshot as one file, streamed chunk by chunk on all cores with bounded memory.
 
 Both directions verify every chunk against the signed manifest: what is damaged is not exported, and what comes in is
-believed only as far as its signature and digests go. Encrypted blobs travel encrypted: they gain nothing from
-compression, and need their key to be checked on both sides.
+believed only as far as its signature and digests go. Encrypted blobs travel encrypted (see packed_chunks), and need
+their key on both sides.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
-import zstandard
 
 from snapshots import chunks
 from snapshots.blob_writer import write_fully
 from snapshots.errors import SnapshotError, TransportError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import NAME, Manifest, open_manifest, seal_manifest
+from snapshots.manifest import NAME, SALT_BYTES, Manifest, open_manifest, seal_manifest
+from snapshots.packed_chunks import ChunkPacker, ChunkUnpacker, ExportCiphers
 from snapshots.regular_files import open_regular_file
 from snapshots.store import SnapshotStore
 from snapshots.stored_chunks import StoredChunks
@@ -84,8 +82,10 @@ def export_snapshot(
     if not MIN_LEVEL <= level <= MAX_LEVEL:
         raise TransportError(f"compression level {level}: expected {MIN_LEVEL} to {MAX_LEVEL}")
     manifest, container = store.read_signed(name, keyring)
-    header = pack_header(container)
     blobs = [StoredChunks(ref, role, keyring) for role, ref in list_blobs(manifest)]
+    salt = secrets.token_bytes(SALT_BYTES) if any(stored.ref.encryption for stored in blobs) else b""
+    packer = ChunkPacker(level, ExportCiphers(blobs, keyring, salt))
+    header = pack_header(container, salt)
     total_bytes = sum(stored.ref.file_bytes for stored in blobs)
     entries = [(len(header), 0)]
     done_bytes = 0
@@ -94,9 +94,9 @@ def export_snapshot(
         fd = stack.enter_context(_new_file(target))
         write_fully(fd, header)
         work = ((fds[stored.label], stored, index) for stored, index in list_chunks(blobs))
-        for frame, stored_bytes in _in_order(partial(_compress, _Compressors(level)), work, num_threads):
+        for frame, content_bytes, stored_bytes in _in_order(packer.pack, work, num_threads):
             write_fully(fd, frame)
-            entries.append((len(frame), stored_bytes))
+            entries.append((len(frame), content_bytes))
             done_bytes += stored_bytes
             if on_progress is not None:
                 on_progress(done_bytes, total_bytes)
@@ -132,16 +132,17 @@ def import_snapshot(
     except OSError as error:
         raise TransportError(f"cannot open {source} (symlinks are not followed): {error.strerror}") from error
     try:
-        container = read_header(fd, status.st_size)
-        container_bytes = len(container)
+        header = read_header(fd, status.st_size)
+        container = header.container
         manifest = open_manifest(container, keyring, name=None)
         if name is not None and name != manifest.name:
             manifest, container = _rename(manifest, name, keyring)
         if not allow_older:
             store.admit(manifest)
         blobs = [StoredChunks(ref, role, keyring) for role, ref in list_blobs(manifest)]
-        frames = read_frames(fd, status.st_size, container_bytes, blobs)
-        _import_blobs(store, fd, blobs, frames, num_threads, on_progress)
+        frames = read_frames(fd, status.st_size, header, blobs)
+        unpacker = ChunkUnpacker(fd, ExportCiphers(blobs, keyring, header.salt))
+        _import_blobs(store, unpacker, blobs, frames, num_threads, on_progress)
         store.publish_manifest(container, manifest)
     finally:
         os.close(fd)
@@ -151,7 +152,7 @@ def import_snapshot(
 
 def _import_blobs(
     store: SnapshotStore,
-    fd: int,
+    unpacker: ChunkUnpacker,
     blobs: list[StoredChunks],
     frames: list[Frame],
     num_threads: int | None,
@@ -162,8 +163,7 @@ def _import_blobs(
     done_bytes = 0
     with ExitStack() as stack:
         files = {stored.label: stack.enter_context(store.add_blob_file()) for stored in blobs}
-        decompress = partial(_decompress, _Decompressors(), fd)
-        for frame, stored_chunk in _in_order(decompress, frames, num_threads):
+        for frame, stored_chunk in _in_order(unpacker.unpack, frames, num_threads):
             files[frame.stored.label].write(stored_chunk)
             done_bytes += len(stored_chunk)
             if on_progress is not None:
@@ -179,51 +179,6 @@ def _rename(manifest: Manifest, name: str, keyring: KeyRing) -> tuple[Manifest, 
         raise TransportError(f"snapshot name {name[:140]!r} is not [A-Za-z0-9][A-Za-z0-9._-]{{0,127}}")
     renamed = msgspec.structs.replace(manifest, name=name)
     return renamed, seal_manifest(renamed, keyring)
-
-
-class _Compressors(threading.local):
-    """One compressor a thread: they must not be shared, and making one at a high level costs megabytes."""
-
-    def __init__(self, level: int) -> None:
-        self.context = zstandard.ZstdCompressor(level=level)
-
-
-class _Decompressors(threading.local):
-    """One decompressor a thread."""
-
-    def __init__(self) -> None:
-        self.context = zstandard.ZstdDecompressor()
-
-
-def _compress(compressors: _Compressors, work: tuple[int, StoredChunks, int]) -> tuple[bytes, int]:
-    """A chunk's frame and its stored size; the chunk is verified first."""
-    fd, stored, index = work
-    stored_chunk = stored.read(fd, index)
-    stored.open(stored_chunk, index)
-    return compressors.context.compress(stored_chunk), len(stored_chunk)
-
-
-def _decompress(decompressors: _Decompressors, fd: int, frame: Frame) -> tuple[Frame, bytes]:
-    """A chunk in its stored form, verified. What the frame says of its size is checked before any of it is unpacked."""
-    data = os.pread(fd, frame.compressed_bytes, frame.offset)
-    place = f"blob {frame.stored.label}, chunk {frame.chunk} (frame at byte {frame.offset})"
-    if len(data) != frame.compressed_bytes:
-        raise TransportError(f"{place}: the file became shorter while it was read")
-    try:
-        parameters = zstandard.get_frame_parameters(data)
-        if parameters.content_size != frame.stored_bytes or parameters.dict_id != 0:
-            raise TransportError(
-                f"{place}: says it unpacks to {parameters.content_size} bytes; the manifest says {frame.stored_bytes}"
-            )
-        stored_chunk = decompressors.context.decompress(
-            data, max_output_size=frame.stored_bytes, allow_extra_data=False
-        )
-    except zstandard.ZstdError as error:
-        raise TransportError(f"{place}: {error}") from error
-    if len(stored_chunk) != frame.stored_bytes:
-        raise TransportError(f"{place}: unpacks to {len(stored_chunk)} bytes, expected {frame.stored_bytes}")
-    frame.stored.open(stored_chunk, frame.chunk)
-    return frame, stored_chunk
 
 
 def _in_order(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int | None) -> Iterator[Result]:

@@ -103,8 +103,9 @@ def build_snapshot(
     with_verity: bool = False,
     newest: NewestSeen | None = None,
     identity: dict[str, str] = IDENTITY,
+    guest_wasm: bytes | None = None,
 ) -> SyntheticSnapshot:
-    """Write a complete snapshot into a store at ``root``."""
+    """Write a complete snapshot into a store at ``root``. Its bytes are random, unless ``guest_wasm`` are given."""
     store, random = SnapshotStore(root, newest=newest), np.random.default_rng(seed + 1)
     keyring = keyring or make_keyring()
     encrypt_with = keyring if encrypt else None
@@ -121,7 +122,11 @@ def build_snapshot(
         created_at_s=created_at_s,
         identity=identity,
         card=make_card(),
-        blobs={WEIGHTS: writer.ref, GUEST_CWASM: add(random.bytes(100_000)), GUEST_WASM: add(random.bytes(5_000))},
+        blobs={
+            WEIGHTS: writer.ref,
+            GUEST_CWASM: add(random.bytes(100_000)),
+            GUEST_WASM: add(random.bytes(5_000) if guest_wasm is None else guest_wasm),
+        },
         tensors=layout.entries,
         tensor_handles=("layers.0.qkv.weight", "embed.weight", "layers.0.attn_norm.weight"),
         programs=Programs(prefill=b"GPRG-prefill", decode=b"GPRG-decode"),

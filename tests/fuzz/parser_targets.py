@@ -11,23 +11,26 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from guests.errors import GuestError, ProgramError
 from guests.module import parse_module
 from guests.program import decode_program
 from snapshots import key_file, manifest, rollback, transport, transport_format, weights_file
+from snapshots.encryption import open_export_cipher
 from snapshots.errors import SnapshotError
 from snapshots.key_file import Key
 from snapshots.keyring import KeyRing
+from snapshots.manifest import SALT_BYTES
+from snapshots.packed_chunks import ChunkUnpacker, ExportCiphers
 from snapshots.store import SnapshotStore
 from snapshots.stored_chunks import StoredChunks
-from tests.snapshot_fixtures import build_snapshot, make_keyring
+from tests.snapshot_fixtures import build_snapshot, make_encryption_key, make_key
 from worker.build.errors import BuildError
 from worker.build.gguf_file import GgufFile
 from worker.build.safetensors_file import SafetensorsCheckpoint
 
-KEYRING: Final = make_keyring()
+KEYRING: Final = KeyRing([make_key(), make_encryption_key()])
 
 
 @cache
@@ -36,14 +39,31 @@ def scratch() -> Path:
     return Path(tempfile.mkdtemp(prefix="gp-fuzz-"))
 
 
+#: The guest_wasm of samples, the second blob of their files.
+GUEST_WASM: Final = b"again and again, " * 300
+
+
+class Sample(NamedTuple):
+    """A good transport file, its first frame, and its blobs."""
+
+    file: bytes
+    header: transport_format.Header
+    blobs: list[StoredChunks]
+
+
 @cache
-def sample() -> tuple[bytes, bytes, list[StoredChunks]]:
-    """A good transport file, its manifest's container file, and its blobs."""
-    snapshot = build_snapshot(scratch() / "sample")
-    path = scratch() / "sample.file"
+def sample(*, encrypted: bool = False) -> Sample:
+    """One of each kind."""
+    folder = scratch() / ("encrypted" if encrypted else "plain")
+    snapshot = build_snapshot(folder, keyring=KEYRING, encrypt=encrypted, guest_wasm=GUEST_WASM)
+    path = folder / "sample.gpx"
     transport.export_snapshot(snapshot.store, "tiny", KEYRING, path)
-    blobs = [StoredChunks(ref, role) for role, ref in transport_format.list_blobs(snapshot.manifest)]
-    return path.read_bytes(), snapshot.store.read_container("tiny"), blobs
+    data = path.read_bytes()
+    container = snapshot.store.read_container("tiny")
+    start = transport_format.FRAME.size + transport_format.HEADER.size
+    header = transport_format.Header(container, data[start : start + SALT_BYTES] if encrypted else b"")
+    blobs = [StoredChunks(ref, role, KEYRING) for role, ref in transport_format.list_blobs(snapshot.manifest)]
+    return Sample(data, header, blobs)
 
 
 def container(data: bytes) -> None:
@@ -78,20 +98,48 @@ def transport_header(data: bytes) -> None:
 
 def transport_frames(data: bytes) -> None:
     """Seek table and frames behind a good first frame: ``data`` is what follows it, or a change of it."""
-    good, signed, blobs = sample()
-    start = transport_format.FRAME.size + transport_format.HEADER.size + len(signed)
-    tail = bytearray(good[start:])
+    _frames_behind_header(data, sample())
+
+
+def encrypted_transport_frames(data: bytes) -> None:
+    """The same of an export with encrypted blobs."""
+    _frames_behind_header(data, sample(encrypted=True))
+
+
+def _frames_behind_header(data: bytes, good: Sample) -> None:
+    start = good.header.frame_bytes
+    tail = bytearray(good.file[start:])
     if len(data) >= 4:  # most inputs change a good tail at one place, others replace it
         place = int.from_bytes(data[:3], "little") % len(tail)
         tail[place : place + len(data) - 4] = data[4:]
         if data[3] & 1:
             tail = bytearray(data[4:])
-    fd = memory_file(good[:start] + bytes(tail))
+    fd = memory_file(good.file[:start] + bytes(tail))
     try:
-        frames = transport_format.read_frames(fd, start + len(tail), len(signed), blobs)
+        frames = transport_format.read_frames(fd, start + len(tail), good.header, good.blobs)
+        unpacker = ChunkUnpacker(fd, ExportCiphers(good.blobs, KEYRING, good.header.salt))
         for frame in frames:
-            _, stored = transport._decompress(transport._Decompressors(), fd, frame)
-            assert len(stored) == frame.stored_bytes
+            _, stored = unpacker.unpack(frame)
+            first, end = frame.stored.stored_span(frame.chunk)
+            assert len(stored) == end - first
+    except SnapshotError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def encrypted_chunk(data: bytes) -> None:
+    """What an encrypted frame holds: ``data``, encrypted as who has the encryption key can, in a chunk's place."""
+    good = sample(encrypted=True)
+    stored = good.blobs[1]
+    cipher = open_export_cipher(stored.ref, good.header.salt, KEYRING)
+    sealed = cipher.encrypt(data, stored.ref.chunk_digest(0), 0)
+    frame = transport_format.FRAME.pack(transport_format.SEALED_MAGIC, len(sealed)) + sealed
+    first, end = stored.plain_span(0)
+    fd = memory_file(frame)
+    try:
+        place = transport_format.Frame(stored, 0, 0, len(frame), end - first)
+        ChunkUnpacker(fd, ExportCiphers(good.blobs, KEYRING, good.header.salt)).unpack(place)
     except SnapshotError:
         pass
     finally:
@@ -191,6 +239,8 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         signed_body,
         transport_header,
         transport_frames,
+        encrypted_transport_frames,
+        encrypted_chunk,
         whole_import,
         weights_header,
         safetensors_checkpoint,

@@ -6,11 +6,13 @@ import struct
 from functools import cache
 from typing import Final
 
+import zstandard
+
 from guests.abi import NO_TENSOR, NO_VALUE, Opcode, ProgramKind
 from guests.program import Operation, Program, encode_program
 from snapshots import manifest, transport_format, weights_file
 from tests.checkpoint_files import write_tiny_gguf
-from tests.fuzz.parser_targets import sample, scratch
+from tests.fuzz.parser_targets import GUEST_WASM, sample, scratch
 from tests.snapshot_fixtures import SPECS, make_key
 
 #: Headers that promise more than there is: counts, lengths and nesting at the limits of their fields.
@@ -20,7 +22,8 @@ LARGEST: Final = (0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFF_FFFF, 0xFFFF_FFFF, (1 << 63
 @cache
 def good_inputs() -> dict[str, list[bytes]]:
     """At least one input for each target that its parser accepts."""
-    transport_file, container, _ = sample()
+    transport_file, (container, _), _ = sample()
+    encrypted_file, encrypted_header, _ = sample(encrypted=True)
     body_bytes = manifest.HEADER.unpack_from(container)[3]
     header = weights_file.plan_weights(SPECS[1:2]).header
     tensor = b'{"w":{"dtype":"F32","shape":[4,2],"data_offsets":[0,32]}}'
@@ -31,9 +34,11 @@ def good_inputs() -> dict[str, list[bytes]]:
     return {
         "container": [container],
         "signed_body": [container[manifest.HEADER.size : manifest.HEADER.size + body_bytes]],
-        "transport_header": [transport_file[: 40 + len(container)]],
+        "transport_header": [transport_file[: 40 + len(container)], encrypted_file[: encrypted_header.frame_bytes]],
         "transport_frames": [b"", b"\0\0\0\0", b"\0\0\0\1" + transport_file[24 + len(container) :]],
-        "whole_import": [transport_file],
+        "encrypted_transport_frames": [b"\0\0\0\1" + encrypted_file[encrypted_header.frame_bytes :]],
+        "encrypted_chunk": [zstandard.ZstdCompressor().compress(GUEST_WASM)],
+        "whole_import": [transport_file, encrypted_file],
         "weights_header": [b'{"w":{"dtype":"U8","shape":[4096],"data_offsets":[0,4096]}}', header[8:]],
         "safetensors_checkpoint": [struct.pack("<Q", len(tensor)) + tensor + bytes(32)],
         "gguf": [gguf_path.read_bytes()],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
 
 import pytest
@@ -28,11 +27,9 @@ from tests.snapshot_fixtures import (
     SyntheticSnapshot,
     build_snapshot,
     flip_byte,
-    make_encryption_key,
     make_key,
 )
-
-TABLE_ENTRY = struct.Struct("<II")
+from tests.transport_files import files_below, rebuild_transport, split_transport
 
 
 @pytest.fixture
@@ -47,33 +44,6 @@ def exported(snapshot: SyntheticSnapshot, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.gpx"
     export_snapshot(snapshot.store, "tiny", snapshot.keyring, path)
     return path
-
-
-def files_below(folder: Path) -> set[str]:
-    """Relative paths of all files, the lock aside."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
-
-
-def rebuild(path: Path, frames: list[bytes], *, lie: dict[int, tuple[int, int]] | None = None) -> None:
-    """Write a transport file of these frames with a seek table that fits them, apart from what ``lie`` says."""
-    entries = [(len(frames[0]), 0)]
-    entries += [(len(frame), zstandard.get_frame_parameters(frame).content_size) for frame in frames[1:]]
-    for index, entry in (lie or {}).items():
-        entries[index] = entry
-    path.write_bytes(b"".join(frames) + transport_format.pack_seek_table(entries))
-
-
-def split(path: Path) -> list[bytes]:
-    """Frames of a transport file, without its seek table."""
-    data = path.read_bytes()
-    (num_frames,) = struct.unpack_from("<I", data, len(data) - 9)
-    table_at = len(data) - 9 - num_frames * TABLE_ENTRY.size
-    frames, position = [], 0
-    for number in range(num_frames):
-        size, _ = TABLE_ENTRY.unpack_from(data, table_at + number * TABLE_ENTRY.size)
-        frames.append(data[position : position + size])
-        position += size
-    return frames
 
 
 def test_round_trip_keeps_every_byte(snapshot: SyntheticSnapshot, exported: Path, tmp_path: Path) -> None:
@@ -111,7 +81,7 @@ def test_any_zstd_reader_unpacks_it(snapshot: SyntheticSnapshot, exported: Path)
 
 def test_seek_table_finds_one_chunk(snapshot: SyntheticSnapshot, exported: Path) -> None:
     """One chunk in the middle is unpacked from its own frame alone."""
-    frames = split(exported)
+    frames = split_transport(exported)
     chunk = zstandard.ZstdDecompressor().decompress(frames[1 + 1])  # second chunk of guest_cwasm
     assert chunk == snapshot.path_of("guest_cwasm").read_bytes()[CHUNK_BYTES : 2 * CHUNK_BYTES]
 
@@ -175,7 +145,7 @@ def test_stranger_is_refused_before_any_chunk_is_read(exported: Path, tmp_path: 
 @pytest.mark.parametrize("case", ["bomb", "bomb with a true table", "swapped", "extra data", "missing", "unsized"])
 def test_hostile_frames_are_refused(snapshot: SyntheticSnapshot, exported: Path, tmp_path: Path, case: str) -> None:
     """Frames that unpack to more than they say, to other chunks, or to nothing: our own error, and an empty store."""
-    frames = split(exported)
+    frames = split_transport(exported)
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 28))  # 256 MiB in 8 KiB
     lie: dict[int, tuple[int, int]] = {}
     if case == "bomb":
@@ -193,7 +163,7 @@ def test_hostile_frames_are_refused(snapshot: SyntheticSnapshot, exported: Path,
         chunk = zstandard.ZstdDecompressor().decompress(frames[1])
         frames[1] = zstandard.ZstdCompressor(write_content_size=False).compress(chunk)
         lie = {1: (len(frames[1]), CHUNK_BYTES)}
-    rebuild(exported, frames, lie=lie)
+    rebuild_transport(exported, frames, lie=lie)
     there = SnapshotStore(tmp_path / "there")
     with pytest.raises((TransportError, BlobCorrupt)):
         import_snapshot(there, exported, snapshot.keyring)
@@ -266,19 +236,3 @@ def test_older_snapshot_needs_a_word(snapshot: SyntheticSnapshot, exported: Path
     assert store.read_manifest("tiny", snapshot.keyring) == newer.manifest
     import_snapshot(store, exported, snapshot.keyring, allow_older=True)
     assert store.read_manifest("tiny", snapshot.keyring) == snapshot.manifest
-
-
-def test_encrypted_snapshot_travels_encrypted(tmp_path: Path) -> None:
-    """No plain chunk is in the file; without its key it is refused, with it every byte arrives."""
-    ring = KeyRing([make_key(), make_encryption_key()])
-    snapshot = build_snapshot(tmp_path / "here", keyring=ring, encrypt=True)
-    path = tmp_path / "tiny.gpx"
-    export_snapshot(snapshot.store, "tiny", ring, path)
-    plain = bytes(snapshot.tensors[0])
-    assert plain[1000:1032] not in path.read_bytes()
-    there = SnapshotStore(tmp_path / "there")
-    with pytest.raises(KeyRingError, match="e-test"):
-        import_snapshot(there, path, KeyRing([make_key()]))
-    import_snapshot(there, path, ring)
-    assert there.verify("tiny", ring) == []
-    assert files_below(there.root) == files_below(snapshot.store.root)

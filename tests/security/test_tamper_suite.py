@@ -55,7 +55,7 @@ class Host:
     keyring: KeyRing
     snapshots: dict[str, SyntheticSnapshot]
     plain: dict[tuple[str, str], bytes]
-    transport_file: Path
+    transport_files: dict[str, Path]
     outside: Path
 
     def files(self, name: str) -> list[Path]:
@@ -108,9 +108,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         for name in snapshots
         for role in SERVED_ROLES
     }
-    export_snapshot(store, PLAIN, keyring, root / "file")
+    exports = {"transport file": (PLAIN, root / "file"), "encrypted transport file": (ENCRYPTED, root / "encrypted")}
+    for name, path in exports.values():
+        export_snapshot(store, name, keyring, path)
     (root / "outside").mkdir()
-    built = Host(store, keyring, snapshots, plain, root / "file", root / "outside")
+    built = Host(
+        store, keyring, snapshots, plain, {attack: path for attack, (_, path) in exports.items()}, root / "outside"
+    )
     assert [built.wake(name) for name in snapshots] == ["harmless"] * 3
     yield built
     assert [built.wake(name) for name in snapshots] == ["harmless"] * 3
@@ -372,7 +376,10 @@ ATTACKS: Final[dict[str, tuple[int, Callable[[Host, random.Random], Iterator[str
     "strange names": (40, strange_names),
     "changed after verification": (100, change_after_verification),
     "transport file": (300, lambda host, chance: iter(())),
+    "encrypted transport file": (300, lambda host, chance: iter(())),
 }
+#: The snapshot behind the attacks that go through an import.
+IMPORTED: Final = {"transport file": PLAIN, "encrypted transport file": ENCRYPTED}
 
 
 def test_there_are_at_least_2000_attacks() -> None:
@@ -380,7 +387,7 @@ def test_there_are_at_least_2000_attacks() -> None:
     assert sum(num_attacks for num_attacks, _ in ATTACKS.values()) >= 2000
 
 
-@pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "transport file"])
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name not in IMPORTED])
 def test_every_attack_is_refused_or_harmless(host: Host, tally: Counter[tuple[str, str]], attack: str) -> None:
     """None is served, none ends in anything but our own errors."""
     num_attacks, perform = ATTACKS[attack]
@@ -395,13 +402,14 @@ def test_every_attack_is_refused_or_harmless(host: Host, tally: Counter[tuple[st
                 raise
 
 
+@pytest.mark.parametrize("attack", IMPORTED)
 def test_changed_transport_files_are_refused_or_harmless(
-    host: Host, tally: Counter[tuple[str, str]], tmp_path: Path
+    host: Host, tally: Counter[tuple[str, str]], tmp_path: Path, attack: str
 ) -> None:
     """Flips, cuts, extensions and exchanged parts of an exported file: the store stays empty, or whole and equal."""
-    attack = "transport file"
+    name = IMPORTED[attack]
     chance = random.Random(f"{SEED} {attack}")
-    original = host.transport_file.read_bytes()
+    original = host.transport_files[attack].read_bytes()
     store = SnapshotStore(tmp_path / "there")
     changed = tmp_path / "changed"
     for number in range(ATTACKS[attack][0]):
@@ -427,7 +435,7 @@ def test_changed_transport_files_are_refused_or_harmless(
             assert not list((tmp_path / "there" / "tmp").iterdir())
             tally[attack, "refused"] += 1
         else:
-            assert manifest == host.snapshots[PLAIN].manifest
-            assert store.verify(PLAIN, host.keyring) == []
-            store.remove(PLAIN)
+            assert manifest == host.snapshots[name].manifest
+            assert store.verify(name, host.keyring) == []
+            store.remove(name)
             tally[attack, "harmless"] += 1
