@@ -30,6 +30,7 @@ from scheduler.gateway import (
     routes_chat,
     routes_completions,
     routes_dashboard,
+    routes_dialects,
     routes_embeddings,
     routes_models,
 )
@@ -58,6 +59,8 @@ def build_app(gateway: Gateway) -> web.Application:
         [
             web.post("/v1/chat/completions", routes_chat.create_chat_completion),
             web.post("/v1/completions", routes_completions.create_completion),
+            web.post("/v1/responses", routes_dialects.create_response),
+            web.post("/v1/messages", routes_dialects.create_message),
             web.get("/v1/requests/{request_id}/stream", resumption.resume_stream),
             web.post("/v1/embeddings", routes_embeddings.create_embeddings),
             web.get("/v1/models", routes_models.list_models),

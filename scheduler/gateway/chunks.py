@@ -9,6 +9,7 @@ import msgspec
 from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import TokenEvent
 from scheduler.gateway import sse
+from scheduler.gateway.anthropic_events import MessageEventWriter
 from scheduler.gateway.errors import encode_error
 from scheduler.gateway.event_ids import EventIds
 from scheduler.gateway.request_schema import Call, Endpoint
@@ -27,7 +28,8 @@ from scheduler.gateway.responses import (
     fingerprint,
     finish_word,
 )
-from scheduler.gateway.tool_calls import ArgumentsDelta, CallDelta, TextDelta, ToolCallParser, choice_seed
+from scheduler.gateway.responses_events import ResponseEventWriter
+from scheduler.gateway.tool_calls import ToolCallParser, choice_seed, read_deltas
 
 _encoder = msgspec.json.Encoder()
 
@@ -62,6 +64,10 @@ def make_chunk_writer(call: Call, request_id: str, created_at_s: int, ids: Event
     match call.endpoint:
         case Endpoint.CHAT:
             return ChatChunkWriter(call, request_id, created_at_s, ids)
+        case Endpoint.RESPONSES:
+            return ResponseEventWriter(call, request_id, created_at_s)
+        case Endpoint.MESSAGES:
+            return MessageEventWriter(call, request_id)
         case _:
             return LegacyChunkWriter(call, request_id, created_at_s, ids)
 
@@ -181,12 +187,6 @@ class LegacyChunkWriter(CompletionChunkWriter):
         if self._call.include_usage:
             chunk.usage = usage
         return sse.event(_encoder.encode(chunk), event_id)
-
-
-def read_deltas(parser: ToolCallParser, event: TokenEvent) -> list[TextDelta | CallDelta | ArgumentsDelta]:
-    """What a token adds, and with the last one what was held back."""
-    deltas = parser.feed(event.text)
-    return deltas if event.finish_reason is None else deltas + parser.finish()
 
 
 def _choices_of(call: Call, part: int) -> range:

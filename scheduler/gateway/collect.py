@@ -12,6 +12,7 @@ from aiohttp import web
 from scheduler.contract.messages import StepFrame, TokenLogprob, Trace
 from scheduler.contract.states import FinishReason
 from scheduler.contract.telemetry import Mark
+from scheduler.gateway.anthropic_events import build_finished_message
 from scheduler.gateway.exchange import Exchange, OnStep, OnVector, Part, as_exception
 from scheduler.gateway.request_schema import Call, Endpoint
 from scheduler.gateway.responses import (
@@ -30,6 +31,7 @@ from scheduler.gateway.responses import (
     fingerprint,
     finish_word,
 )
+from scheduler.gateway.responses_events import build_finished_response
 from scheduler.gateway.tool_calls import choice_seed
 from scheduler.gateway.traces import COLD_START_NAMES, format_server_timing
 
@@ -81,10 +83,21 @@ class CollectedCall:
         exchange = self._exchange
         call, created_at_s = exchange.call, int(time.time())
         usage = build_usage([part.terminal.usage for part in exchange.parts if part.terminal is not None])
-        build = self._build_chat if call.endpoint is Endpoint.CHAT else self._build_legacy
-        return msgspec.json.encode(build(call, created_at_s, usage))
+        return msgspec.json.encode(self._build(call, created_at_s, usage))
 
-    def _build_chat(self, call: Call, created_at_s: int, usage: UsageBody) -> ChatCompletion | LegacyCompletion:
+    def _build(self, call: Call, created_at_s: int, usage: UsageBody) -> object:
+        request_id, first = self._exchange.request_id, self._choices[0]
+        match call.endpoint:
+            case Endpoint.CHAT:
+                return self._build_chat(call, created_at_s, usage)
+            case Endpoint.RESPONSES:
+                return build_finished_response(call, request_id, created_at_s, first.text, first.finish_reason, usage)
+            case Endpoint.MESSAGES:
+                return build_finished_message(call, request_id, first.text, first.finish_reason, usage)
+            case _:
+                return self._build_legacy(call, created_at_s, usage)
+
+    def _build_chat(self, call: Call, created_at_s: int, usage: UsageBody) -> ChatCompletion:
         choices = []
         for index, choice in enumerate(self._choices):
             logprobs = None
@@ -103,7 +116,7 @@ class CollectedCall:
             usage,
         )
 
-    def _build_legacy(self, call: Call, created_at_s: int, usage: UsageBody) -> ChatCompletion | LegacyCompletion:
+    def _build_legacy(self, call: Call, created_at_s: int, usage: UsageBody) -> LegacyCompletion:
         choices = []
         for index, choice in enumerate(self._choices):
             echoed = str(call.prompts[index // call.num_choices]) if call.echo else ""

@@ -158,10 +158,14 @@ class Exchange:
             gateway.hub.expect(request_id)
             part.marks[Mark.ENQUEUED] = time.monotonic_ns()
 
+    @property
+    def _is_resumable(self) -> bool:
+        return self.call.stream and self.call.endpoint.is_resumable
+
     def _build_record(self, part: Part) -> RequestRecord | None:
         """What another gateway needs to go on with this call; None where the client could not come back for it."""
         call = self.call
-        if part.index > 0 or not call.stream:
+        if part.index > 0 or not self._is_resumable:
             return None
         return RequestRecord(
             request_id=self.request_id,
@@ -267,7 +271,7 @@ class Exchange:
 
         A stream that this gateway cuts because it stops is not cancelled: its client may go on at another one.
         """
-        is_handed_on = self._gateway.draining and self.call.stream and self.error is None
+        is_handed_on = self._gateway.draining and self._is_resumable and self.error is None
         for part in self.parts:
             self._gateway.hub.close(part.request.request_id)
             if part.terminal is None:

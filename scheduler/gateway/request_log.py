@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
 from scheduler.contract.telemetry import SECURITY_EVENT
+from scheduler.gateway.anthropic_events import encode_anthropic_error, is_anthropic
 from scheduler.gateway.errors import (
     HttpError,
     describe_framework_error,
@@ -81,14 +82,14 @@ async def _answer(request: web.Request, handler: Handler, facts: RequestFacts, g
         return await handler(request)
     except GlowplugError as error:
         facts.error_code = error.info.code.value
-        return error_response(error.info)
+        return _in_dialect(request, error_response(error.info), error.info.message, facts)
     except HttpError as error:
         facts.error_code = error.code
-        return http_error_response(error)
+        return _in_dialect(request, http_error_response(error), error.message, facts)
     except web.HTTPException as error:
         described = describe_framework_error(error, request, gateway.settings.max_body_bytes)
         facts.error_code = described.code
-        return http_error_response(described)
+        return _in_dialect(request, http_error_response(described), described.message, facts)
     except (asyncio.CancelledError, ConnectionResetError):
         facts.error_code = ErrorCode.CANCELLED.value
         raise
@@ -96,7 +97,15 @@ async def _answer(request: web.Request, handler: Handler, facts: RequestFacts, g
         _log.exception("request_crashed", request_id=facts.request_id, path=request.path)
         facts.error_code = ErrorCode.INTERNAL.value
         message = f"the gateway failed; its log has the details under request id {facts.request_id}"
-        return error_response(ErrorInfo(ErrorCode.INTERNAL, message))
+        return _in_dialect(request, error_response(ErrorInfo(ErrorCode.INTERNAL, message)), message, facts)
+
+
+def _in_dialect(request: web.Request, response: web.Response, message: str, facts: RequestFacts) -> web.Response:
+    """``response``, an error, in the shape that clients of its path read."""
+    if is_anthropic(request.path):
+        response.body = encode_anthropic_error(response.status, message, facts.request_id)
+        response.headers["request-id"] = facts.request_id
+    return response
 
 
 def _finish(request: web.Request, gateway: Gateway, facts: RequestFacts, status: int) -> None:

@@ -6,6 +6,7 @@ change the answer and that we cannot honour is a 400 too, rather than an answer 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
@@ -39,11 +40,26 @@ class Endpoint(StrEnum):
     CHAT = "chat"
     COMPLETIONS = "completions"
     EMBEDDINGS = "embeddings"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
 
     @property
     def prompt_field(self) -> str:
         """The request field that holds the prompt."""
-        return {Endpoint.CHAT: "messages", Endpoint.EMBEDDINGS: "input"}.get(self, "prompt")
+        return "prompt" if self is Endpoint.COMPLETIONS else PROMPT_FIELDS[self]
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a stream's events follow from its token log alone, so that any gateway can make them again."""
+        return self in (Endpoint.CHAT, Endpoint.COMPLETIONS)
+
+
+PROMPT_FIELDS: Final = {
+    Endpoint.CHAT: "messages",
+    Endpoint.MESSAGES: "messages",
+    Endpoint.EMBEDDINGS: "input",
+    Endpoint.RESPONSES: "input",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +79,7 @@ class Call:
     embedding: EmbeddingInputs | None = None  # set: this is what is asked for, and no text
     as_base64: bool = False
     tools: ToolUse | None = None  # set: the text may hold calls
+    echoed: Mapping[str, Any] | None = None  # what the answer repeats of its request
 
     @property
     def total_choices(self) -> int:

@@ -23,7 +23,10 @@ PAGE_POLICY: Final = (
 HSTS: Final = "max-age=31536000"
 CORS_MAX_AGE_S: Final = 600
 CORS_METHODS: Final = "GET, POST, DELETE, OPTIONS"
-CORS_HEADERS: Final = "Authorization, Content-Type, x-api-key, X-Request-Id, Last-Event-ID"
+CORS_HEADERS: Final = (
+    "Authorization, Content-Type, x-api-key, X-Request-Id, Last-Event-ID, anthropic-version, anthropic-beta, "
+    "anthropic-dangerous-direct-browser-access"
+)
 CORS_EXPOSED: Final = (
     "X-Request-Id, Retry-After, X-Cold-Start, Server-Timing, openai-processing-ms, x-ratelimit-limit-requests, "
     "x-ratelimit-remaining-requests, x-ratelimit-reset-requests, x-ratelimit-limit-tokens, "

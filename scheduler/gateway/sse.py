@@ -16,6 +16,11 @@ def event(data: bytes, event_id: bytes = b"") -> bytes:
     return b"data: %b\nid: %b\n\n" % (data, event_id) if event_id else b"data: %b\n\n" % data
 
 
+def named_event(name: str, data: bytes) -> bytes:
+    """An event of a type, for clients that look at types. ``data`` is JSON without line breaks."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
 def comment(text: str) -> bytes:
     """A comment, which clients ignore. Line breaks in ``text`` become spaces, so that it cannot forge an event."""
     return f": {' '.join(text.split())}\n\n".encode()

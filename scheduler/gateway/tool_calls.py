@@ -7,17 +7,15 @@ parts make the same whatever the pieces in which the text arrives.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
 from typing import Final
 
+from scheduler.contract.messages import TokenEvent
+from scheduler.gateway.call_scanner import BLANKS, CallScanner, Phase
 from scheduler.gateway.tool_styles import HERMES_CLOSE, HERMES_OPEN, LLAMA_OPEN, MISTRAL_OPEN, ToolStyle
 
-ARGUMENT_KEYS: Final = frozenset({"arguments", "parameters"})
 CALL_ID_CHARS: Final = 9  # Mistral's templates accept no other length
-BLANKS: Final = " \t\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,148 +84,6 @@ def gather(deltas: Iterable[Delta]) -> list[str | ToolCall]:
                 if isinstance(newest, ToolCall):
                     newest.arguments += text
     return items
-
-
-class _Phase(Enum):
-    """Where in a call's JSON object the scanner stands."""
-
-    OPEN = auto()  # before the brace
-    KEY = auto()  # before a key or the closing brace
-    KEY_TEXT = auto()
-    COLON = auto()
-    VALUE = auto()  # before a value
-    STRING = auto()
-    NESTED = auto()
-    SCALAR = auto()
-    NEXT = auto()  # after a string or nested value
-    DONE = auto()
-    FAILED = auto()
-
-
-@dataclass(slots=True)
-class CallScanner:
-    """The JSON object of one call, character by character. O(1) each.
-
-    ``name`` and the arguments are handed over in :meth:`take`, the latter while they arrive if the name came first.
-    """
-
-    names: frozenset[str]
-    phase: _Phase = _Phase.OPEN
-    name: str | None = None
-    has_arguments: bool = False
-    _arguments: list[str] = field(default_factory=list)  # not handed over yet
-    _token: list[str] = field(default_factory=list)  # of a key, or a value that is no nested arguments
-    _key: str = ""
-    _depth: int = 0
-    _in_string: bool = False
-    _escaped: bool = False
-
-    @property
-    def is_call(self) -> bool:
-        """Whether it is certain that this is a call of a function that there is."""
-        return self.name is not None and self.has_arguments
-
-    def take(self) -> str:
-        """Arguments that arrived since the last time."""
-        text = "".join(self._arguments)
-        self._arguments.clear()
-        return text
-
-    def push(self, character: str) -> None:
-        """Advance by one character."""
-        match self.phase:
-            case _Phase.STRING | _Phase.KEY_TEXT:
-                self._push_string(character)
-            case _Phase.NESTED:
-                self._push_nested(character)
-            case _Phase.SCALAR if character not in ",}" + BLANKS:
-                self._token.append(character)
-            case _Phase.SCALAR:
-                self._end_value()
-                self.push(character)
-            case _ if character in BLANKS:
-                pass
-            case _Phase.OPEN:
-                self.phase = _Phase.KEY if character == "{" else _Phase.FAILED
-            case _Phase.KEY if character == '"':
-                self._token, self.phase = ['"'], _Phase.KEY_TEXT
-            case _Phase.COLON if character == ":":
-                self.phase = _Phase.VALUE
-            case _Phase.VALUE:
-                self._begin_value(character)
-            case _Phase.NEXT if character == ",":
-                self.phase = _Phase.KEY
-            case _Phase.NEXT if character == "}":
-                self._end_object()
-            case _:
-                self.phase = _Phase.FAILED
-
-    def _begin_value(self, character: str) -> None:
-        self._token = [character]
-        if character == '"':
-            self.phase = _Phase.STRING
-        elif character in "{[":
-            self.phase, self._depth = _Phase.NESTED, 1
-            self._in_string = self._escaped = False
-            if self._key in ARGUMENT_KEYS:
-                self.has_arguments = True
-                self._arguments.append(character)
-        else:
-            self.phase = _Phase.SCALAR
-
-    def _push_string(self, character: str) -> None:
-        self._token.append(character)
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            if self.phase is _Phase.KEY_TEXT:
-                self._key = _decode_string("".join(self._token)) or ""
-                self.phase = _Phase.COLON
-            else:
-                self._end_value()
-
-    def _push_nested(self, character: str) -> None:
-        if self._key in ARGUMENT_KEYS:
-            self._arguments.append(character)
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif character == "\\":
-                self._escaped = True
-            elif character == '"':
-                self._in_string = False
-        elif character == '"':
-            self._in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-            if self._depth == 0:
-                self.phase = _Phase.NEXT
-
-    def _end_value(self) -> None:
-        text, self.phase = "".join(self._token), _Phase.NEXT
-        if self._key == "name":
-            self.name = _decode_string(text)
-            if self.name not in self.names:
-                self.phase = _Phase.FAILED
-        elif self._key in ARGUMENT_KEYS:
-            # A model that writes its arguments as a string of JSON, or null for none.
-            self.has_arguments = True
-            self._arguments.append(_decode_string(text) or "{}")
-
-    def _end_object(self) -> None:
-        self.phase = _Phase.DONE if self.is_call else _Phase.FAILED
-
-
-def _decode_string(text: str) -> str | None:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found if isinstance(found, str) else None
 
 
 class ToolCallParser:
@@ -342,21 +198,21 @@ class ToolCallParser:
             raise RuntimeError("no call is being read")
         text, self._buffer = self._buffer, ""
         for i, character in enumerate(text):
-            if scanner.phase is _Phase.DONE:
+            if scanner.phase is Phase.DONE:
                 self._buffer = text[i:]
                 return self._end()
             self._raw += character
-            is_list = self._use.style is ToolStyle.MISTRAL and not self._in_list and scanner.phase is _Phase.OPEN
+            is_list = self._use.style is ToolStyle.MISTRAL and not self._in_list and scanner.phase is Phase.OPEN
             if is_list and character == "[":
                 self._in_list = True
                 continue
             scanner.push(character)
-            if scanner.phase is _Phase.FAILED:
+            if scanner.phase is Phase.FAILED:
                 self._buffer = text[i + 1 :]
                 self._give_up()
                 return bool(self._buffer)
         self._tell(scanner)
-        if scanner.phase is _Phase.DONE and self._use.style is not ToolStyle.HERMES:
+        if scanner.phase is Phase.DONE and self._use.style is not ToolStyle.HERMES:
             return self._end()
         return False
 
@@ -409,6 +265,19 @@ def read_items(text: str, use: ToolUse | None, seed: str) -> list[str | ToolCall
         return [text] if text else []
     parser = ToolCallParser(use, seed)
     return gather([*parser.feed(text), *parser.finish()])
+
+
+def make_parser(use: ToolUse | None, seed: str) -> ToolCallParser | None:
+    """A parser for one choice; None where its text is nothing but text."""
+    return None if use is None else ToolCallParser(use, seed)
+
+
+def read_deltas(parser: ToolCallParser | None, event: TokenEvent) -> list[Delta]:
+    """What a token adds, and with the last one what was held back."""
+    if parser is None:
+        return [TextDelta(event.text)] if event.text else []
+    deltas = parser.feed(event.text)
+    return deltas if event.finish_reason is None else deltas + parser.finish()
 
 
 def choice_seed(request_id: str, choice: int) -> str:
