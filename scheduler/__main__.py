@@ -22,6 +22,7 @@ def main(arguments: list[str]) -> int:
     match arguments:
         case ["gateway" | "scheduler" as part]:
             try:
+                _apply_config_file()
                 return _run(part)
             except SettingsError as error:
                 print(f"glowplug {part}: {error}", file=sys.stderr)
@@ -34,6 +35,12 @@ def main(arguments: list[str]) -> int:
         case _:
             print(USAGE, file=sys.stderr)
             return 2
+
+
+def _apply_config_file() -> None:
+    from scheduler.contract.config_file import apply_config_file
+
+    apply_config_file()
 
 
 def _run(part: str) -> int:

@@ -31,6 +31,7 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "gateway": ("scheduler.serve_command", "gateway", "Start the HTTP gateway alone."),
     "scheduler": ("scheduler.serve_command", "scheduler", "Start the scheduler alone."),
     "agent": ("scheduler.serve_command", "agent", "Start the node agent (and its workers) alone."),
+    "config": ("scheduler.config_command", "config_group", "Check and show the configuration."),
     "ps": ("scheduler.client_commands", "ps", "Show models, tiers, workers and idle timers."),
     "usage": ("scheduler.usage_command", "usage", "Show what tenants and keys have used."),
     "run": ("scheduler.client_commands", "run", "Stream an answer to the terminal."),

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import yaml
 
-from scheduler.contract.environment import SettingsError, read_positive_float
+from scheduler.contract.config_file import (
+    AgentSection,
+    ConfigDocument,
+    GatewaySection,
+    LoggingSection,
+    read_document,
+    section_variables,
+)
+from scheduler.contract.environment import read_positive_float
 from scheduler.tenants import TenantPolicy
 
 GIB: Final = 1024**3
 DEFAULT_IDLE_TIMEOUT_S: Final = 300.0
 DEFAULT_UNHEARD_GRACE_S: Final = 30.0
-MAX_CONFIG_BYTES: Final = 1024 * 1024
 
 
 class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one model is woken and put to sleep.
 
     An interactive request that would wait longer than ``max_wait_s`` for its turn is refused.
-    ``max_running`` sequences share a worker's batch. ``kv_budget_bytes`` bounds a worker's KV cache.
+    ``max_running`` sequences share a worker's batch. ``kv_budget_bytes`` bounds a worker's KV cache. A ``pinned`` model
+    keeps a worker and is never scaled to zero. ``park_after_s`` is for backends that can park (T3); on others a worker
+    stays hot until ``idle_timeout_s``. 0: never parked.
     """
 
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
@@ -34,11 +41,13 @@ class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_wait_s: float = 120.0
     kv_budget_bytes: int = 2 * GIB
     drain_grace_s: float = 30.0
+    pinned: bool = False
+    park_after_s: float = 0.0
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings of the scheduler. ``memory_budget_bytes`` 0: 80 % of each node's memory. ``unheard_grace_s``: how long
-    the requests of a gateway that died are run on for clients that come back."""
+    """What a configuration file may say. ``memory_budget_bytes`` 0: 80 % of each node's memory. ``unheard_grace_s``:
+    how long the requests of a gateway that died are run on for clients that come back."""
 
     defaults: ModelPolicy = ModelPolicy()
     models: dict[str, dict[str, Any]] = {}
@@ -46,6 +55,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tenants: dict[str, TenantPolicy] = {}
     tenant_defaults: TenantPolicy = TenantPolicy()
     unheard_grace_s: float = DEFAULT_UNHEARD_GRACE_S
+    gateway: GatewaySection = GatewaySection()
+    agent: AgentSection = AgentSection()
+    logging: LoggingSection = LoggingSection()
 
     def policy_of(self, model: str) -> ModelPolicy:
         """The defaults with the model's own settings over them. Validated at load."""
@@ -60,29 +72,9 @@ def load_config(path: Path | None, env: Mapping[str, str] = os.environ) -> Sched
     ``defaults``.
 
     Raises:
-        SettingsError: unreadable file, unknown or malformed field; the message names it.
+        SettingsError: unreadable file, unknown or malformed field; the message names file, line, field and remedy.
     """
-    raw: Any = {}
-    if path is not None:
-        try:
-            if path.stat().st_size > MAX_CONFIG_BYTES:
-                raise SettingsError(
-                    f"{path}: {path.stat().st_size} bytes; a configuration is at most {MAX_CONFIG_BYTES}"
-                )
-            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise SettingsError(f"{path}: not valid YAML: {error}") from error
-    try:
-        config = msgspec.convert(raw, SchedulerConfig)
-        for model in config.models:
-            _check_policy(config.policy_of(model), f"models.{model}")
-    except msgspec.ValidationError as error:
-        raise SettingsError(f"{path}: {error}{_suggest(str(error))}") from error
-    _check_policy(config.defaults, "defaults")
-    for name, tenant in (("tenant_defaults", config.tenant_defaults), *config.tenants.items()):
-        _check_tenant(tenant, name)
+    config = SchedulerConfig() if path is None else _convert(read_document(path))
     overrides: dict[str, Any] = {
         "idle_timeout_s": read_positive_float("GLOWPLUG_IDLE_TIMEOUT_S", config.defaults.idle_timeout_s, env),
         "max_workers": int(read_positive_float("GLOWPLUG_MAX_WORKERS", config.defaults.max_workers, env)),
@@ -92,26 +84,46 @@ def load_config(path: Path | None, env: Mapping[str, str] = os.environ) -> Sched
     return msgspec.structs.replace(config, defaults=msgspec.structs.replace(config.defaults, **overrides))
 
 
-def _check_policy(policy: ModelPolicy, where: str) -> None:
+def _convert(document: ConfigDocument) -> SchedulerConfig:
+    for section, struct in (("models", ModelPolicy), ("tenants", TenantPolicy)):
+        entries = document.values.get(section)
+        for name, given in entries.items() if isinstance(entries, dict) else ():
+            # One by one, so that errors name the entry.
+            document.convert({} if given is None else given, struct, (section, str(name)))
+    section_variables(document)  # likewise
+    config: SchedulerConfig = document.convert(document.values, SchedulerConfig)
+    _check_policy(config.defaults, document, ("defaults",))
+    for model in config.models:
+        _check_policy(config.policy_of(model), document, ("models", model))
+    _check_tenant(config.tenant_defaults, document, ("tenant_defaults",))
+    for tenant, policy in config.tenants.items():
+        _check_tenant(policy, document, ("tenants", tenant))
+    if (config.gateway.tls_cert is None) != (config.gateway.tls_key is None):
+        raise document.error(("gateway",), "tls_cert and tls_key go together: give both, or neither")
+    for name in ("memory_budget_bytes", "unheard_grace_s"):
+        if getattr(config, name) < 0:
+            raise document.error((name,), f"{getattr(config, name)}: expected 0 or more")
+    return config
+
+
+#: Numbers of a policy for which 0 means something.
+MAY_BE_ZERO: Final = frozenset({"park_after_s"})
+
+
+def _check_policy(policy: ModelPolicy, document: ConfigDocument, where: tuple[str, ...]) -> None:
     for field in ModelPolicy.__struct_fields__:
         value = getattr(policy, field)
-        if not value > 0:
-            raise SettingsError(f"{where}.{field}: {value}: expected a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if field in MAY_BE_ZERO and value < 0:
+            raise document.error((*where, field), f"{value:g}: expected 0 (never) or more")
+        if field not in MAY_BE_ZERO and not value > 0:
+            raise document.error((*where, field), f"{value:g}: expected a positive number")
 
 
-def _check_tenant(policy: TenantPolicy, where: str) -> None:
+def _check_tenant(policy: TenantPolicy, document: ConfigDocument, where: tuple[str, ...]) -> None:
     if not policy.weight > 0:
-        raise SettingsError(f"tenants.{where}.weight: {policy.weight}: expected a positive number")
+        raise document.error((*where, "weight"), f"{policy.weight:g}: expected a positive number")
     for field in ("requests_per_minute", "tokens_per_minute", "concurrency"):
         if getattr(policy, field) < 0:
-            raise SettingsError(f"tenants.{where}.{field}: {getattr(policy, field)}: expected 0 (unlimited) or more")
-
-
-def _suggest(message: str) -> str:
-    """`` (did you mean ...?)`` for an unknown field, else nothing."""
-    known = (*ModelPolicy.__struct_fields__, *TenantPolicy.__struct_fields__, *SchedulerConfig.__struct_fields__)
-    parts = message.split("`")
-    if "unknown field" not in message or len(parts) < 2:
-        return ""
-    close = difflib.get_close_matches(parts[1], known, n=1)
-    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"
+            raise document.error((*where, field), f"{getattr(policy, field)}: expected 0 (unlimited) or more")

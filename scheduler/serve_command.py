@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from scheduler.command import state_dir_option
 from scheduler.contract import environment
+
+DEFAULT_HOST: Final = "127.0.0.1"
+DEFAULT_PORT: Final = 8080
 
 
 def listener_options(function: Any) -> Any:
@@ -20,8 +23,8 @@ def listener_options(function: Any) -> Any:
         click.option("--no-auth", is_flag=True, help="Need no API keys, on loopback only, even if there are some."),
         click.option("--tls-key", type=file, help="PEM file of its private key."),
         click.option("--tls-cert", type=file, help="PEM file: serve HTTPS with this certificate (SIGHUP: read again)."),
-        click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free."),
-        click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+        click.option("--port", type=click.IntRange(0, 65535), help="0: any free.  [default: 8080]"),
+        click.option("--host", help="Address to listen on.  [default: 127.0.0.1]"),
     ):
         function = option(function)
     return function
@@ -49,8 +52,8 @@ def export_listener(tls_cert: Path | None, tls_key: Path | None, no_auth: bool) 
 @click.option("--dev", is_flag=True, help="Make a signing key in the state folder if there is none.")
 def serve(
     state_dir: Path,
-    host: str,
-    port: int,
+    host: str | None,
+    port: int | None,
     tls_cert: Path | None,
     tls_key: Path | None,
     no_auth: bool,
@@ -63,6 +66,8 @@ def serve(
 
     _check_config(config)
     export_listener(tls_cert, tls_key, no_auth)
+    host, port = _choose_address(host, port)
+    os.environ.setdefault(environment.LOG_DIR, str(state_dir / "log"))
     options = ServeOptions(
         state_dir=state_dir, host=host, port=port, idle_timeout_s=idle_timeout_s, config_path=config, dev=dev
     )
@@ -72,9 +77,20 @@ def serve(
 @click.command()
 @state_dir_option
 @listener_options
-def gateway(state_dir: Path, host: str, port: int, tls_cert: Path | None, tls_key: Path | None, no_auth: bool) -> None:
+@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
+def gateway(
+    state_dir: Path,
+    host: str | None,
+    port: int | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    no_auth: bool,
+    config: Path | None,
+) -> None:
     """Start the HTTP gateway alone; finds the rest through REDIS_URL."""
+    _check_config(config)
     export_listener(tls_cert, tls_key, no_auth)
+    host, port = _choose_address(host, port)
     os.environ.update(GLOWPLUG_HOST=host, GLOWPLUG_PORT=str(port))
     _become("scheduler", "gateway")
 
@@ -88,15 +104,15 @@ def scheduler(state_dir: Path, idle_timeout_s: float | None, config: Path | None
     _check_config(config)
     if idle_timeout_s is not None:
         os.environ["GLOWPLUG_IDLE_TIMEOUT_S"] = str(idle_timeout_s)
-    if config is not None:
-        os.environ[environment.CONFIG] = str(config)
     _become("scheduler", "scheduler")
 
 
 @click.command()
 @state_dir_option
-def agent(state_dir: Path) -> None:
+@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
+def agent(state_dir: Path, config: Path | None) -> None:
     """Start the node agent alone; it starts and stops this machine's workers."""
+    _check_config(config)
     _become("worker", "agent")
 
 
@@ -106,9 +122,29 @@ def _become(module: str, mode: str) -> None:
 
 
 def _check_config(path: Path | None) -> None:
-    from scheduler.config import load_config
+    """Check the configuration, and set from it what the environment does not say; children inherit both.
+
+    Raises:
+        ClickException: it cannot be used.
+    """
+    from scheduler.contract.config_file import apply_config_file, find_config
+
+    if path is not None:
+        os.environ[environment.CONFIG] = str(path.absolute())
+    if (found := find_config()) is None:
+        return
+    from scheduler.config import load_config  # YAML is not imported where there is no file
 
     try:
-        load_config(path)
+        load_config(found)
+        apply_config_file()
     except environment.SettingsError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _choose_address(host: str | None, port: int | None) -> tuple[str, int]:
+    """Where to listen: the options, else the environment (or the configuration file), else loopback."""
+    text = os.environ.get("GLOWPLUG_PORT") or str(DEFAULT_PORT)
+    if port is None and not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise click.ClickException(f'GLOWPLUG_PORT="{text}": expected a whole number from 0 to 65535')
+    return host or os.environ.get("GLOWPLUG_HOST") or DEFAULT_HOST, int(text) if port is None else port

@@ -311,5 +311,7 @@ async def run_scheduler(settings: ProcessSettings) -> None:
 def main() -> None:
     """Entry point of ``python -m scheduler scheduler``."""
     settings = read_process_settings()
-    configure_logging(component="scheduler", level=settings.log_level)
+    configure_logging(
+        component="scheduler", level=settings.log_level, log_format=settings.log_format, log_dir=settings.log_dir
+    )
     uvloop.run(run_scheduler(settings))

@@ -193,9 +193,13 @@ class _Supervisor:
         # Imported while the children import: on a machine with two cores this costs the cold start nothing.
         import structlog
 
+        from scheduler.contract.environment import read_process_settings
         from scheduler.contract.telemetry import configure_logging
 
-        configure_logging(component="serve", level=os.environ.get("GLOWPLUG_LOG_LEVEL") or "info")
+        settings = read_process_settings()
+        configure_logging(
+            component="serve", level=settings.log_level, log_format=settings.log_format, log_dir=settings.log_dir
+        )
         self.log = structlog.get_logger()
 
     def _start_redis(self, previous_pid: object = None) -> None:

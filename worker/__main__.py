@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Final
 
+EXIT_SETTINGS: Final = 78  # EX_CONFIG
 USAGE: Final = """usage: python -m worker agent
        python -m worker zygote FD    (started by the agent; FD is its end of a socket pair)
 Settings come from the environment: REDIS_URL, GLOWPLUG_STATE_DIR, GLOWPLUG_SNAPSHOT_KEYS, ..."""
@@ -18,6 +19,14 @@ def main(arguments: list[str]) -> int:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     match arguments:
         case ["agent"]:
+            from scheduler.contract.config_file import apply_config_file
+            from scheduler.contract.environment import SettingsError
+
+            try:
+                apply_config_file()  # before the zygote, whose workers log as the file says
+            except SettingsError as error:
+                print(f"glowplug agent: {error}", file=sys.stderr)
+                return EXIT_SETTINGS
             from worker.zygote_process import start_zygote_process
 
             zygote = start_zygote_process()  # its imports take as long as the agent's: let them run side by side

@@ -387,7 +387,12 @@ def main(zygote: ZygoteProcess | None = None) -> int:
     """Entry point of ``python -m worker agent``; exit code. Takes over ``zygote``, if one was started already."""
     try:
         settings = read_agent_settings(read_memory_total_bytes())
-        configure_logging(component="agent", level=settings.process.log_level)
+        configure_logging(
+            component="agent",
+            level=settings.process.log_level,
+            log_format=settings.process.log_format,
+            log_dir=settings.process.log_dir,
+        )
         keyring = load_keyring(settings.process.state_dir)
     except (SettingsError, KeyRingError) as error:
         print(f"glowplug agent: {error}", file=sys.stderr)

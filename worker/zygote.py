@@ -233,7 +233,9 @@ def check_single_threaded() -> None:
 def main(channel_fd: int) -> int:
     """Serve as zygote on an inherited socket; the process's exit code."""
     settings = read_process_settings()
-    configure_logging(component="worker", level=settings.log_level)
+    configure_logging(
+        component="worker", level=settings.log_level, log_format=settings.log_format, log_dir=settings.log_dir
+    )
     channel = socket.socket(fileno=channel_fd)
     channel.set_inheritable(False)
     _prctl(_PR_SET_NAME, b"gp:zygote", 0, 0, 0)

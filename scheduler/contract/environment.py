@@ -14,6 +14,8 @@ STATE_DIR: Final = "GLOWPLUG_STATE_DIR"
 REDIS_URL: Final = "REDIS_URL"
 NODE_ID: Final = "GLOWPLUG_NODE_ID"
 LOG_LEVEL: Final = "GLOWPLUG_LOG_LEVEL"
+LOG_FORMAT: Final = "GLOWPLUG_LOG_FORMAT"
+LOG_DIR: Final = "GLOWPLUG_LOG_DIR"
 CONFIG: Final = "GLOWPLUG_CONFIG"
 SNAPSHOT_KEYS: Final = "GLOWPLUG_SNAPSHOT_KEYS"  # path of the key file
 SNAPSHOT_KEY: Final = "GLOWPLUG_SNAPSHOT_KEY"  # "key-id:hex", instead of a file
@@ -31,6 +33,8 @@ class ProcessSettings(msgspec.Struct, frozen=True):
     node_id: str
     log_level: str
     config_path: Path | None
+    log_format: str = "auto"
+    log_dir: Path | None = None  # None: no log files
 
 
 def default_state_dir(env: Mapping[str, str] = os.environ) -> Path:
@@ -57,6 +61,10 @@ def read_process_settings(env: Mapping[str, str] = os.environ) -> ProcessSetting
     level = (env.get(LOG_LEVEL) or "info").lower()
     if level not in {"debug", "info", "warning", "error", "critical"}:
         raise SettingsError(f'{LOG_LEVEL}="{level}": expected debug, info, warning, error or critical')
+    log_format = (env.get(LOG_FORMAT) or "auto").lower()
+    if log_format not in {"auto", "json", "console"}:
+        raise SettingsError(f'{LOG_FORMAT}="{log_format}": expected auto, json or console')
+    log_dir = env.get(LOG_DIR)
     config = env.get(CONFIG)
     return ProcessSettings(
         state_dir=state_dir,
@@ -64,6 +72,8 @@ def read_process_settings(env: Mapping[str, str] = os.environ) -> ProcessSetting
         node_id=env.get(NODE_ID) or socket.gethostname(),
         log_level=level,
         config_path=Path(config) if config else None,
+        log_format=log_format,
+        log_dir=Path(log_dir).expanduser() if log_dir and log_dir != "off" else None,
     )
 
 

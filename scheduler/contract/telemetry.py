@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 import sys
 from enum import StrEnum
-from typing import Final, NamedTuple
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import structlog
+
+from scheduler.contract.log_file import LogFile
 
 
 class Mark(StrEnum):
@@ -104,22 +107,26 @@ class Metric(StrEnum):
 SECURITY_EVENT: Final = "security"
 
 
-def configure_logging(*, component: str, level: str = "info", json_lines: bool | None = None) -> None:
+def configure_logging(
+    *, component: str, level: str = "info", log_format: str = "auto", log_dir: Path | None = None
+) -> None:
     """Route structlog and the standard library's logging to stderr, one line an event.
 
-    JSON lines unless stderr is a terminal (or ``json_lines`` says otherwise). Call once a process, before the
-    first log line. Prompts and completions are never logged.
+    ``log_format`` ``json`` or ``console``; ``auto``: console on a terminal. In ``log_dir`` the same lines are appended
+    to a file, always as JSON. Call once a process, before the first log line. Prompts and completions are never logged.
     """
-    as_json = (not sys.stderr.isatty()) if json_lines is None else json_lines
+    as_console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+        structlog.dev.ConsoleRenderer() if as_console else structlog.processors.JSONRenderer()
     )
+    to_file = [] if log_dir is None else [_append_to(LogFile(log_dir))]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            *to_file,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
@@ -128,3 +135,13 @@ def configure_logging(*, component: str, level: str = "info", json_lines: bool |
     )
     structlog.contextvars.bind_contextvars(component=component)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+
+
+def _append_to(file: LogFile) -> structlog.typing.Processor:
+    render = structlog.processors.JSONRenderer()
+
+    def append(logger: Any, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        file.write_line(str(render(logger, name, dict(event))))
+        return event
+
+    return append

@@ -232,7 +232,9 @@ def _read_admission(process: ProcessSettings, settings: GatewaySettings) -> Admi
 def main() -> int:
     """Entry point of ``python -m scheduler gateway``; its exit code."""
     process = read_process_settings()
-    configure_logging(component="gateway", level=process.log_level)
+    configure_logging(
+        component="gateway", level=process.log_level, log_format=process.log_format, log_dir=process.log_dir
+    )
     raise_file_limit()
     uvloop.run(run_gateway(read_gateway_settings(), process))
     return 0
