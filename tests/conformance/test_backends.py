@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cuda_device_fixtures import emulated_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_programs import TINY, compute_logits, random_plan
@@ -32,6 +33,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "numpy": NumpyBackend,
     "numkong": NumKongBackend,
     "numkong-1-thread": lambda: NumKongBackend(1),
+    "cuda": emulated_backend,
 }
 CONFIGS = {
     "tiny": TINY,
@@ -48,6 +50,12 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     """Each backend in turn."""
     made: Backend = BACKENDS[request.param]()
     return made
+
+
+@pytest.fixture(params=["numpy", "numkong"])
+def host_backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend that keeps its blocks in pages of host memory."""
+    return BACKENDS[request.param]()
 
 
 def reference_of(plan: ModelPlan) -> BoundModel:
@@ -203,20 +211,26 @@ def test_prefix_that_does_not_fit_is_refused(backend: Backend) -> None:
 
 
 def test_reused_block_shows_nothing_of_its_former_sequence(backend: Backend) -> None:
-    """A released block goes to a new sequence without a trace of the old one, and its memory is counted."""
+    """A released block goes to a new sequence without a trace of the old one."""
     bound = bind(backend, random_plan(TINY))
     first = run_tokens(bound, [1, 2, 3], [3])[0]
     run_tokens(bound, [7] * 90, [90])
     np.testing.assert_array_equal(run_tokens(bound, [1, 2, 3], [3])[0], first)
+
+
+def test_spare_memory_of_released_blocks_is_counted(host_backend: Backend) -> None:
+    """Blocks that a sequence has left are counted as spare."""
+    bound = bind(host_backend, random_plan(TINY))
+    run_tokens(bound, [7] * 90, [90])
     assert bound.statistics()["kv_spare_bytes"] == len(SPARE_BLOCKS) * bound.kv_block_bytes
 
 
 def test_memory_of_released_blocks_goes_back_beyond_the_spare_limit(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
+    host_backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond the limit whole pages of released blocks are empty again; blocks in use keep what they hold."""
     monkeypatch.setattr("worker.backends.kv_blocks.MAX_SPARE_BYTES", 0)
-    bound = bind(backend, random_plan(replace(TINY, head_dim=64)))
+    bound = bind(host_backend, random_plan(replace(TINY, head_dim=64)))
     run_tokens(bound, [1] * 40, [40], (0, 1, 2))
     kept = run_tokens(bound, [1, 2, 3], [3], (0,))
     bound.step((SequenceInput((0, 1), 0, (1,) * 20),))

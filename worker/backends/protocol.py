@@ -41,8 +41,23 @@ class WeightTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightBlob:
+    """The memory that a plan's weights lie in, with its signed digests: what a device backend copies as a whole.
+
+    ``chunk_digests`` are packed BLAKE3 digests, one for each ``chunk_bytes`` of ``data``. ``wait_verified(end)``, where
+    there is one, must return before a byte below ``end`` is read.
+    """
+
+    data: npt.NDArray[np.uint8]
+    chunk_bytes: int
+    chunk_digests: bytes
+    wait_verified: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """All that a backend needs to bind a model. ``tensors[h]`` is the weight behind handle h of the programs."""
+    """All that a backend needs to bind a model. ``tensors[h]`` is the weight behind handle h of the programs; ``blob``
+    is where most of them lie, None: nowhere in particular."""
 
     prefill: Program
     decode: Program
@@ -52,6 +67,7 @@ class ModelPlan:
     head_dim: int
     vocab_size: int
     context_length: int  # tokens
+    blob: WeightBlob | None = None
 
 
 @dataclass(frozen=True, slots=True)

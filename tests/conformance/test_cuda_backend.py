@@ -1,0 +1,305 @@
+"""The GPU backend on the emulated device: order of streams, verification in the ring, graphs, sampling, parking."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_device_fixtures import SETTINGS, bind, make_device, make_resources, put_in_blob
+from llama_programs import TINY, compute_logits, random_plan
+
+from snapshots.errors import BlobCorrupt
+from worker.backends.cuda.cuda_model import CudaModel
+from worker.backends.cuda.device import DeviceLost, OutOfDeviceMemory, Place
+from worker.backends.cuda.emulated_device import EmulatedDevice, StreamOrderError
+from worker.backends.cuda.weight_stream import WeightStream
+from worker.backends.host_sampling import sample_rows
+from worker.backends.numpy_reference import NumpyBackend
+from worker.backends.protocol import BackendError, FloatArray, ModelPlan, SequenceInput
+from worker.backends.sampling_rows import SamplingRow
+
+SEEDS = range(6)
+PROMPT = SequenceInput((3, 1), 0, (1, 2, 3, 4, 5, 6, 7))
+
+
+def reference(plan: ModelPlan, *steps: SequenceInput) -> FloatArray:
+    """The float32 reference's logits after the last of ``steps``."""
+    bound = NumpyBackend().bind(plan)
+    bound.open_kv(16)
+    return [compute_logits(bound, step) for step in steps][-1]
+
+
+# --- streams of weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prefill_beside_arriving_weights_is_right_in_any_order(seed: int) -> None:
+    """However the device orders its streams, a prefill that begins at once gives the reference's logits."""
+    plan = put_in_blob(random_plan(TINY))
+    model = bind(plan, make_device(seed))
+    np.testing.assert_allclose(compute_logits(model, PROMPT), reference(plan, PROMPT), atol=3e-4)
+    model.close()
+
+
+def run_all_seeds(plan: ModelPlan) -> list[bool]:
+    """For each seed, whether the result was right; the device's own complaints count as wrong."""
+    expected = reference(plan, PROMPT)
+    right = []
+    for seed in SEEDS:
+        try:
+            logits = compute_logits(bind(plan, make_device(seed)), PROMPT)
+            right.append(bool(np.allclose(logits, expected, atol=3e-4)))
+        except (StreamOrderError, BackendError):
+            right.append(False)
+    return right
+
+
+def test_missing_wait_for_weights_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compute stream's waits the emulated device computes with what has not arrived."""
+    plan = put_in_blob(random_plan(TINY))
+    assert all(run_all_seeds(plan))
+    wait = WeightStream.wait_for
+
+    def forget(stream: WeightStream, last_piece: int, compute: Any) -> None:
+        wait(stream, last_piece, stream._stream)  # the copy's own stream: nobody is held up
+
+    monkeypatch.setattr(WeightStream, "wait_for", forget)
+    assert not all(run_all_seeds(plan))
+
+
+def test_missing_wait_for_a_slot_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring slot that is filled again before its copy ran is an error of the device, not a wrong weight."""
+    plan = put_in_blob(random_plan(TINY))
+
+    def reuse(stream: WeightStream, index: int) -> Any:
+        return stream._ring.slots[index % len(stream._ring.slots)]
+
+    monkeypatch.setattr(WeightStream, "_claim_slot", reuse)
+    assert not all(run_all_seeds(plan))
+
+
+def test_missing_wait_for_a_step_buffer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of a step that are overwritten by the next one's before their copy ran are noticed."""
+    plan = random_plan(TINY)
+    model = bind(plan, make_device(1))
+    monkeypatch.setattr(model._device, "synchronise", lambda event: None)
+    with pytest.raises(StreamOrderError, match="pinned memory changed"):
+        run_decodes_unsynchronised(model, monkeypatch)
+
+
+def run_decodes_unsynchronised(model: CudaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight decodes whose buffers nobody waits for, then the wait that runs them."""
+    for token in range(8):
+        model.step((replace(PROMPT, start=token, token_ids=(token,), num_logits=0),))
+    monkeypatch.undo()
+    model.logits()
+
+
+@pytest.mark.parametrize("chunk", [0, 3, -1])
+def test_chunk_that_is_not_signed_is_never_copied(chunk: int) -> None:
+    """A changed byte anywhere: the step ends with an error that says where, and the bytes are not on the device."""
+    plan = put_in_blob(random_plan(TINY))
+    assert plan.blob is not None
+    place = (chunk % (plan.blob.data.nbytes // 4096)) * 4096 + 17
+    plan.blob.data[place] ^= 1
+    model = bind(plan, make_device(2))
+    with pytest.raises(BlobCorrupt, match="not what was signed"):
+        model.wait_weights()
+    with pytest.raises(BlobCorrupt):
+        model.step((SequenceInput((0,), 0, (1,)),))
+    assert model._image is not None
+    on_device = model._image.memory.bytes[place // 4096 * 4096 : place + 1]  # type: ignore[attr-defined]
+    assert (on_device == 0xFF).all()
+
+
+def test_verification_can_be_left_out_to_measure_it() -> None:
+    """With verification off nothing is compared: what gpu-check subtracts."""
+    plan = put_in_blob(random_plan(TINY))
+    assert plan.blob is not None
+    plan.blob.data[-1] ^= 1
+    device = make_device()
+    resources = make_resources(device, replace(SETTINGS, verifies=False))
+    model = CudaModel(plan, resources)
+    model.wait_weights()
+
+
+def test_weights_still_being_verified_by_the_agent_are_waited_for() -> None:
+    """A piece is read after its ``wait_verified`` has returned, and only as far as it is needed."""
+    plan = put_in_blob(random_plan(TINY))
+    assert plan.blob is not None
+    waited: list[int] = []
+    content = plan.blob.data.copy()
+    plan.blob.data[:] = 0xAA
+
+    def arrive(end: int) -> None:
+        waited.append(end)
+        plan.blob.data[:end] = content[:end]
+
+    plan = replace(plan, blob=replace(plan.blob, wait_verified=arrive))
+    model = bind(plan, make_device())
+    model.wait_weights()
+    assert waited
+    np.testing.assert_allclose(compute_logits(model, PROMPT), reference(plan, PROMPT), atol=3e-4)
+
+
+def test_pieces_too_large_for_the_ring_are_refused() -> None:
+    """A snapshot with larger chunks than the ring's slots is refused when it is bound."""
+    with pytest.raises(BackendError, match="slots have 4096"):
+        bind(put_in_blob(random_plan(TINY), 8192), make_device())
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_graphs_and_single_commands_give_the_same_bits() -> None:
+    """Decodes of several batch sizes replay graphs; their logits are those of the same commands, bit for bit."""
+    plan = random_plan(replace(TINY, head_dim=64, num_heads=2, num_kv_heads=1), dtype="bfloat16")
+    device = make_device()
+    models = [bind(plan, device, uses_graphs=uses) for uses in (True, False)]
+    steps = [tuple(SequenceInput((i,), t, (5 + i,)) for i in range(n)) for t, n in enumerate((1, 3, 3, 2, 1))]
+    for model in models:
+        model.wait_weights()
+    for step in steps:
+        graphed, plain = (compute_logits(model, *step) for model in models)
+        np.testing.assert_array_equal(graphed, plain)
+    found = models[0].statistics()
+    assert found["num_graph_replays"] == len(steps)
+    assert found["num_graphs"] == 3  # buckets 1, 2 and 4
+    assert models[1].statistics()["num_graph_replays"] == 0
+
+
+def test_padding_of_a_bucket_writes_to_no_block() -> None:
+    """Three decodes in a bucket of four leave block 0, which none of them has, as it was."""
+    model = bind(random_plan(TINY), make_device())
+    model.step(tuple(SequenceInput((i,), 0, (i,)) for i in (1, 2, 3)))
+    assert not model.capture_prefix((0,), 16).any()
+
+
+def test_growing_steps_drop_graphs_that_hold_old_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that makes the workspace move is followed by decodes with fresh graphs."""
+    monkeypatch.setattr("worker.backends.cuda.workspace._SMALL_BYTES", 256)
+    plan = random_plan(TINY)
+    model = bind(plan, make_device())
+    model.wait_weights()
+    compute_logits(model, SequenceInput((0,), 0, (1,)))
+    model.step((SequenceInput((1, 2, 3), 0, tuple(range(40))),))
+    assert model.statistics()["num_graphs"] == 0
+    logits = compute_logits(model, SequenceInput((0,), 1, (2,)))
+    np.testing.assert_allclose(
+        logits, reference(plan, SequenceInput((0,), 0, (1,)), SequenceInput((0,), 1, (2,))), atol=3e-4
+    )
+
+
+def test_quantised_products_in_pieces_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A widened matrix that is larger than its area is multiplied piece by piece."""
+    monkeypatch.setattr("worker.backends.cuda.linear_commands.WIDENED_BYTES", 1000)
+    plan = random_plan(TINY, dtype="int8")
+    prompt = replace(PROMPT, token_ids=tuple(range(12)))
+    model = bind(plan, make_device())
+    np.testing.assert_allclose(compute_logits(model, prompt), reference(plan, prompt), atol=0.02)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    SamplingRow(0),
+    SamplingRow(1, uniform=0.3, temperature=0.8),
+    SamplingRow(1, uniform=0.9, temperature=1.3, top_k=7),
+    SamplingRow(2, repetition_penalty=1.4, seen_ids=np.array([1, 5, 90])),
+    SamplingRow(0, presence_penalty=0.5, frequency_penalty=0.2, counted_ids=np.array([3]), counts=np.float32([2])),
+    SamplingRow(2, bias_ids=np.array([11]), bias_values=np.float32([50])),
+    SamplingRow(1, allowed=np.array([0b1000, 0, 0], np.uint32), num_top_logprobs=3),
+    SamplingRow(0, num_top_logprobs=0),
+]
+
+
+@pytest.mark.parametrize("chosen", [ROWS, ROWS[:1], ROWS[1:3], ROWS[6:]])
+def test_tokens_and_logprobs_are_those_of_the_host(chosen: list[SamplingRow]) -> None:
+    """The device draws what the host's rule draws from the same logits, and reports the same log-probabilities."""
+    model = bind(random_plan(TINY), make_device())
+    logits = compute_logits(model, replace(PROMPT, num_logits=3))
+    wanted = sample_rows(logits, chosen)
+    found = model.sample(chosen)
+    assert [token.token_id for token in found] == [token.token_id for token in wanted]
+    for got, want in zip(found, wanted, strict=True):
+        assert (got.logprobs is None) == (want.logprobs is None)
+        if got.logprobs is not None and want.logprobs is not None:
+            assert got.logprobs.chosen == pytest.approx(want.logprobs.chosen, abs=1e-5)
+            assert [i for i, _ in got.logprobs.top] == [i for i, _ in want.logprobs.top]
+
+
+# --- parking and faults -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keeps_kv", [True, False])
+def test_parked_model_gives_its_memory_back_and_goes_on(keeps_kv: bool) -> None:
+    """Parked, a model holds no weights on the device; unparked, it brings them from locked memory, verified."""
+    plan = put_in_blob(random_plan(TINY))
+    device = make_device(4)
+    model = bind(plan, device)
+    model.step((PROMPT,))
+    used_bytes = device._capacity_bytes - device.read_memory().free_bytes
+    model.park(keeps_kv=keeps_kv)
+    model.park()
+    left_bytes = device._capacity_bytes - device.read_memory().free_bytes
+    assert left_bytes == (16 * model.kv_block_bytes if keeps_kv else 0) < used_bytes
+    with pytest.raises(BackendError):
+        model.step((PROMPT,))
+    if not keeps_kv:
+        model.open_kv(16)
+    model.unpark()
+    more = SequenceInput(PROMPT.block_table, 7, (9,))
+    if not keeps_kv:
+        model.step((PROMPT,))
+    np.testing.assert_allclose(compute_logits(model, more), reference(plan, PROMPT, more), atol=3e-4)
+    model.close()
+
+
+def test_parked_weights_are_verified_again() -> None:
+    """Memory that changed while a model was parked is noticed before it is computed with."""
+    plan = put_in_blob(random_plan(TINY))
+    assert plan.blob is not None
+    model = bind(plan, make_device())
+    model.park()
+    plan.blob.data[100] ^= 4
+    model.open_kv(16)
+    model.unpark()
+    with pytest.raises(BlobCorrupt):
+        model.step((PROMPT,))
+
+
+def test_full_device_refuses_and_goes_on() -> None:
+    """Blocks that do not fit are an error; what was there before still works."""
+    plan = put_in_blob(random_plan(TINY))
+    device = make_device(capacity_bytes=700_000)
+    model = bind(plan, device)
+    expected = compute_logits(model, PROMPT)
+    with pytest.raises(OutOfDeviceMemory, match="are free"):
+        bind(plan, device, num_blocks=100_000)
+    np.testing.assert_array_equal(compute_logits(model, PROMPT), expected)
+
+
+def test_unparking_without_room_leaves_the_model_parked() -> None:
+    """Somebody else took the memory: an error, and a later attempt succeeds."""
+    device = make_device(capacity_bytes=700_000)
+    model = bind(put_in_blob(random_plan(TINY)), device)
+    model.park()
+    taken: Place = device.allocate(device.read_memory().free_bytes // 256 * 256)
+    with pytest.raises(OutOfDeviceMemory):
+        model.unpark()
+    assert model.is_parked
+    device.free(taken)
+    model.unpark()
+    assert not model.is_parked
+
+
+def test_sticky_error_ends_everything() -> None:
+    """After an error that CUDA keeps, each call says so: the worker ends and is started anew."""
+    device: EmulatedDevice = make_device()
+    model = bind(random_plan(TINY), device)
+    device.lose_after = device.num_launches + 3
+    for _ in range(2):
+        with pytest.raises(DeviceLost):
+            model.step((PROMPT,))

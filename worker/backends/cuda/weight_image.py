@@ -1,0 +1,182 @@
+"""Where each weight goes in device memory, and in which pieces it travels there.
+
+The weights' blob is mirrored as it lies: a chunk of the manifest is a piece, so that what is hashed is what is copied,
+and a tensor is a place in the mirror. Chunks that no program reads are left out of the journey. Tensors elsewhere in
+memory (what a guest made at init) follow behind the mirror, piece by piece, without digests: that memory is sealed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from guests.abi import NO_TENSOR
+from snapshots.chunks import DIGEST_BYTES
+from worker.backends.cuda.device import ByteArray, Place, align
+from worker.backends.cuda_kernels import Activation
+from worker.backends.protocol import BackendError, ModelPlan, WeightBlob, WeightTensor
+
+FORMAT_NAMES: Final[dict[Any, Activation]] = {
+    np.dtype(np.float32): "f32",
+    np.dtype(ml_dtypes.bfloat16): "bf16",
+    np.dtype(np.float16): "f16",
+}
+
+
+#: Codes of small tables (norm weights, biases) by format.
+TABLE_TYPES: Final = {"f32": 0, "bf16": 1, "f16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Host bytes that travel together to ``offset`` of the image. ``digest`` None: nothing to check them against."""
+
+    source: ByteArray
+    offset: int
+    digest: bytes | None = None
+    wait_verified: Callable[[], None] | None = None
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether it is a chunk of the blob."""
+        return self.digest is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTensor:
+    """A weight in the image: where, how it is stored, and the last piece (by number) that it needs."""
+
+    name: str
+    offset: int
+    num_bytes: int
+    shape: tuple[int, ...]
+    format: str  # of worker.backends.cuda_kernels.FORMATS
+    last_piece: int
+    scale_offset: int = -1  # float32 scales; -1: none
+
+    def place_in(self, image: Place) -> Place:
+        """Its bytes in a device's copy."""
+        return image.part(self.offset, self.num_bytes)
+
+    def scales_in(self, image: Place) -> Place | int:
+        """Its scales, 4 bytes for each row; 0: it has none."""
+        return image.part(self.scale_offset, 4 * self.shape[0]) if self.scale_offset >= 0 else 0
+
+
+@dataclass(slots=True)
+class WeightImage:
+    """All weights of a plan. ``pieces`` are in order of use; ``tensors[h]`` is None where no program names handle h."""
+
+    num_bytes: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+    tensors: list[ImageTensor | None] = field(default_factory=list)
+
+
+def lay_out_weights(plan: ModelPlan, piece_bytes: int) -> WeightImage:
+    """The image of ``plan``'s weights; reads none of them. ``piece_bytes`` cuts what is not in the blob.
+
+    Raises:
+        BackendError: a dtype that no kernel reads, or int8 without scales.
+    """
+    return _Layout(plan, piece_bytes).build()
+
+
+class _Layout:
+    def __init__(self, plan: ModelPlan, piece_bytes: int) -> None:
+        self._plan = plan
+        self._piece_bytes = piece_bytes
+        self._image = WeightImage(tensors=[None] * len(plan.tensors))
+        self._piece_of_chunk: dict[int, int] = {}
+        self._strays: dict[int, tuple[int, int]] = {}  # by address: offset and last piece
+        self._image.num_bytes = 0 if plan.blob is None else align(plan.blob.data.nbytes)
+
+    def build(self) -> WeightImage:
+        for program in (self._plan.prefill, self._plan.decode):
+            for operation in program.operations:
+                for handle in operation.tensors:
+                    if handle != NO_TENSOR and self._image.tensors[handle] is None:
+                        self._image.tensors[handle] = self._add(self._plan.tensors[handle])
+        return self._image
+
+    def _add(self, tensor: WeightTensor) -> ImageTensor:
+        name = _format_of(tensor)
+        offset, last_piece = self._place(tensor.data, tensor)
+        scale_offset = -1
+        if tensor.scale is not None:
+            scale_offset, last_of_scale = self._place(tensor.scale, tensor)
+            last_piece = max(last_piece, last_of_scale)
+        return ImageTensor(tensor.name, offset, tensor.data.nbytes, tensor.data.shape, name, last_piece, scale_offset)
+
+    def _place(self, array: npt.NDArray[Any], tensor: WeightTensor) -> tuple[int, int]:
+        """Offset in the image and last piece."""
+        if not array.flags.c_contiguous:
+            raise BackendError(f"{tensor.name}: its rows do not lie one behind the other")
+        blob = self._plan.blob
+        if blob is not None:
+            start = array.ctypes.data - blob.data.ctypes.data
+            if start >= 0 and start + array.nbytes <= blob.data.nbytes:
+                return start, self._take_chunks(blob, start, start + array.nbytes)
+        return self._take_stray(array, tensor.wait_verified)
+
+    def _take_chunks(self, blob: WeightBlob, start: int, end: int) -> int:
+        last = -1
+        for chunk in range(start // blob.chunk_bytes, -(-end // blob.chunk_bytes)):
+            if chunk not in self._piece_of_chunk:
+                self._piece_of_chunk[chunk] = len(self._image.pieces)
+                self._image.pieces.append(_cut_chunk(blob, chunk))
+            last = max(last, self._piece_of_chunk[chunk])
+        return last
+
+    def _take_stray(self, array: npt.NDArray[Any], wait_verified: Callable[[], None] | None) -> tuple[int, int]:
+        known = self._strays.get(array.ctypes.data)
+        if known is not None:
+            return known
+        offset, flat = self._image.num_bytes, array.reshape(-1).view(np.uint8)
+        for start in range(0, flat.nbytes, self._piece_bytes):
+            source = flat[start : start + self._piece_bytes]
+            self._image.pieces.append(Piece(source, offset + start, None, wait_verified))
+        self._image.num_bytes += align(flat.nbytes)
+        self._strays[array.ctypes.data] = (offset, len(self._image.pieces) - 1)
+        return self._strays[array.ctypes.data]
+
+
+def _cut_chunk(blob: WeightBlob, chunk: int) -> Piece:
+    start, end = chunk * blob.chunk_bytes, min((chunk + 1) * blob.chunk_bytes, blob.data.nbytes)
+    digest = blob.chunk_digests[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]
+    wait = None if blob.wait_verified is None else partial(blob.wait_verified, end)
+    return Piece(blob.data[start:end], start, digest, wait)
+
+
+def _format_of(tensor: WeightTensor) -> str:
+    if tensor.data.dtype == np.int8:
+        if tensor.scale is None:
+            raise BackendError(f"{tensor.name}: int8 weights need a scale for each output channel")
+        return "int8"
+    found = FORMAT_NAMES.get(tensor.data.dtype)
+    if found is None:
+        raise BackendError(
+            f"{tensor.name}: dtype {tensor.data.dtype} (this backend runs float32, bfloat16, float16, int8)"
+        )
+    return found
+
+
+def choose_activation(image: WeightImage, linear_handles: Sequence[int], quantised: Activation = "bf16") -> Activation:
+    """The type of what flows between matrix products: that of the matrices, ``quantised`` where all of them are.
+
+    Raises:
+        BackendError: matrices of several types, of which no kernel takes one with the other's activations.
+    """
+    found = {tensor.format for handle in linear_handles if (tensor := image.tensors[handle]) is not None}
+    plain = found - {"int8"}
+    if not plain:
+        return quantised
+    if len(plain) > 1 or (plain == {"f16"} and "int8" in found):
+        raise BackendError(f"matrices stored as {', '.join(sorted(found))}: the kernels take one type for all")
+    chosen: Activation = next(name for name in FORMAT_NAMES.values() if name in plain)
+    return chosen
