@@ -250,8 +250,7 @@ class CupyDevice:
         place, stream = self.allocate(4096), self.make_stream()
         self.fill(place, 0, stream)
         out, x, weights = (place.part(i * 1024, 1024) for i in range(3))
-        sizes = {"num_rows": 16, "num_outputs": 16, "width": 16, "out_stride": 16}
-        product = MatrixProduct("f32", out, x, weights, **sizes)
+        product = MatrixProduct("f32", out, x, weights, num_rows=16, num_outputs=16, width=16, out_stride=16)
         for self._compute_type in _COMPUTE_FLOAT32:
             try:
                 self.multiply(product, stream)
