@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ from scheduler.tenants import TenantPolicy
 GIB: Final = 1024**3
 DEFAULT_IDLE_TIMEOUT_S: Final = 300.0
 DEFAULT_UNHEARD_GRACE_S: Final = 30.0
+_DAY_WINDOW: Final = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3]):[0-5]\d)")
 
 
 class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,6 +34,10 @@ class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``max_running`` sequences share a worker's batch. ``kv_budget_bytes`` bounds a worker's KV cache. A ``pinned`` model
     keeps a worker and is never scaled to zero. ``park_after_s`` is for backends that can park (T3); on others a worker
     stays hot until ``idle_timeout_s``. 0: never parked.
+
+    Lines of a batch wake the model, unless ``batch_wakes`` is off, and run within ``batch_window`` (local time, such as
+    ``22:00-06:00``; empty: always), ``batch_in_flight`` at once. When none of them has been answered for
+    ``batch_max_wait_s`` they take the order of interactive requests.
     """
 
     idle_timeout_s: float = DEFAULT_IDLE_TIMEOUT_S
@@ -43,6 +49,10 @@ class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_grace_s: float = 30.0
     pinned: bool = False
     park_after_s: float = 0.0
+    batch_wakes: bool = True
+    batch_window: str = ""
+    batch_in_flight: int = 16
+    batch_max_wait_s: float = 1800.0
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,7 +120,16 @@ def _convert(document: ConfigDocument) -> SchedulerConfig:
 MAY_BE_ZERO: Final = frozenset({"park_after_s"})
 
 
+def is_day_window(text: str) -> bool:
+    """Whether ``text`` is empty or two different times of day, ``HH:MM-HH:MM``."""
+    found = _DAY_WINDOW.fullmatch(text)
+    return not text or (found is not None and found[1] != found[2])
+
+
 def _check_policy(policy: ModelPolicy, document: ConfigDocument, where: tuple[str, ...]) -> None:
+    if not is_day_window(policy.batch_window):
+        message = f'"{policy.batch_window}": expected local times such as "22:00-06:00", or nothing'
+        raise document.error((*where, "batch_window"), message)
     for field in ModelPolicy.__struct_fields__:
         value = getattr(policy, field)
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -34,6 +34,9 @@ SECURITY_RECENT: Final = PREFIX + "security:recent"  # list of SecurityEvent, ne
 SECURITY_RECENT_MAX_ENTRIES: Final = 50
 KEYS_USED: Final = PREFIX + "keys:used"  # hash API key id -> wall-clock second; owner: gateways
 LIMITS: Final = PREFIX + "limit"  # prefix of the rate limiter's windows, each with TTL
+BATCHES: Final = PREFIX + "batches"  # hash batch id -> tenant, of those that have not ended; owner: gateways
+BATCH_RUNS: Final = PREFIX + "batches:runs"  # counter: numbers of the runs of batches
+BATCH_TTL_S: Final = 30 * 86_400  # a batch's record, as long as its files
 INBOX_MAX_ENTRIES: Final = 10_000
 TRACES_MAX_ENTRIES: Final = 1_000
 
@@ -152,6 +155,26 @@ def tenant_running(tenant: str) -> str:
     return f"{PREFIX}tenant:{tenant}:running"
 
 
+def batch(batch_id: str) -> str:
+    """BatchRecord, with TTL."""
+    return f"{PREFIX}batch:{batch_id}"
+
+
+def batch_lease(batch_id: str) -> str:
+    """The gateway and the number of the run that may change a batch, with TTL."""
+    return f"{PREFIX}batch:{batch_id}:lease"
+
+
+def batch_cancelled(batch_id: str) -> str:
+    """Wall-clock second at which a batch's end was asked for, with TTL."""
+    return f"{PREFIX}batch:{batch_id}:cancel"
+
+
+def tenant_batches(tenant: str) -> str:
+    """Sorted set of a tenant's batches; score: when each was created. With TTL."""
+    return f"{PREFIX}tenant:{tenant}:batches"
+
+
 #: Keys that a request, a process or a trace leaves behind: each must have a TTL.
 TTL_PREFIXES: Final = (
     job(""),
@@ -167,10 +190,25 @@ TTL_PREFIXES: Final = (
     worker(""),
     trace(""),
     crashes(""),
+    batch(""),
 )
 #: Keys that live as long as their owner, which is named beside each.
 OWNED_KEYS: Final = frozenset(
-    {MODELS, NODES, WORKERS, GATEWAYS, INBOX, LEADER, LEADER_TOKEN, STATUS, TRACES, SECURITY_COUNTS, KEYS_USED}
+    {
+        MODELS,
+        NODES,
+        WORKERS,
+        GATEWAYS,
+        INBOX,
+        LEADER,
+        LEADER_TOKEN,
+        STATUS,
+        TRACES,
+        SECURITY_COUNTS,
+        KEYS_USED,
+        BATCHES,
+        BATCH_RUNS,
+    }
 )
 OWNED_PREFIXES: Final = (queue(""), node(""))
 #: What the sweeper looks at; everything else in the database belongs to somebody else.

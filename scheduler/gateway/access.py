@@ -154,6 +154,18 @@ class AccessControl:
             )
         return Identity(key)
 
+    async def identify_key(self, key_id: str) -> Identity | None:
+        """Who the key with this id is now, for work that goes on after its request; None: it may do nothing any more.
+
+        An empty id is whoever needed no key, which counts for as long as nobody needs one.
+        """
+        await self._ensure_fresh()
+        if not self.requires_keys:
+            return ANONYMOUS
+        key = None if self._keys is None else self._keys.get(key_id)
+        is_usable = key is not None and key.state_at(time.time()) == "active" and Scope.BATCH in key.scopes
+        return Identity(key) if is_usable else None
+
     def _authenticate(self, request: web.Request) -> ApiKey:
         token = read_token(request)
         if token is None:

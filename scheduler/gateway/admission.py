@@ -19,7 +19,7 @@ from scheduler.gateway.settings import GatewaySettings
 from scheduler.tenants import UNLIMITED, TenantPolicy
 
 if TYPE_CHECKING:
-    from scheduler.config import SchedulerConfig
+    from scheduler.config import ModelPolicy, SchedulerConfig
 
 DEFAULT_MAX_RUNNING: Final = 64
 SERVICE_WEIGHT: Final = 0.2  # of the newest measurement
@@ -87,6 +87,12 @@ class Admission:
     def tenant_policy(self, tenant: str) -> TenantPolicy:
         """What ``tenant`` may use; unlimited where nothing is configured."""
         return UNLIMITED if self._config is None else self._config.tenants.get(tenant, self._config.tenant_defaults)
+
+    def model_policy(self, model: str) -> ModelPolicy:
+        """How ``model`` is woken, and when its batches run."""
+        from scheduler.config import ModelPolicy  # YAML is not imported where no batch runs
+
+        return ModelPolicy() if self._config is None else self._config.policy_of(model)
 
     def on_served(self, model: str, service_s: float) -> None:
         """A request of ``model`` ended well, ``service_s`` after a worker had claimed it."""

@@ -27,17 +27,20 @@ from scheduler.gateway import (
     health,
     resumption,
     routes_admin,
+    routes_batches,
     routes_chat,
     routes_completions,
     routes_dashboard,
     routes_dialects,
     routes_embeddings,
+    routes_files,
     routes_models,
 )
 from scheduler.gateway.access import AccessControl, check_access
 from scheduler.gateway.admission import Admission
+from scheduler.gateway.batch_runner import BatchRunner
 from scheduler.gateway.errors import redis_within
-from scheduler.gateway.gateway import GATEWAY, Gateway
+from scheduler.gateway.gateway import FILES_FOLDER, GATEWAY, Gateway
 from scheduler.gateway.hub import Hub
 from scheduler.gateway.listener import ListeningSite, load_certificate, make_tls_context
 from scheduler.gateway.presence import Presence
@@ -63,6 +66,15 @@ def build_app(gateway: Gateway) -> web.Application:
             web.post("/v1/messages", routes_dialects.create_message),
             web.get("/v1/requests/{request_id}/stream", resumption.resume_stream),
             web.post("/v1/embeddings", routes_embeddings.create_embeddings),
+            web.post("/v1/files", routes_files.create_file),
+            web.get("/v1/files", routes_files.list_files),
+            web.get("/v1/files/{file_id}", routes_files.get_file),
+            web.get("/v1/files/{file_id}/content", routes_files.get_file_content),
+            web.delete("/v1/files/{file_id}", routes_files.delete_file),
+            web.post("/v1/batches", routes_batches.create_batch),
+            web.get("/v1/batches", routes_batches.list_batches),
+            web.get("/v1/batches/{batch_id}", routes_batches.get_batch),
+            web.post("/v1/batches/{batch_id}/cancel", routes_batches.cancel_batch),
             web.get("/v1/models", routes_models.list_models),
             web.get("/v1/models/{model:.+}", routes_models.get_model),
             web.get("/healthz", health.get_liveness),
@@ -90,7 +102,11 @@ class GatewayServer:
         self._hub = Hub(self._redis, gateway_id)
         self._state_dir = process.state_dir
         access = AccessControl(key_file_path(process.state_dir), no_auth=settings.no_auth)
-        self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, access, _read_admission(process, settings))
+        files_dir = settings.files_dir or process.state_dir / FILES_FOLDER
+        admission = _read_admission(process, settings)
+        self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, access, admission, files_dir)
+        self._batches = BatchRunner(self.gateway, self.gateway.batches, self.gateway.files)
+        self.gateway.on_batch = self._batches.notify
         self._tls: ssl.SSLContext | None = None
         self._presence = Presence(self._redis, gateway_id)
         self._runner = web.AppRunner(
@@ -123,6 +139,7 @@ class GatewayServer:
         self._announce()
         await preloading
         await self._warm_up()
+        self._batches.start()
         gc.collect()
         gc.freeze()  # what lives now lives for ever; without it, full collections pause all streams for 9 to 15 ms
         _log.info("gateway_ready", host=self.host, port=self.port, gateway_id=self.gateway.gateway_id)
@@ -130,6 +147,7 @@ class GatewayServer:
     async def aclose(self) -> None:
         """Stop accepting, let streams finish within the grace period, then cut them. Idempotent."""
         self.gateway.draining = True
+        await self._batches.aclose()  # another gateway goes on with them
         await self._runner.cleanup()
         await self.gateway.wait_background(BACKGROUND_LIMIT_S)
         await self.gateway.quotas.aclose()

@@ -27,6 +27,7 @@ from scheduler.contract.messages import (
     Usage,
     VectorFrame,
 )
+from scheduler.contract.states import Priority
 from scheduler.contract.telemetry import Mark
 from scheduler.dispatch import QueueFull, estimate_tokens
 from scheduler.gateway.errors import redis_within
@@ -93,9 +94,17 @@ class Exchange:
     """One call's requests. Owner of their hub streams: :meth:`close` gives them back, and cancels what still runs."""
 
     def __init__(
-        self, gateway: Gateway, call: Call, request_id: str, accepted_mono_ns: int, identity: Identity = ANONYMOUS
+        self,
+        gateway: Gateway,
+        call: Call,
+        request_id: str,
+        accepted_mono_ns: int,
+        identity: Identity = ANONYMOUS,
+        *,
+        is_unhurried: bool = False,
     ) -> None:
         self.call = call
+        self.is_unhurried = is_unhurried  # nobody waits at the other end: the caller sets the limits
         self.identity = identity
         self.request_id = request_id
         self.created_at_s = int(time.time())
@@ -253,8 +262,13 @@ class Exchange:
         return traces[0]
 
     def _note_service_time(self, part: Part, now_mono_ns: int) -> None:
-        """How long a worker was busy with it: clocks of two hosts do not compare, so each stretch is on one of them."""
+        """How long a worker was busy with it; batch lines, which give way, do not count.
+
+        Clocks of two hosts do not compare, so each stretch is on one of them.
+        """
         worker = {} if part.terminal is None else part.terminal.marks
+        if part.request.priority is Priority.BATCH:
+            return
         if Mark.CLAIMED in worker and Mark.SAMPLED in worker and Mark.RECEIVED in part.marks:
             busy_ns = worker[Mark.SAMPLED] - worker[Mark.CLAIMED] + now_mono_ns - part.marks[Mark.RECEIVED]
             self._gateway.admission.on_served(part.request.model, busy_ns / 1e9)
@@ -301,6 +315,8 @@ class Exchange:
 
         A request that waits behind others on a hot worker is no failed cold start: only the longer limit counts.
         """
+        if self.is_unhurried:
+            return None
         settings, now_mono_s, model = self._gateway.settings, time.monotonic(), self.call.card.name
         waited_s = now_mono_s - self.started_mono_s
         is_waking = not self.has_frames and waited_s >= settings.cold_start_limit_s

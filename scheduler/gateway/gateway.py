@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -13,10 +14,13 @@ from redis.exceptions import RedisError
 
 from scheduler.audit_log import AuditLog
 from scheduler.contract.chat_template import ChatTemplates
+from scheduler.contract.environment import default_state_dir
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.messages import GenerateRequest, ModelCard
 from scheduler.dispatch import Dispatcher
 from scheduler.gateway.admission import Admission
+from scheduler.gateway.batch_records import BatchRecords
+from scheduler.gateway.file_store import FileStore
 from scheduler.gateway.hub import Hub
 from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.metrics import GatewayMetrics
@@ -29,11 +33,14 @@ from scheduler.gateway.usage import UsageRecorder
 if TYPE_CHECKING:
     from scheduler.gateway.access import AccessControl  # which itself needs GATEWAY
 
+FILES_FOLDER: Final = "files"  # in the state folder
+
 
 class Gateway:
     """The gateway's parts. Made once a process, before the listener; the caller starts and stops ``hub``.
 
     ``admission`` holds the policies of models and tenants; the settings' own where it is not given.
+    ``files_dir`` is where uploaded files and results of batches are.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class Gateway:
         gateway_id: str,
         access: AccessControl,
         admission: Admission | None = None,
+        files_dir: Path | None = None,
     ) -> None:
         self.settings = settings
         self.redis = redis
@@ -60,6 +68,9 @@ class Gateway:
         self.directory = ModelDirectory(redis, settings.redis_limit_s, self._on_card, lambda: hub.cut_off_for_s)
         self.metrics = GatewayMetrics()
         self.traces = TraceStore(redis)
+        self.files = FileStore(files_dir or default_state_dir() / FILES_FOLDER, settings.max_tenant_file_bytes)
+        self.batches = BatchRecords(redis, gateway_id)
+        self.on_batch: Callable[[], None] | None = None  # told of each new one; set by what runs them
         self.draining = False
         self._background: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()

@@ -23,6 +23,9 @@ TLS_CERT: Final = "GLOWPLUG_TLS_CERT"
 TLS_KEY: Final = "GLOWPLUG_TLS_KEY"
 CORS_ORIGINS: Final = "GLOWPLUG_CORS_ORIGINS"  # comma-separated, e.g. https://app.example.com
 MAX_BODY_BYTES: Final = "GLOWPLUG_MAX_BODY_BYTES"
+FILES_DIR: Final = "GLOWPLUG_FILES_DIR"
+MAX_FILE_BYTES: Final = "GLOWPLUG_MAX_FILE_BYTES"
+MAX_TENANT_FILE_BYTES: Final = "GLOWPLUG_MAX_TENANT_FILE_BYTES"
 
 MIB: Final = 1024 * 1024
 
@@ -62,6 +65,10 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     stream_limit_s: float = 3600.0  # a whole stream
     max_connections: int = 20_000
     max_bodies_bytes: int = 512 * MIB  # bodies being read, of all clients together
+    files_dir: Path | None = None  # of uploaded files and batch results; None: "files" in the state folder
+    max_file_bytes: int = 200 * MIB
+    max_tenant_file_bytes: int = 2048 * MIB
+    upload_limit_s: float = 900.0  # from an upload's header to its last byte
 
 
 def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySettings:
@@ -82,6 +89,9 @@ def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySetting
         cold_start_limit_s=read_positive_float(COLD_START_LIMIT_S, defaults.cold_start_limit_s, env),
         drain_grace_s=read_positive_float(DRAIN_GRACE_S, defaults.drain_grace_s, env),
         max_body_bytes=int(read_positive_float(MAX_BODY_BYTES, defaults.max_body_bytes, env)),
+        files_dir=Path(folder).expanduser().absolute() if (folder := env.get(FILES_DIR)) else None,
+        max_file_bytes=int(read_positive_float(MAX_FILE_BYTES, defaults.max_file_bytes, env)),
+        max_tenant_file_bytes=int(read_positive_float(MAX_TENANT_FILE_BYTES, defaults.max_tenant_file_bytes, env)),
         no_auth=env.get(NO_AUTH) == "1",
         tls_certificate=certificate,
         tls_key=key,
