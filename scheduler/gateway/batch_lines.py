@@ -25,6 +25,7 @@ from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.identity import Identity
 from scheduler.gateway.request_ids import create_request_id
 from scheduler.gateway.request_schema import Call, read_chat_call, read_completion_call
+from scheduler.gateway.responses_request import read_response_call
 
 Body = dict[str, Any]
 
@@ -45,11 +46,17 @@ def _read_embedding(body: Body, card: ModelCard, _gateway: Gateway) -> Call:
     return read_embedding_call(body, card)
 
 
+def _read_response(body: Body, card: ModelCard, gateway: Gateway) -> Call:
+    require_task(card, Task.GENERATE)
+    return read_response_call(body, card, gateway.templates)
+
+
 #: Endpoints that a batch may be for, and how a line's body becomes a call.
 ENDPOINTS: Final[dict[str, Callable[[Body, ModelCard, Gateway], Call]]] = {
     "/v1/chat/completions": _read_chat,
     "/v1/completions": _read_completion,
     "/v1/embeddings": _read_embedding,
+    "/v1/responses": _read_response,
 }
 
 

@@ -97,6 +97,17 @@ async def test_a_batch_from_upload_to_results(gateway: GatewayHarness) -> None:
     assert [one.id async for one in client.batches.list(limit=1)] == [batch.id]
 
 
+async def test_a_batch_may_be_for_other_endpoints(gateway: GatewayHarness) -> None:
+    """Completions and responses: each body in its own shape."""
+    client = client_of(gateway)
+    texts = []
+    for url, body in (("/v1/completions", {"prompt": "once"}), ("/v1/responses", {"input": "once"})):
+        done = await wait_status(client, await submit(client, encode_lines([batch_line(0, url=url, **body)]), endpoint=url))
+        (row,) = await rows_of(client, done.output_file_id)
+        texts.append(row["response"]["body"])
+    assert texts[0]["choices"][0]["text"] == texts[1]["output"][0]["content"][0]["text"] == "Hello world"
+
+
 async def test_files_are_kept_listed_and_deleted(gateway: GatewayHarness) -> None:
     """What was uploaded comes back byte by byte; a deleted file is gone."""
     client = client_of(gateway)
