@@ -102,7 +102,9 @@ async def test_a_batch_may_be_for_other_endpoints(gateway: GatewayHarness) -> No
     client = client_of(gateway)
     texts = []
     for url, body in (("/v1/completions", {"prompt": "once"}), ("/v1/responses", {"input": "once"})):
-        done = await wait_status(client, await submit(client, encode_lines([batch_line(0, url=url, **body)]), endpoint=url))
+        done = await wait_status(
+            client, await submit(client, encode_lines([batch_line(0, url=url, **body)]), endpoint=url)
+        )
         (row,) = await rows_of(client, done.output_file_id)
         texts.append(row["response"]["body"])
     assert texts[0]["choices"][0]["text"] == texts[1]["output"][0]["content"][0]["text"] == "Hello world"
