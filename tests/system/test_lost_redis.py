@@ -32,7 +32,15 @@ async def ask_many(fleet: Fleet) -> tuple[list[Answer], list[asyncio.Task[Answer
         asyncio.create_task(fleet.ask(answer, f"gateway-{i % 2}", model=SMOLLM2, max_tokens=TOKENS))
         for i, answer in enumerate(answers)
     ]
-    await eventually(lambda: all(len(answer.ids) >= 3 for answer in answers), within_s=30)
+
+    def are_in_the_middle() -> bool:
+        for task in asking:
+            if task.done():
+                task.result()  # raises what ended it: a refusal, for example
+        assert [answer.error for answer in answers if answer.error] == []
+        return all(len(answer.ids) >= 3 for answer in answers)
+
+    await eventually(are_in_the_middle, within_s=30)
     return answers, asking
 
 
