@@ -18,7 +18,7 @@ from worker.engine.engine import Engine
 from worker.engine.mailbox import Mail
 from worker.engine.prefixes import PrefixIndex
 from worker.engine.text import PushResult, TextModel
-from worker.engine.types import EngineRequest, RequestStep
+from worker.engine.types import AnyRequest, EngineRequest, RequestStep
 from worker.loaded_model import LoadedModel
 
 EOS = 2
@@ -151,7 +151,7 @@ class EngineHarness:
         )
         self._mail = Mail()
 
-    def submit(self, request: EngineRequest) -> Outcome:
+    def submit(self, request: AnyRequest) -> Outcome:
         """Hand ``request`` to the next round."""
         self._mail.requests.append(request)
         self.outcomes[request.request_id] = Outcome()
@@ -174,7 +174,7 @@ class EngineHarness:
             self.run_round()
         raise AssertionError("requests did not finish")
 
-    def complete(self, request: EngineRequest) -> Outcome:
+    def complete(self, request: AnyRequest) -> Outcome:
         """Run ``request`` to its end."""
         outcome = self.submit(request)
         self.run_until_done()

@@ -25,7 +25,7 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame
 from scheduler.contract.states import Tier
 from scheduler.contract.telemetry import Mark
-from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
+from worker.engine.types import AnyRequest, EncodeRequest, EngineRequest, RequestStep, TextRequest
 from worker.publisher import Fenced, Frame, Run, TokenPublisher
 from worker.vector_frames import collect_encoded, split_vector
 
@@ -33,7 +33,7 @@ from worker.vector_frames import collect_encoded, split_vector
 class EngineHandle(Protocol):
     """The part of the engine that runs use; safe from any thread."""
 
-    def submit(self, request: EngineRequest | EncodeRequest) -> None: ...
+    def submit(self, request: AnyRequest) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
 
@@ -222,9 +222,17 @@ class RequestRunner:
             self._publisher.end(run)
 
 
-def _describe_request(running: _Running) -> EngineRequest | EncodeRequest:
+def _describe_request(running: _Running) -> AnyRequest:
     """What the engine is to do, less what earlier attempts did."""
     request = running.request
+    if request.text_only:
+        return TextRequest(
+            request_id=request.request_id,
+            given=request.prompt,
+            add_special=request.add_special,
+            parse_special=request.parse_special,
+            num_emitted=len(running.emitted[0]) if running.emitted else 0,
+        )
     if request.embedding is not None:
         return EncodeRequest(
             request_id=request.request_id,

@@ -64,6 +64,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     accepted_at_s: float = 0.0
     marks: dict[str, int] = {}  # Mark -> mono ns, filled so far
     embedding: EmbeddingInputs | None = None
+    text_only: bool = False  # for the tokenizer alone: text becomes token ids, token ids become text
     generation: int = 0  # how often it was queued anew because the server had lost it; its runs fence off older ones
 
 

@@ -50,6 +50,8 @@ SCOPES_BY_PREFIX: Final = (
     ("/v1/files", Scope.BATCH),
     ("/v1/batches", Scope.BATCH),
     ("/v1", Scope.INFER),
+    ("/tokenize", Scope.INFER),
+    ("/detokenize", Scope.INFER),
 )
 HOW_TO_SEND: Final = "send it as `Authorization: Bearer KEY` (or x-api-key)"
 

@@ -35,6 +35,7 @@ from scheduler.gateway import (
     routes_embeddings,
     routes_files,
     routes_models,
+    routes_tokens,
 )
 from scheduler.gateway.access import AccessControl, check_access
 from scheduler.gateway.admission import Admission
@@ -64,6 +65,12 @@ def build_app(gateway: Gateway) -> web.Application:
             web.post("/v1/completions", routes_completions.create_completion),
             web.post("/v1/responses", routes_dialects.create_response),
             web.post("/v1/messages", routes_dialects.create_message),
+            web.post("/v1/responses/input_tokens", routes_tokens.count_response_tokens),
+            web.post("/v1/messages/count_tokens", routes_tokens.count_message_tokens),
+            web.post("/tokenize", routes_tokens.tokenize),
+            web.post("/v1/tokenize", routes_tokens.tokenize),
+            web.post("/detokenize", routes_tokens.detokenize),
+            web.post("/v1/detokenize", routes_tokens.detokenize),
             web.get("/v1/requests/{request_id}/stream", resumption.resume_stream),
             web.post("/v1/embeddings", routes_embeddings.create_embeddings),
             web.post("/v1/files", routes_files.create_file),

@@ -34,7 +34,7 @@ from scheduler.gateway.errors import redis_within
 from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.identity import ANONYMOUS, Identity
 from scheduler.gateway.request_ids import create_request_id
-from scheduler.gateway.request_schema import Call, Endpoint
+from scheduler.gateway.request_schema import Call
 from scheduler.gateway.traces import build_trace
 
 DEFAULT_WAKE_RETRY_AFTER_S: Final = 30
@@ -131,7 +131,9 @@ class Exchange:
             sampling=call.sampling,
             num_choices=call.num_choices,
             priority=call.priority,
-            add_special=call.endpoint is Endpoint.COMPLETIONS,
+            add_special=call.add_special,
+            parse_special=call.parse_special,
+            text_only=call.text_only,
             user=call.user,
             tenant=self.identity.tenant,
             embedding=call.embedding,

@@ -15,6 +15,7 @@ from scheduler.gateway.request_log import RequestFacts
 from scheduler.gateway.request_schema import Call
 from scheduler.gateway.response_headers import RATE_LIMIT_HEADERS
 from scheduler.gateway.streaming import StreamedCall
+from scheduler.gateway.text_calls import TextCall
 
 
 async def answer_call(
@@ -41,6 +42,8 @@ async def answer_call(
             return await StreamedCall(request, gateway, exchange).run()
         if call.embedding is not None:
             return await EmbeddedCall(exchange).run()
+        if call.text_only:
+            return await TextCall(exchange).run()
         return await CollectedCall(exchange).run()
     finally:
         exchange.close()
@@ -60,6 +63,8 @@ def estimate_call(call: Call) -> int:
 def _settle(gateway: Gateway, exchange: Exchange, grant: Grant) -> None:
     """Record what was used, and give back what was not. In the background: the client need not wait for it."""
     usages = [part.usage for part in exchange.parts]
+    if exchange.call.text_only:
+        usages = []  # nothing was computed
     gateway.usage.add(exchange.identity, exchange.call.card.name, usages, failed=exchange.error is not None)
     if grant.policy.has_quota:
         used_tokens = sum(usage.prompt_tokens + usage.completion_tokens for usage in usages)

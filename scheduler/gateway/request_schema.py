@@ -42,11 +42,14 @@ class Endpoint(StrEnum):
     EMBEDDINGS = "embeddings"
     RESPONSES = "responses"
     MESSAGES = "messages"
+    TOKENIZE = "tokenize"
+    DETOKENIZE = "detokenize"
+    COUNT = "count_tokens"
 
     @property
     def prompt_field(self) -> str:
         """The request field that holds the prompt."""
-        return "prompt" if self is Endpoint.COMPLETIONS else PROMPT_FIELDS[self]
+        return PROMPT_FIELDS.get(self, "prompt")
 
     @property
     def is_resumable(self) -> bool:
@@ -57,6 +60,7 @@ class Endpoint(StrEnum):
 PROMPT_FIELDS: Final = {
     Endpoint.CHAT: "messages",
     Endpoint.MESSAGES: "messages",
+    Endpoint.DETOKENIZE: "tokens",
     Endpoint.EMBEDDINGS: "input",
     Endpoint.RESPONSES: "input",
 }
@@ -79,6 +83,9 @@ class Call:
     embedding: EmbeddingInputs | None = None  # set: this is what is asked for, and no text
     as_base64: bool = False
     tools: ToolUse | None = None  # set: the text may hold calls
+    text_only: bool = False  # the tokenizer alone answers
+    add_special: bool = False  # the tokenizer's own marks around the prompt; a chat's template writes them
+    parse_special: bool = True  # text such as <|im_end|> in the prompt is that token
     echoed: Mapping[str, Any] | None = None  # what the answer repeats of its request
 
     @property
@@ -166,6 +173,7 @@ def _build_call(
     for prompt in prompts:
         check_prompt_length(prompt, card, param=endpoint.prompt_field)
     return Call(
+        add_special=endpoint is Endpoint.COMPLETIONS,
         endpoint=endpoint,
         card=card,
         prompts=prompts,
@@ -237,10 +245,12 @@ def read_prompts(value: Any, card: ModelCard) -> tuple[Prompt, ...]:
     if not value:
         raise bad_field("prompt", "is empty")
     if _is_token_id(value[0]):
-        return (_check_token_ids(value, card),)
+        return (read_token_ids(value, card, param="prompt"),)
     if len(value) > MAX_CHOICES:
         raise bad_field("prompt", f"{len(value)} prompts; at most {MAX_CHOICES} in a call")
-    return tuple(_check_text(one) if isinstance(one, str) else _check_token_ids(one, card) for one in value)
+    return tuple(
+        _check_text(one) if isinstance(one, str) else read_token_ids(one, card, param="prompt") for one in value
+    )
 
 
 def _is_token_id(value: Any) -> bool:
@@ -253,16 +263,21 @@ def _check_text(text: str) -> str:
     return text
 
 
-def _check_token_ids(value: Any, card: ModelCard) -> tuple[int, ...]:
+def read_token_ids(value: Any, card: ModelCard, *, param: str) -> tuple[int, ...]:
+    """A list of token ids of the model.
+
+    Raises:
+        GlowplugError: something else, or none.
+    """
     if not isinstance(value, list) or not value:
         seen = "an empty array" if value == [] else json_type(value)
-        raise bad_field("prompt", f"expected a string or token ids, got {seen}")
+        raise bad_field(param, f"expected token ids, got {seen}")
     high = card.vocab_size or UNLIMITED_TOKENS
     for token_id in value:
         if not _is_token_id(token_id):
-            raise bad_field("prompt", f"expected token ids, got {json_type(token_id)}")
+            raise bad_field(param, f"expected token ids, got {json_type(token_id)}")
         if not 0 <= token_id < high:
-            raise bad_field("prompt", f"token id {token_id} is out of range; {card.name} has {card.vocab_size} tokens")
+            raise bad_field(param, f"token id {token_id} is out of range; {card.name} has {card.vocab_size} tokens")
     return tuple(value)
 
 

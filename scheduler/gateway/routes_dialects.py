@@ -26,21 +26,24 @@ ReadCall = Callable[[dict[str, Any], ModelCard, ChatTemplates], Call]
 
 async def create_response(request: web.Request) -> web.StreamResponse:
     """Answer with a response object, or its events."""
-    return await _answer(request, Endpoint.RESPONSES, read_response_call)
+    return await answer_dialect(request, Endpoint.RESPONSES, read_response_call)
 
 
 async def create_message(request: web.Request) -> web.StreamResponse:
     """Answer with a message in Anthropic's dialect, or its events."""
-    return await _answer(request, Endpoint.MESSAGES, read_message_call)
+    return await answer_dialect(request, Endpoint.MESSAGES, read_message_call)
 
 
-async def _answer(request: web.Request, endpoint: Endpoint, read_call: ReadCall) -> web.StreamResponse:
-    """Everything that can be refused is refused here, before a model is woken."""
+async def answer_dialect(
+    request: web.Request, endpoint: Endpoint, read_call: ReadCall, *, task: Task | None = Task.GENERATE
+) -> web.StreamResponse:
+    """Everything that can be refused is refused here, before a model is woken. ``task``: what the model must do."""
     gateway, facts = request.app[GATEWAY], request[FACTS]
     facts.endpoint = endpoint
     body = await read_json_body(request, gateway.settings)
     accepted_mono_ns = time.monotonic_ns()
     card = await gateway.directory.get_card(read_model_name(body), request[IDENTITY])
     facts.model = card.name
-    require_task(card, Task.GENERATE)
+    if task is not None:
+        require_task(card, task)
     return await answer_call(request, facts, read_call(body, card, gateway.templates), accepted_mono_ns)

@@ -16,6 +16,8 @@ from jsonschema import Draft202012Validator
 
 from loadtest.processes import Server
 from loadtest.streaming_client import chat_body, post_stream
+from scheduler.gateway.tool_calls import ToolCall, ToolUse, read_items
+from scheduler.gateway.tool_styles import ToolStyle, build_call_grammar
 
 MODEL = "smollm2"
 SCHEMA = {
@@ -55,13 +57,13 @@ def by_schema(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
-def post(server: Server, **fields: Any) -> tuple[int, Any]:
+def post(server: Server, path: str = "/v1/chat/completions", **fields: Any) -> tuple[int, Any]:
     """Status and body of a chat call that is not streamed."""
     parts = urlsplit(server.url)
     connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=60)
     body = {**chat_body(MODEL, max_tokens=120), "stream": False, **fields}
     body.pop("stream_options", None)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     status, answer = response.status, json.loads(response.read())
     connection.close()
@@ -105,3 +107,32 @@ def test_what_cannot_be_enforced_is_the_clients_error(server: Server) -> None:
     assert answer["error"]["param"] == "response_format"
     assert "uniqueItems" in answer["error"]["message"]
     assert "uniqueItems" in post_stream(server.url, chat_body(MODEL, max_tokens=9, response_format=wanted)).error
+
+
+def test_an_enforced_tool_call_is_a_call(server: Server) -> None:
+    """The grammar of a required call, at temperature 1: a small model, too, writes a call that is read back."""
+    schemas = {"lookup": SCHEMA, "stop": {}}
+    for style in ToolStyle:
+        grammar = {"type": "lark", "grammar": build_call_grammar(style, schemas, several=False)}
+        status, answer = post(server, response_format=grammar, temperature=1, seed=5, max_tokens=200)
+        assert status == 200, answer
+        text = answer["choices"][0]["message"]["content"]
+        (call,) = read_items(text, ToolUse(style, frozenset(schemas)), "s")
+        assert isinstance(call, ToolCall), text
+        schema = SCHEMA if call.name == "lookup" else {"type": "object", "maxProperties": 0}
+        Draft202012Validator(schema).validate(json.loads(call.arguments))
+
+
+def test_the_models_own_tokenizer_answers(server: Server) -> None:
+    """Token ids and back, counts that agree with the usage of a generation."""
+    status, tokens = post(server, "/tokenize", prompt="Hello <|im_end|> world", messages=None)
+    assert status == 200, tokens
+    assert tokens["count"] == len(tokens["tokens"])
+    status, text = post(server, "/v1/detokenize", tokens=tokens["tokens"])
+    assert (status, text["prompt"]) == (200, "Hello <|im_end|> world")
+    status, counted = post(server, "/v1/messages/count_tokens")
+    assert status == 200
+    _, answer = post(server, max_tokens=1)
+    assert counted["input_tokens"] == answer["usage"]["prompt_tokens"]
+    status, tokens = post(server, "/tokenize")
+    assert tokens["count"] == counted["input_tokens"]

@@ -25,7 +25,8 @@ from worker.backends.protocol import FloatArray
 from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.failures import describe_error
 from worker.engine.mailbox import Mail, Mailbox
-from worker.engine.types import EncodedInput, EncodeRequest, EngineRequest, RequestStep
+from worker.engine.text_requests import answer_text_request
+from worker.engine.types import AnyRequest, EncodedInput, EncodeRequest, EngineRequest, RequestStep, TextRequest
 from worker.loaded_model import LoadedEncoder
 
 _log = structlog.get_logger()
@@ -77,7 +78,7 @@ class EncoderEngine:
 
     # --- any thread ---
 
-    def submit(self, request: EngineRequest | EncodeRequest) -> None:
+    def submit(self, request: AnyRequest) -> None:
         """See :meth:`worker.engine.engine.Engine.submit`."""
         self._mailbox.submit(request)
 
@@ -117,9 +118,12 @@ class EncoderEngine:
             steps, self._steps = list(self._steps.values()), {}
             self._on_steps(steps)
 
-    def _accept(self, request: EngineRequest | EncodeRequest) -> None:
+    def _accept(self, request: AnyRequest) -> None:
         self._requests.pop(request.request_id, None)
         self._num_arrivals += 1
+        if isinstance(request, TextRequest):
+            self._steps[request.request_id] = answer_text_request(request, self._model.text)
+            return
         try:
             accepted = self._prepare(request)
         except Exception as error:  # one request's failure must not reach the others

@@ -40,8 +40,9 @@ from worker.engine.mailbox import Mail, Mailbox
 from worker.engine.prefill_budget import PrefillBudget
 from worker.engine.sequence import Choice, RunningRequest
 from worker.engine.step_reports import StepReports
+from worker.engine.text_requests import answer_text_request
 from worker.engine.turns import Turn, draft_ahead, run_turns
-from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
+from worker.engine.types import AnyRequest, RequestStep, TextRequest
 from worker.loaded_model import LoadedModel
 
 _log = structlog.get_logger()
@@ -94,7 +95,7 @@ class Engine:
 
     # --- any thread ---
 
-    def submit(self, request: EngineRequest | EncodeRequest) -> None:
+    def submit(self, request: AnyRequest) -> None:
         """Hand in a request; returns at once. Its outcome comes through ``on_steps``, an error included.
 
         A request id that is still known is superseded: the older run ends without a word.
@@ -174,9 +175,12 @@ class Engine:
 
     # --- coming and going ---
 
-    def _accept(self, engine_request: EngineRequest | EncodeRequest) -> None:
+    def _accept(self, engine_request: AnyRequest) -> None:
         self._forget(engine_request.request_id)
         self._num_arrivals += 1
+        if isinstance(engine_request, TextRequest):
+            self._reports.add(answer_text_request(engine_request, self._model.text))
+            return
         try:
             request = prepare_request(engine_request, self._num_arrivals, self._model, self._kv)
         except Exception as error:  # one request's failure must not reach the others

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from worker.engine.types import EncodeRequest, EngineRequest
+from worker.engine.types import AnyRequest
 
 
 @dataclass(slots=True)
 class Mail:
     """Everything that arrived since the last look."""
 
-    requests: list[EngineRequest | EncodeRequest] = field(default_factory=list)
+    requests: list[AnyRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     stop: bool = False
 
@@ -29,7 +29,7 @@ class Mailbox:
         self._mail = Mail()
         self._is_woken = False
 
-    def submit(self, request: EngineRequest | EncodeRequest) -> None:
+    def submit(self, request: AnyRequest) -> None:
         with self._condition:
             self._mail.requests.append(request)
             self._condition.notify()

@@ -10,14 +10,14 @@ from worker.backends.protocol import Backend, BoundModel, ModelPlan
 from worker.engine.encoder_engine import EncoderEngine
 from worker.engine.engine import Engine
 from worker.engine.engine_statistics import EngineStatistics
-from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
+from worker.engine.types import AnyRequest, RequestStep
 from worker.loaded_model import LoadedEncoder, LoadedModel
 
 
 class StepLoop(Protocol):
     """An engine. All but :meth:`run` are safe from any thread."""
 
-    def submit(self, request: EngineRequest | EncodeRequest) -> None: ...
+    def submit(self, request: AnyRequest) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
 

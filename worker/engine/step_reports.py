@@ -58,6 +58,10 @@ class StepReports:
         step.finished = True
         step.usage = request.usage
 
+    def add(self, step: RequestStep) -> None:
+        """A request's only step."""
+        self._steps[step.request_id] = step
+
     def fail(self, request_id: str, error: ErrorInfo) -> None:
         """The request ended with ``error``."""
         step = self._step_of(request_id)

@@ -46,6 +46,21 @@ class EncodeRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TextRequest:
+    """A text to be tokenised, or token ids whose text is wanted. ``num_emitted`` token ids are logged already."""
+
+    request_id: str
+    given: str | tuple[int, ...]
+    add_special: bool = True
+    parse_special: bool = True
+    num_emitted: int = 0
+
+
+#: Whatever an engine is asked for.
+AnyRequest = EngineRequest | EncodeRequest | TextRequest
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedInput:
     """The vector of one input of a request, float32 little-endian."""
 
