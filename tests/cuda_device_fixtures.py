@@ -42,7 +42,7 @@ def bind(plan: ModelPlan, device: EmulatedDevice, num_blocks: int = 16, **option
     return model
 
 
-def put_in_blob(plan: ModelPlan, chunk_bytes: int = 4096) -> ModelPlan:
+def put_in_blob(plan: ModelPlan, chunk_bytes: int = 1024) -> ModelPlan:
     """``plan`` with its weights in one piece of memory with digests, as a sealed snapshot has them."""
     starts = np.cumsum([0] + [-(-tensor.data.nbytes // 64) * 64 for tensor in plan.tensors])
     data = np.zeros(int(starts[-1]) + 1000, np.uint8)

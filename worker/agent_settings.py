@@ -16,6 +16,7 @@ from scheduler.contract.environment import ProcessSettings, SettingsError, read_
 from snapshots.keyring import KeyRing
 from snapshots.rollback import RECORD_NAME
 from worker.backends.cores import count_usable_cores
+from worker.backends.detection import CPU_BACKENDS, CUDA, detect_backend
 
 BACKEND: Final = "GLOWPLUG_BACKEND"
 THREADS: Final = "GLOWPLUG_THREADS"
@@ -26,7 +27,8 @@ VERIFY: Final = "GLOWPLUG_VERIFY"
 DRAFT_TOKENS: Final = "GLOWPLUG_DRAFT_TOKENS"
 DEV: Final = "GLOWPLUG_DEV"
 
-BACKENDS: Final = ("numkong", "numpy")
+#: ``auto``: cuda where there is a GPU and CuPy, else numkong.
+BACKENDS: Final = (*CPU_BACKENDS, CUDA, "auto")
 #: ``once``: bytes are verified as they enter sealed memory, where they cannot change. ``always``: before each wake too.
 VERIFICATION_POLICIES: Final = ("once", "always")
 DEFAULT_DRAIN_GRACE_S: Final = 10.0
@@ -63,9 +65,11 @@ def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.env
     Raises:
         SettingsError: a value is malformed.
     """
-    backend = env.get(BACKEND) or BACKENDS[0]
+    backend = env.get(BACKEND) or "auto"
     if backend not in BACKENDS:
         raise SettingsError(f'{BACKEND}="{backend}": expected one of {", ".join(BACKENDS)}')
+    if backend == "auto":
+        backend = detect_backend()
     verification = env.get(VERIFY) or VERIFICATION_POLICIES[0]
     if verification not in VERIFICATION_POLICIES:
         raise SettingsError(f'{VERIFY}="{verification}": expected one of {", ".join(VERIFICATION_POLICIES)}')

@@ -33,7 +33,7 @@ from snapshots.filling import map_verified
 from snapshots.manifest import GUEST_TENSORS, POST_PROCESSOR, PRIMED_PREFIXES, Manifest, TensorEntry, verify_identity
 from snapshots.mapping import MappedBytes, map_sealed
 from worker.backends.encoder_protocol import EncoderPlan
-from worker.backends.protocol import ModelPlan, WeightTensor
+from worker.backends.protocol import ModelPlan, WeightBlob, WeightTensor
 from worker.engine.post_processing import PostProcessedText
 from worker.engine.text import TextModel
 from worker.loaded_model import LoadedEncoder, LoadedModel
@@ -261,7 +261,7 @@ def prepare_model(
         post_processor = _load_post_processor(manifest, fds)
         undo.pop_all()
     # Views come last: one that lived in an exception's frames would keep the mapping from being closed.
-    plan = _make_plan(manifest, programs, _view_tensors(manifest, stored, weights, made))
+    plan = _make_plan(manifest, programs, _view_tensors(manifest, stored, weights, made), weights)
     return PreparedModel(
         manifest, plan, module, weights, _order_of_use(manifest, programs[0]), primed, made, post_processor
     )
@@ -286,7 +286,7 @@ def _map_guest_tensors(manifest: Manifest, fds: SpawnedFds) -> MappedBytes | Non
 
 
 def _make_plan(
-    manifest: Manifest, programs: tuple[Program, ...], tensors: tuple[WeightTensor, ...]
+    manifest: Manifest, programs: tuple[Program, ...], tensors: tuple[WeightTensor, ...], weights: MappedBytes
 ) -> ModelPlan | EncoderPlan:
     card = manifest.card
     if programs[0].kind is ProgramKind.ENCODE:
@@ -307,6 +307,12 @@ def _make_plan(
         head_dim=card.head_dim,
         vocab_size=card.vocab_size,
         context_length=card.context_length,
+        blob=WeightBlob(
+            weights.array(np.uint8, (weights.size_bytes,)),
+            manifest.weights.chunk_bytes,
+            manifest.weights.chunk_digests,
+            None if weights.is_whole else weights.wait_verified,
+        ),
     )
 
 

@@ -58,8 +58,8 @@ class CupyMemory:
 class CupyDevice:
     """One GPU, by its number as CUDA counts. Opening it creates the context, loads the kernels and cuBLAS."""
 
-    def __init__(self, number: int, kernels: bytes) -> None:
-        """``kernels`` is a fatbin, verified.
+    def __init__(self, number: int, load_kernels: Callable[[int], bytes]) -> None:
+        """``load_kernels`` gives a fatbin for a compute capability.
 
         Raises:
             DeviceError: no such device, no driver, or nothing in the fatbin runs on it.
@@ -78,11 +78,13 @@ class CupyDevice:
             self.num_processors = int(properties["multiProcessorCount"])
             self.name = properties["name"].decode()
             self._module = function.Module()
-            self._module.load(kernels)
+            self._module.load(load_kernels(self.architecture))
             from cupy_backends.cuda.libs import cublas  # loads libcublas: 100 ms that only such a worker takes
 
             self._cublas = cublas
             self._handle = cublas.create()
+        except DeviceError:
+            raise
         except Exception as error:
             raise DeviceError(f"GPU {number} cannot be used: {type(error).__name__}: {error}") from error
         self._scalars = (ctypes.c_float * 2)(0.0, 1.0)  # alpha and beta, which cuBLAS reads by address

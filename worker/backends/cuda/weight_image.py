@@ -1,8 +1,9 @@
 """Where each weight goes in device memory, and in which pieces it travels there.
 
-The weights' blob is mirrored as it lies: a chunk of the manifest is a piece, so that what is hashed is what is copied,
-and a tensor is a place in the mirror. Chunks that no program reads are left out of the journey. Tensors elsewhere in
-memory (what a guest made at init) follow behind the mirror, piece by piece, without digests: that memory is sealed.
+The weights' blob is mirrored as it lies: some neighbouring chunks of the manifest are a piece, so that what is hashed
+is what is copied, and a tensor is a place in the mirror. Pieces that no program reads are left out of the journey.
+Tensors elsewhere in memory (what a guest made at init) follow behind the mirror, piece by piece, without digests: that
+memory is sealed.
 """
 
 from __future__ import annotations
@@ -35,17 +36,19 @@ TABLE_TYPES: Final = {"f32": 0, "bf16": 1, "f16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Host bytes that travel together to ``offset`` of the image. ``digest`` None: nothing to check them against."""
+    """Host bytes that travel together to ``offset`` of the image. ``digests`` (packed) are of each ``chunk_bytes`` of
+    them; empty: there is nothing to check them against."""
 
     source: ByteArray
     offset: int
-    digest: bytes | None = None
+    digests: bytes = b""
+    chunk_bytes: int = 0
     wait_verified: Callable[[], None] | None = None
 
     @property
     def is_signed(self) -> bool:
-        """Whether it is a chunk of the blob."""
-        return self.digest is not None
+        """Whether it is of the blob."""
+        return len(self.digests) > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class WeightImage:
 
 
 def lay_out_weights(plan: ModelPlan, piece_bytes: int) -> WeightImage:
-    """The image of ``plan``'s weights; reads none of them. ``piece_bytes`` cuts what is not in the blob.
+    """The image of ``plan``'s weights in pieces of at most ``piece_bytes``, or of one chunk; reads none of them.
 
     Raises:
         BackendError: a dtype that no kernel reads, or int8 without scales.
@@ -92,7 +95,7 @@ class _Layout:
         self._plan = plan
         self._piece_bytes = piece_bytes
         self._image = WeightImage(tensors=[None] * len(plan.tensors))
-        self._piece_of_chunk: dict[int, int] = {}
+        self._piece_of_group: dict[int, int] = {}  # of neighbouring chunks
         self._strays: dict[int, tuple[int, int]] = {}  # by address: offset and last piece
         self._image.num_bytes = 0 if plan.blob is None else align(plan.blob.data.nbytes)
 
@@ -126,11 +129,12 @@ class _Layout:
 
     def _take_chunks(self, blob: WeightBlob, start: int, end: int) -> int:
         last = -1
-        for chunk in range(start // blob.chunk_bytes, -(-end // blob.chunk_bytes)):
-            if chunk not in self._piece_of_chunk:
-                self._piece_of_chunk[chunk] = len(self._image.pieces)
-                self._image.pieces.append(_cut_chunk(blob, chunk))
-            last = max(last, self._piece_of_chunk[chunk])
+        group_bytes = max(1, self._piece_bytes // blob.chunk_bytes) * blob.chunk_bytes
+        for group in range(start // group_bytes, -(-end // group_bytes)):
+            if group not in self._piece_of_group:
+                self._piece_of_group[group] = len(self._image.pieces)
+                self._image.pieces.append(_cut(blob, group * group_bytes, group_bytes))
+            last = max(last, self._piece_of_group[group])
         return last
 
     def _take_stray(self, array: npt.NDArray[Any], wait_verified: Callable[[], None] | None) -> tuple[int, int]:
@@ -140,17 +144,18 @@ class _Layout:
         offset, flat = self._image.num_bytes, array.reshape(-1).view(np.uint8)
         for start in range(0, flat.nbytes, self._piece_bytes):
             source = flat[start : start + self._piece_bytes]
-            self._image.pieces.append(Piece(source, offset + start, None, wait_verified))
+            self._image.pieces.append(Piece(source, offset + start, wait_verified=wait_verified))
         self._image.num_bytes += align(flat.nbytes)
         self._strays[array.ctypes.data] = (offset, len(self._image.pieces) - 1)
         return self._strays[array.ctypes.data]
 
 
-def _cut_chunk(blob: WeightBlob, chunk: int) -> Piece:
-    start, end = chunk * blob.chunk_bytes, min((chunk + 1) * blob.chunk_bytes, blob.data.nbytes)
-    digest = blob.chunk_digests[chunk * DIGEST_BYTES : (chunk + 1) * DIGEST_BYTES]
+def _cut(blob: WeightBlob, start: int, num_bytes: int) -> Piece:
+    end = min(start + num_bytes, blob.data.nbytes)
+    first, last = start // blob.chunk_bytes, -(-end // blob.chunk_bytes)
+    digests = blob.chunk_digests[first * DIGEST_BYTES : last * DIGEST_BYTES]
     wait = None if blob.wait_verified is None else partial(blob.wait_verified, end)
-    return Piece(blob.data[start:end], start, digest, wait)
+    return Piece(blob.data[start:end], start, digests, blob.chunk_bytes, wait)
 
 
 def _format_of(tensor: WeightTensor) -> str:
