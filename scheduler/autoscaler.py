@@ -10,6 +10,9 @@ waking     worker ready              serve
 waking     worker failed             retry after a back-off; after MAX_FAILURES refuse the queue
 serving    queue over all batches    spawn another, up to ``max_workers``
 serving    no request for idle time  drain every worker
+asleep     asked for, or pinned      spawn one worker, as on demand
+serving    to be unloaded            drain the workers there were when that was asked for
+serving    its node is drained       drain the workers there; others are spawned elsewhere
 draining   demand                    spawn a new worker; the draining one takes nothing more
 ========== ========================= ==========================================================
 """
@@ -56,6 +59,14 @@ class ModelView:
     failures: int = 0
     last_failure_s: float = 0.0
     last_error: ErrorInfo | None = None
+    pinned: bool = False
+    wake_asked: bool = False  # by an operator, and not there yet
+    unloading: frozenset[str] = frozenset()  # workers that an operator wants gone
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is to have a worker without any request."""
+        return self.pinned or self.wake_asked
 
     @property
     def live_workers(self) -> tuple[WorkerView, ...]:
@@ -73,6 +84,7 @@ class NodeView:
 
     node_id: str
     budget_bytes: int
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +149,19 @@ class _Reservations:
 def decide(fleet: FleetView, now_s: float) -> list[Action]:
     """Actions for this instant, in the order to carry them out."""
     reservations = _reserve(fleet)
+    drained = frozenset(node.node_id for node in fleet.nodes if node.drained)
     actions: list[Action] = []
     for model in fleet.models:
         actions += _decide_given_up(model, now_s)
+        leaving = _decide_leaving(model, drained)
+        actions += leaving
         if model.in_flight > 0:
             actions += _decide_wake(model, fleet, reservations, now_s)
+        elif model.is_wanted and model.refused is None:
+            wake = _decide_wake(model, fleet, reservations, now_s)
+            actions += [action for action in wake if not isinstance(action, RefuseQueue)]  # there is no queue
+        elif leaving:
+            continue
         else:
             actions += _decide_sleep(model, now_s)
     return actions
@@ -152,13 +172,15 @@ def decide_idle_deadline_s(fleet: FleetView) -> float | None:
     deadlines = [
         model.last_active_s + model.policy.idle_timeout_s
         for model in fleet.models
-        if model.in_flight == 0 and any(worker.state is SlotState.READY for worker in model.workers)
+        if model.in_flight == 0
+        and not model.pinned
+        and any(worker.state is SlotState.READY for worker in model.workers)
     ]
     return min(deadlines, default=None)
 
 
 def _reserve(fleet: FleetView) -> _Reservations:
-    reservations = _Reservations({node.node_id: node.budget_bytes for node in fleet.nodes})
+    reservations = _Reservations({node.node_id: node.budget_bytes for node in fleet.nodes if not node.drained})
     for model in fleet.models:
         for worker in model.workers:
             reservations.take(model, worker.node_id)
@@ -171,6 +193,21 @@ def _decide_given_up(model: ModelView, now_s: float) -> list[Action]:
         for worker in model.workers
         if worker.state in (SlotState.COLD, SlotState.RESTORING) and now_s - worker.ordered_at_s > SPAWN_TIMEOUT_S
     ]
+
+
+def _decide_leaving(model: ModelView, drained: frozenset[str]) -> list[Action]:
+    """Workers that an operator wants gone: of a model that is unloaded, or on a node that is drained."""
+    return [
+        Drain(worker, "unloaded" if worker.worker_id in model.unloading else "node drained")
+        for worker in model.workers
+        if worker.state is SlotState.READY and (worker.worker_id in model.unloading or worker.node_id in drained)
+    ]
+
+
+def choose_prefetch_node(fleet: FleetView, name: str) -> str | None:
+    """Where a model that is asked for without a worker is held: where a wake of it would go. None: no room."""
+    model = next((model for model in fleet.models if model.name == name), None)
+    return None if model is None else _choose_node(model, _reserve(fleet))
 
 
 def _decide_wake(model: ModelView, fleet: FleetView, reservations: _Reservations, now_s: float) -> list[Action]:
@@ -219,10 +256,10 @@ def _choose_node(model: ModelView, reservations: _Reservations) -> str | None:
 
 def _decide_without_room(model: ModelView, fleet: FleetView, reservations: _Reservations) -> list[Action]:
     """Refuse what can never fit; otherwise make room by draining the idle worker that was used longest ago."""
-    if not fleet.nodes:
+    if all(node.drained for node in fleet.nodes):
         return []  # an agent may be on its way; the gateway's own limit ends the wait
     need_bytes = model.worker_bytes + model.weights_bytes
-    largest_bytes = max(node.budget_bytes for node in fleet.nodes)
+    largest_bytes = max(node.budget_bytes for node in fleet.nodes if not node.drained)
     if need_bytes > largest_bytes:
         message = (
             f"Model {model.name!r} needs {need_bytes} bytes of memory for one worker; the largest node may use "
@@ -234,7 +271,7 @@ def _decide_without_room(model: ModelView, fleet: FleetView, reservations: _Rese
     idle = [
         (other.last_active_s, worker)
         for other in fleet.models
-        if other.in_flight == 0
+        if other.in_flight == 0 and not other.is_wanted
         for worker in other.workers
         if worker.state is SlotState.READY
     ]

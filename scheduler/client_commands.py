@@ -223,6 +223,11 @@ def get_json(url: str, path: str) -> Any:
     return json.loads(_request(url, "GET", path).read())
 
 
+def post_json(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """The decoded answer to a POST; errors as :func:`_request` raises them."""
+    return json.loads(_request(url, "POST", path, body or {}).read())
+
+
 def _post_stream(url: str, path: str, body: dict[str, Any]) -> Iterator[str]:
     with _request(url, "POST", path, body) as response:
         for raw in response:

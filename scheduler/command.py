@@ -33,6 +33,19 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "agent": ("scheduler.serve_command", "agent", "Start the node agent (and its workers) alone."),
     "config": ("scheduler.config_command", "config_group", "Check and show the configuration."),
     "ps": ("scheduler.client_commands", "ps", "Show models, tiers, workers and idle timers."),
+    **{
+        verb: ("scheduler.operate_commands", verb, text)
+        for verb, text in (
+            ("wake", "Start a worker for a model, without a request."),
+            ("park", "Return a model's device memory, where its backend can."),
+            ("unload", "Drain a model to zero and forget its sealed bytes."),
+            ("pin", "Keep a model awake: it is never scaled to zero."),
+            ("unpin", "Let a pinned model sleep again."),
+            ("prefetch", "Verify a model into sealed memory, without a process."),
+            ("drain", "Move work off a node: no new workers, present ones finish."),
+            ("undrain", "Let a drained node work again."),
+        )
+    },
     "usage": ("scheduler.usage_command", "usage", "Show what tenants and keys have used."),
     "run": ("scheduler.client_commands", "run", "Stream an answer to the terminal."),
     "trace": ("scheduler.client_commands", "trace", "Draw where the time of a request went."),

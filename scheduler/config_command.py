@@ -171,3 +171,15 @@ def show(state_dir: Path, file: Path | None, as_json: bool) -> None:
 def schema() -> None:
     """Print the JSON schema of glowplug.yaml, for editors."""
     click.echo(json.dumps(config_schema(), indent=2))
+
+
+@config_group.command("reload")
+@state_dir_option
+@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
+def reload_command(state_dir: Path, url: str | None, as_json: bool) -> None:
+    """Let a running server read policies of models and tenants again; streams go on."""
+    from scheduler.client_commands import post_json, server_url
+
+    answer = post_json(server_url(state_dir, url), "/admin/config:reload")
+    click.echo(json.dumps(answer) if as_json else "reloaded: models, defaults, tenants; sections need a restart")

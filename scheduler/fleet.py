@@ -16,6 +16,7 @@ from scheduler.contract.states import SlotState, Tier
 
 NODE_BUDGET_FRACTION: Final = 0.8
 SILENT_S: Final = 1.0
+WAKE_ASKED_S: Final = 60.0  # how long a wake that an operator asked for is tried
 SERVING: Final = frozenset({SlotState.READY, SlotState.DRAINING})
 
 
@@ -31,6 +32,9 @@ class _Model:
     known_since_s: float = 0.0
     awake_s: float = 0.0  # worker-seconds up to ``counted_s``
     counted_s: float = 0.0
+    wake_asked_s: float | None = None
+    unloading: frozenset[str] = frozenset()
+    forget_asked: bool = False
 
     def count_awake(self, now_s: float) -> None:
         """Add the worker-seconds since the last count; call before the set of workers changes, and to read."""
@@ -47,6 +51,8 @@ class Fleet:
         self._nodes: dict[str, NodeReport] = {}
         self._reporting: frozenset[str] = frozenset()
         self._silent_since_s: dict[str, float] = {}
+        self._pinned: frozenset[str] = frozenset()
+        self._drained: frozenset[str] = frozenset()
 
     # --- events ---------------------------------------------------------------------------------------------
 
@@ -139,6 +145,7 @@ class Fleet:
         if change.state is SlotState.READY and not was_ready:
             model.failures = 0
             model.last_active_s = now_s
+            model.wake_asked_s = None
 
     def on_given_up(self, worker: WorkerView, error: ErrorInfo, now_s: float) -> None:
         """A worker was not ready in time."""
@@ -160,6 +167,42 @@ class Fleet:
         if model is not None and (known := model.workers.get(worker_id)) is not None:
             model.workers[worker_id] = WorkerView(worker_id, known.node_id, name, state, known.ordered_at_s)
 
+    # --- what operators want ----------------------------------------------------------------------------------
+
+    def set_config(self, config: SchedulerConfig) -> None:
+        """The configuration was read again; policies hold from now on."""
+        self._config = config
+
+    def set_policies(self, pinned: frozenset[str], drained: frozenset[str]) -> None:
+        """Models pinned and nodes drained by operators, as they are stored."""
+        self._pinned, self._drained = pinned, drained
+
+    def on_wake_asked(self, name: str, now_s: float) -> None:
+        """A worker is wanted without a request: until it is there, or :data:`WAKE_ASKED_S` have passed."""
+        if (model := self._models.get(name)) is not None:
+            model.wake_asked_s, model.failures = now_s, 0
+            model.last_active_s = now_s
+
+    def on_unload_asked(self, name: str) -> None:
+        """The present workers are to go, and then the sealed bytes."""
+        if (model := self._models.get(name)) is not None:
+            model.wake_asked_s, model.unloading, model.forget_asked = None, frozenset(model.workers), True
+
+    def expire_wishes(self, now_s: float) -> None:
+        """Forget wakes that were asked for and did not come in time."""
+        for model in self._models.values():
+            if model.wake_asked_s is not None and now_s - model.wake_asked_s > WAKE_ASKED_S:
+                model.wake_asked_s = None
+
+    def take_forgettable(self) -> list[tuple[str, str]]:
+        """(model, node) of sealed bytes that an operator wants gone and whose workers are gone; told once."""
+        found: list[tuple[str, str]] = []
+        for name, model in self._models.items():
+            if model.forget_asked and not model.unloading & model.workers.keys():
+                model.forget_asked, model.unloading = False, frozenset()
+                found += [(name, node_id) for node_id in self._nodes]
+        return found
+
     # --- views ----------------------------------------------------------------------------------------------
 
     def model_names(self) -> list[str]:
@@ -167,7 +210,13 @@ class Fleet:
 
     def awake_or_waiting(self) -> list[str]:
         """Models with a worker or a request: those whose queues are worth looking at."""
-        return [name for name, model in self._models.items() if model.workers or model.in_flight]
+        return [n for n, m in self._models.items() if m.workers or m.in_flight or m.forget_asked or self._is_wanted(n)]
+
+    def _is_wanted(self, name: str) -> bool:
+        return self._is_pinned(name) or self._models[name].wake_asked_s is not None
+
+    def _is_pinned(self, name: str) -> bool:
+        return name in self._pinned or self._config.policy_of(name).pinned
 
     def view(self) -> FleetView:
         """A frozen picture for the decisions."""
@@ -183,10 +232,16 @@ class Fleet:
                 failures=model.failures,
                 last_failure_s=model.last_failure_s,
                 last_error=model.last_error,
+                pinned=self._is_pinned(name),
+                wake_asked=model.wake_asked_s is not None,
+                unloading=model.unloading,
             )
             for name, model in self._models.items()
         )
-        nodes = tuple(NodeView(node_id, self._node_budget_bytes(report)) for node_id, report in self._nodes.items())
+        nodes = tuple(
+            NodeView(node_id, self._node_budget_bytes(report), node_id in self._drained)
+            for node_id, report in self._nodes.items()
+        )
         return FleetView(models, nodes)
 
     def _node_budget_bytes(self, report: NodeReport) -> int:
@@ -208,7 +263,8 @@ class Fleet:
             tier = Tier.HOT
         else:
             tier = Tier.HOST_RAM if sealed_bytes else Tier.DISK
-        is_idle = model.in_flight == 0 and bool(model.workers)
+        is_pinned = self._is_pinned(name)
+        is_idle = model.in_flight == 0 and bool(model.workers) and not is_pinned
         return ModelStatus(
             name=name,
             tier=tier,
@@ -220,8 +276,14 @@ class Fleet:
             sealed_bytes=sealed_bytes,
             worker_bytes=sum(report.private_bytes for report in own),
             state="refused" if refused else ",".join(states),
-            error=refused.message if refused else None,
+            error=refused.message if refused else _wake_error(model),
             proportional_bytes=sum(report.proportional_bytes for report in own),
             awake_s=round(model.awake_s, 3),
             known_s=round(now_s - model.known_since_s, 3),
+            pinned=is_pinned,
         )
+
+
+def _wake_error(model: _Model) -> str | None:
+    """Why the last wake failed, where none has worked since."""
+    return model.last_error.message if model.failures and model.last_error else None

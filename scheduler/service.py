@@ -11,6 +11,7 @@ import contextlib
 import secrets
 import signal
 import time
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -18,27 +19,42 @@ import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from scheduler.autoscaler import Action, Drain, GiveUp, RefuseQueue, Spawn, WorkerView, decide, decide_idle_deadline_s
+from scheduler.autoscaler import (
+    Action,
+    Drain,
+    GiveUp,
+    RefuseQueue,
+    Spawn,
+    WorkerView,
+    choose_prefetch_node,
+    decide,
+    decide_idle_deadline_s,
+)
 from scheduler.config import SchedulerConfig, load_config
 from scheduler.contract import codec, keys
 from scheduler.contract.connection import CONNECTION_ERRORS, connect
-from scheduler.contract.environment import ProcessSettings, read_process_settings
+from scheduler.contract.environment import ProcessSettings, SettingsError, read_process_settings
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
 from scheduler.contract.job_queue import release_worker
 from scheduler.contract.messages import (
     AgentCommand,
     Demand,
     DrainWorker,
+    ForgetModel,
     InboxMessage,
     ModelCard,
+    ModelOrder,
     ModelsChanged,
     NodeReport,
+    PolicyChanged,
+    PrefetchModel,
     SpawnWorker,
     StageEvent,
     StatusReport,
     WorkerChanged,
     WorkerReport,
 )
+from scheduler.contract.states import ModelAct
 from scheduler.contract.telemetry import Mark, configure_logging
 from scheduler.dispatch import Dispatcher
 from scheduler.fleet import Fleet
@@ -60,9 +76,13 @@ REFUSALS: Final = frozenset(
 class Scheduler:
     """The loop and its effects. One instance a process; runs on the event loop."""
 
-    def __init__(self, redis: Redis, config: SchedulerConfig, scheduler_id: str) -> None:
+    def __init__(
+        self, redis: Redis, config: SchedulerConfig, scheduler_id: str, config_path: Path | None = None
+    ) -> None:
         self._redis: Any = redis  # redis-py types each reply as sync-or-async; Any keeps the awaits readable
         self._config = config
+        self._config_path = config_path
+        self._drained: frozenset[str] = frozenset()
         self._leadership = Leadership(redis, scheduler_id)
         self._dispatcher = Dispatcher(redis)
         self._fleet = Fleet(config)
@@ -80,6 +100,16 @@ class Scheduler:
         self._stopping.set()
         if self._loop_task is not None:
             self._loop_task.cancel()
+
+    def reload_config(self) -> None:
+        """Read the configuration again; policies hold from the next decision on. One that is wrong changes nothing."""
+        try:
+            self._config = load_config(self._config_path)  # a file of some KiB on the local disk: a millisecond
+        except SettingsError as error:
+            self._log.error("config_not_reloaded", error=str(error))
+            return
+        self._fleet.set_config(self._config)
+        self._log.info("config_reloaded", path=str(self._config_path))
 
     async def run(self) -> None:
         """Lead when possible, stand by otherwise, until :meth:`stop`. Survives a Redis that goes away."""
@@ -127,6 +157,7 @@ class Scheduler:
         newest = await self._redis.xrevrange(keys.INBOX, count=1)
         self._last_inbox_id = newest[0][0] if newest else b"0-0"
         self._fleet = Fleet(self._config)
+        await self._read_policies()
         await self._read_cards()
         await self._read_nodes()
         for report in await self._read_worker_reports():
@@ -149,7 +180,10 @@ class Scheduler:
         await self._read_queues(self._fleet.awake_or_waiting())
         if time.monotonic() - self._nodes_s > NODES_EVERY_S:
             await self._read_nodes()
+        self._fleet.expire_wishes(time.monotonic())
         await self._act(seen_mono_ns)
+        for model, node_id in self._fleet.take_forgettable():
+            await self._order(node_id, ForgetModel(model, self._leadership.fencing_token))
         if time.monotonic() - self._swept_s > SWEEP_EVERY_S:
             self._swept_s = time.monotonic()
             await self._sweeper.sweep(self._fleet.model_names())
@@ -187,13 +221,37 @@ class Scheduler:
                 await self._read_cards()
                 await self._read_nodes()
                 await self._read_queues(self._fleet.model_names())  # a model may have come after its first requests
+            case ModelOrder(model=model, act=act):
+                await self._on_order(model, act, now_s)
+            case PolicyChanged(reload_config=reload_config):
+                await self._read_policies()
+                if reload_config:
+                    self.reload_config()
         return isinstance(message, Demand)
+
+    async def _on_order(self, model: str, act: ModelAct, now_s: float) -> None:
+        """An operator wants something of ``model``."""
+        self._log.info("operator_order", model=model, act=act.value)
+        if act is ModelAct.WAKE:
+            self._fleet.on_wake_asked(model, now_s)
+        elif act is ModelAct.UNLOAD:
+            self._fleet.on_unload_asked(model)
+        elif (node_id := choose_prefetch_node(self._fleet.view(), model)) is not None:
+            await self._order(node_id, PrefetchModel(model, self._leadership.fencing_token))
+        else:
+            self._log.error("prefetch_without_room", model=model)
 
     # --- reading ----------------------------------------------------------------------------------------------
 
     async def _read_cards(self) -> None:
         raw = await self._redis.hgetall(keys.MODELS)
         self._fleet.on_cards([codec.decode(data, ModelCard) for data in raw.values()], time.monotonic())
+
+    async def _read_policies(self) -> None:
+        """Pins and drained nodes, as operators left them."""
+        pinned, drained = [await self._redis.smembers(key) for key in (keys.PINNED, keys.DRAINED_NODES)]
+        self._drained = frozenset(name.decode() for name in drained)
+        self._fleet.set_policies(frozenset(name.decode() for name in pinned), self._drained)
 
     async def _read_nodes(self) -> None:
         self._nodes_s = time.monotonic()
@@ -287,6 +345,7 @@ class Scheduler:
             nodes=tuple(self._nodes),
             workers=tuple(reports),
             swept=self._sweeper.counts,
+            drained_nodes=tuple(sorted(self._drained)),
         )
         await self._redis.set(keys.STATUS, codec.encode(status), ex=keys.STATUS_TTL_S)
 
@@ -298,8 +357,10 @@ async def run_scheduler(settings: ProcessSettings) -> None:
         SettingsError: the configuration file is not valid.
     """
     redis = connect(settings.redis_url)
-    scheduler = Scheduler(redis, load_config(settings.config_path), f"{settings.node_id}:{secrets.token_hex(3)}")
+    scheduler_id = f"{settings.node_id}:{secrets.token_hex(3)}"
+    scheduler = Scheduler(redis, load_config(settings.config_path), scheduler_id, settings.config_path)
     loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, scheduler.reload_config)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, scheduler.stop)
     try:

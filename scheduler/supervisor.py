@@ -49,6 +49,8 @@ COMMANDS: Final = {
     "scheduler": (sys.executable, "-P", "-m", "scheduler", "scheduler"),
 }
 
+RELOADED: Final = ("gateway", "scheduler")  # parts that read certificate and configuration again on SIGHUP
+
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 
@@ -231,6 +233,13 @@ class _Supervisor:
         if not self.is_ready and self.address is not None and answers_ready(self.address):
             self._on_ready()
 
+    def _reload(self) -> None:
+        """SIGHUP as service managers send it: the parts that can read their configuration again do so."""
+        if self.is_ready:  # before, they have no handler yet, and read the newest file anyway
+            for name in RELOADED:
+                self.children[name].send(signal.SIGHUP)
+            self.log.info("reload_sent", parts=RELOADED)
+
     def _wait_s(self) -> float | None:
         now_s = time.monotonic()
         waits = [child.restart_at_s - now_s for child in self.children.values() if child.restart_at_s is not None]
@@ -248,8 +257,11 @@ class _Supervisor:
                 poller.register(descriptor, select.POLLIN)
         ready = {descriptor for descriptor, _ in poller.poll(None if wait_s is None else wait_s * 1000)}
         if self.wakeup[0] in ready:
-            numbers = os.read(self.wakeup[0], 64)
-            self.signals += [signal.Signals(number) for number in numbers]
+            for number in os.read(self.wakeup[0], 64):
+                if number == signal.SIGHUP and not _has_terminal():
+                    self._reload()
+                else:
+                    self.signals.append(signal.Signals(number))
         return ready
 
     def _read_ready_pipe(self) -> None:
@@ -378,3 +390,8 @@ class _Supervisor:
         temporary = self._path(f"{name}.tmp")
         temporary.write_text(json.dumps(value))
         temporary.rename(self._path(name))
+
+
+def _has_terminal() -> bool:
+    """Whether a hang-up means that somebody closed the window, and not that a service manager asks for a reload."""
+    return any(os.isatty(fd) for fd in (0, 1, 2))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import secrets
 import signal
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +30,7 @@ from scheduler.contract.messages import (
     ForgetModel,
     ModelCard,
     NodeReport,
+    PrefetchModel,
     SpawnWorker,
     WorkerReport,
 )
@@ -42,7 +45,7 @@ from snapshots.verification import verify_blob
 from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
 from worker.reports import REDIS_TROUBLE, RETRY_AFTER_S, Reports, keep_trying, make_node_report, read_memory_total_bytes
-from worker.sealed_cache import FillingFile, SealedCache, SealedFile
+from worker.sealed_cache import FillingFile, NoRoom, SealedCache, SealedFile
 from worker.spawn_order import WorkerExited
 from worker.worker_processes import WorkerProcesses
 from worker.zygote_client import ZygoteClient
@@ -270,14 +273,40 @@ class NodeAgent:
         self._fencing_token = command.fencing_token
         match command:
             case SpawnWorker():
-                task = asyncio.create_task(self._spawn(command, received_mono_ns), name=f"spawn {command.worker_id}")
-                self._spawns.add(task)
-                task.add_done_callback(self._on_spawn_done)
+                self._start_task(self._spawn(command, received_mono_ns), f"spawn {command.worker_id}")
             case DrainWorker():
                 await self._workers.drain(command.worker_id, command.grace_s)
             case ForgetModel(model=model):
                 forgotten = self._cache.forget(model)
                 self._log.info("model_forgotten" if forgotten else "model_in_use", model=model)
+                await keep_trying(self._beat, "reporting sealed bytes")
+            case PrefetchModel(model=model):
+                self._start_task(self._prefetch(model), f"prefetch {model}")
+
+    def _start_task(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._spawns.add(task)
+        task.add_done_callback(self._on_spawn_done)
+
+    async def _prefetch(self, model: str) -> None:
+        """Verify a model into sealed memory as for a worker; it stays until others need the room."""
+        await self._rescan()
+        entry = self._catalogue.get(model)
+        if entry is None or entry.manifest is None or entry.card.refused is not None:
+            self._log.error("prefetch_refused", model=model, reason="refused" if entry else "unknown")
+            return
+        holder = f"prefetch:{secrets.token_hex(4)}"
+        try:
+            await self._cache.acquire(entry.card.snapshot_id, entry.manifest, holder)
+            await self._cache.wait_whole(entry.card.snapshot_id)
+        except (SnapshotError, NoRoom) as error:
+            self._log.error("prefetch_failed", model=model, error=str(error))
+            if isinstance(error, SnapshotError):
+                await self._on_corrupt(entry, error)
+        finally:
+            self._cache.release(holder)
+        self._log.info("prefetched", model=model, sealed_bytes=self._cache.sealed_bytes().get(model, 0))
+        await keep_trying(self._beat, "reporting sealed bytes")
 
     async def _spawn(self, command: SpawnWorker, received_mono_ns: int) -> None:
         await self._rescan()  # a manifest that was replaced a moment ago is verified before it is used

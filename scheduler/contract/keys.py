@@ -28,6 +28,8 @@ EVENTS: Final = PREFIX + "events"  # pub/sub: StageEvent
 LEADER: Final = PREFIX + "leader"  # string: leader id, with TTL
 LEADER_TOKEN: Final = PREFIX + "leader:token"  # counter: fencing tokens
 STATUS: Final = PREFIX + "status"  # string: StatusReport; owner: scheduler leader
+PINNED: Final = PREFIX + "pinned"  # set of models that an operator pinned; owner: gateways
+DRAINED_NODES: Final = PREFIX + "drained"  # set of node ids that take no new workers; owner: gateways
 TRACES: Final = PREFIX + "traces"  # list of request ids, newest first, trimmed
 SECURITY_COUNTS: Final = PREFIX + "security"  # hash kind -> count; owner: node agents
 SECURITY_RECENT: Final = PREFIX + "security:recent"  # list of SecurityEvent, newest first, trimmed; owner: node agents
@@ -208,6 +210,8 @@ OWNED_KEYS: Final = frozenset(
         KEYS_USED,
         BATCHES,
         BATCH_RUNS,
+        PINNED,
+        DRAINED_NODES,
     }
 )
 OWNED_PREFIXES: Final = (queue(""), node(""))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo
-from scheduler.contract.states import FinishReason, GrammarKind, Priority, SlotState, Task, Tier
+from scheduler.contract.states import FinishReason, GrammarKind, ModelAct, Priority, SlotState, Task, Tier
 
 
 class OutputGrammar(msgspec.Struct, frozen=True):
@@ -210,7 +210,20 @@ class ModelsChanged(msgspec.Struct, frozen=True, tag="models"):
     node_id: str
 
 
-InboxMessage = Demand | WorkerChanged | ModelsChanged
+class ModelOrder(msgspec.Struct, frozen=True, tag="order"):
+    """An operator wants something done to ``model`` once."""
+
+    model: str
+    act: ModelAct
+
+
+class PolicyChanged(msgspec.Struct, frozen=True, tag="policy"):
+    """An operator pinned models or drained nodes (read both again), or asks for the configuration to be read again."""
+
+    reload_config: bool = False
+
+
+InboxMessage = Demand | WorkerChanged | ModelsChanged | ModelOrder | PolicyChanged
 
 
 # --- commands to a node agent (stream) ---------------------------------------------------------------------
@@ -242,7 +255,14 @@ class ForgetModel(msgspec.Struct, frozen=True, tag="forget"):
     fencing_token: int
 
 
-AgentCommand = SpawnWorker | DrainWorker | ForgetModel
+class PrefetchModel(msgspec.Struct, frozen=True, tag="prefetch"):
+    """Verify ``model`` into sealed memory (T1 to T2), without a process."""
+
+    model: str
+    fencing_token: int
+
+
+AgentCommand = SpawnWorker | DrainWorker | ForgetModel | PrefetchModel
 
 
 # --- published reports (advisory, with a timestamp) --------------------------------------------------------
@@ -314,6 +334,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     proportional_bytes: int = 0  # PSS of all workers: the weights that they share count once
     awake_s: float = 0.0  # worker-seconds since the scheduler knows the model
     known_s: float = 0.0  # how long that is
+    pinned: bool = False  # never scaled to zero
 
 
 class StatusReport(msgspec.Struct, frozen=True):
@@ -325,6 +346,7 @@ class StatusReport(msgspec.Struct, frozen=True):
     nodes: tuple[NodeReport, ...] = ()
     workers: tuple[WorkerReport, ...] = ()
     swept: dict[str, int] = {}  # kind -> what the sweeper found and dealt with, since this leader started
+    drained_nodes: tuple[str, ...] = ()  # by an operator: no new workers there
 
 
 class Trace(msgspec.Struct, frozen=True):

@@ -15,6 +15,14 @@ class Tier(StrEnum):
     HOT = "T4"  # worker alive and serving
 
 
+class ModelAct(StrEnum):
+    """What an operator can ask for, once, of a model."""
+
+    WAKE = "wake"  # a worker, without a request
+    UNLOAD = "unload"  # workers drained, sealed bytes forgotten
+    PREFETCH = "prefetch"  # sealed bytes, without a worker
+
+
 class Task(StrEnum):
     """What a model does."""
 

@@ -78,6 +78,10 @@ class Admission:
         self._config = config
         self._service_s: dict[str, float] = {}
 
+    def set_config(self, config: SchedulerConfig) -> None:
+        """The configuration was read again; policies hold from the next request on."""
+        self._config = config
+
     @property
     def has_quotas(self) -> bool:
         """Whether any tenant has one."""

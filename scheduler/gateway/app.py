@@ -36,6 +36,7 @@ from scheduler.gateway import (
     routes_files,
     routes_models,
     routes_tokens,
+    routes_operations,
 )
 from scheduler.gateway.access import AccessControl, check_access
 from scheduler.gateway.admission import Admission
@@ -91,6 +92,9 @@ def build_app(gateway: Gateway) -> web.Application:
             web.get("/admin/status", routes_admin.get_status),
             web.get("/admin/traces/{request_id}", routes_admin.get_trace),
             web.get("/admin/usage", routes_admin.get_usage),
+            web.post("/admin/models/{model:.+}:{act:[a-z]+}", routes_operations.post_model_act),
+            web.post("/admin/nodes/{node:.+}:{act:[a-z]+}", routes_operations.post_node_act),
+            web.post("/admin/config:reload", routes_operations.post_reload),
             web.get("/admin/live", routes_dashboard.watch_live),
             web.get("/", routes_dashboard.get_page),
             web.get("/dashboard/{name}", routes_dashboard.get_asset),
@@ -114,6 +118,8 @@ class GatewayServer:
         self.gateway = Gateway(settings, self._redis, self._hub, gateway_id, access, admission, files_dir)
         self._batches = BatchRunner(self.gateway, self.gateway.batches, self.gateway.files)
         self.gateway.on_batch = self._batches.notify
+        self.gateway.reload = self.reload
+        self._config_path = process.config_path
         self._tls: ssl.SSLContext | None = None
         self._presence = Presence(self._redis, gateway_id)
         self._runner = web.AppRunner(
@@ -176,6 +182,33 @@ class GatewayServer:
         except SettingsError as error:
             _log.error("certificate_not_reloaded", error=str(error))
 
+    async def reload(self) -> None:
+        """Read certificate and configuration again; streams go on. What cannot be used changes nothing.
+
+        Raises:
+            SettingsError: the configuration is not valid; names file, line and remedy.
+        """
+        self.reload_certificate()
+        path = self._config_path
+        if path is not None:
+            from scheduler.config import load_config  # YAML is not imported where there is no file
+
+            self.gateway.admission.set_config(await asyncio.to_thread(load_config, path))
+            if self.gateway.admission.has_quotas:
+                await asyncio.to_thread(self.gateway.quotas.ensure_ready)
+            _log.info("config_reloaded", path=str(path))
+
+    def reload_in_background(self) -> None:
+        """:meth:`reload`, for a signal handler; an error goes to the log."""
+
+        async def run() -> None:
+            try:
+                await self.reload()
+            except SettingsError as error:
+                _log.error("config_not_reloaded", error=str(error))
+
+        self.gateway.run_in_background(run(), name="reload")
+
     def _preload(self) -> None:
         self.gateway.metrics.ensure_ready()
         if self.gateway.admission.has_quotas:
@@ -212,8 +245,7 @@ async def run_gateway(settings: GatewaySettings, process: ProcessSettings) -> No
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     server = GatewayServer(settings, process)
-    if settings.tls_certificate is not None:
-        loop.add_signal_handler(signal.SIGHUP, server.reload_certificate)
+    loop.add_signal_handler(signal.SIGHUP, server.reload_in_background)
     stopped = asyncio.create_task(first.wait(), name="signal")
     starting = asyncio.create_task(server.start(), name="start")
     await asyncio.wait({stopped, starting}, return_when=asyncio.FIRST_COMPLETED)

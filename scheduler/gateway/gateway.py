@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -72,6 +72,7 @@ class Gateway:
         self.batches = BatchRecords(redis, gateway_id)
         self.on_batch: Callable[[], None] | None = None  # told of each new one; set by what runs them
         self.draining = False
+        self.reload: Callable[[], Awaitable[None]] | None = None  # reads certificate and configuration again
         self._background: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
 
