@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.benchmarks.guest_restore import PHASES, main
+from worker.benchmarks.guest_restore import FIRST_PHASES, PHASES, main
 from worker.benchmarks.measurements import summarize
 
 
@@ -29,6 +29,7 @@ def test_the_benchmark_measures_each_phase(tmp_path: Path, capsys: pytest.Captur
     (row,) = figures["sizes"]
     assert set(row["restore"]) == {*PHASES, "total"}
     assert row["restore"]["total"]["num_samples"] == 5
-    assert set(row["first_verification"]) == {"read", "digest", "read_copy_verify_seal", "total"}
+    assert set(row["first_verification"]) == {*FIRST_PHASES, *PHASES, "total"}
+    assert {figures["num_samples"] for figures in row["first_verification"].values()} == {2}
     assert set(figures["calls"]) == {"guest_call", "host_call_3", "host_call_5"}
     assert "| 1 MiB | 5 / 9 / 14 ms |" in capsys.readouterr().out
