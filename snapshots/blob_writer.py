@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from snapshots import chunks
+from snapshots.blob_reference import MAX_BLOB_BYTES, BlobEncryption, BlobRef
 from snapshots.errors import StoreError
 from snapshots.fs_verity import VerityHasher
 from snapshots.keyring import KeyRing
-from snapshots.manifest import MAX_BLOB_BYTES, BlobEncryption, BlobRef
 
 if TYPE_CHECKING:  # cryptography is loaded only where a blob is encrypted
     from snapshots.encryption import BlobCipher

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from snapshots.blob_reference import SALT_BYTES, TAG_BYTES, BlobEncryption, BlobRef
 from snapshots.errors import KeyRingError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import SALT_BYTES, TAG_BYTES, BlobEncryption, BlobRef
 
 _KEY_INFO: Final = b"glowplug 2026 blob encryption key v1"
 _AAD_CONTEXT: Final = b"glowplug 2026 blob chunk v1"

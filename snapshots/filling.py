@@ -34,9 +34,9 @@ from typing import Final
 import numpy as np
 
 from snapshots import sealing
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import MappingError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import BlobRef
 from snapshots.mapping import (
     PAGE_BYTES,
     SEALS,

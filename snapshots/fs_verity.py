@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from snapshots.manifest import BlobRef
+from snapshots.blob_reference import BlobRef
 from snapshots.regular_files import open_regular_file
 
 BLOCK_BYTES: Final = 4096

@@ -11,9 +11,8 @@ from typing import Final
 import msgspec
 from blake3 import blake3
 
-from snapshots import chunks
+from snapshots.blob_reference import MAX_BLOB_BYTES, BlobRef, validate_blob
 from snapshots.errors import Incompatible, KeyRingError, ManifestMalformed, SignatureInvalid
-from snapshots.key_file import KEY_ID
 from snapshots.keyring import MAC_BYTES, MAX_KEY_ID_BYTES, KeyRing
 from snapshots.sections import CompiledKernel, PrefixShape, PrimedPrefix, validate_kernels, validate_prefixes
 
@@ -22,14 +21,9 @@ FORMAT_VERSION: Final = 1
 HEADER: Final = struct.Struct("<8sHHI")  # magic, version, key id bytes, body bytes
 MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 MAX_MANIFEST_BYTES: Final = HEADER.size + MAX_BODY_BYTES + MAX_KEY_ID_BYTES + MAC_BYTES
-MAX_BLOB_BYTES: Final = 1 << 42
 MAX_TENSORS: Final = 65_536
-SALT_BYTES: Final = 32
-TAG_BYTES: Final = 16  # of AES-GCM
 TENSOR_ALIGNMENT: Final = 64  # bytes; the writer gives 4096, a reader needs 64
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 WEIGHTS: Final = "weights"
 GUEST_CWASM: Final = "guest_cwasm"
@@ -50,46 +44,6 @@ FREE_ROLES: Final = frozenset({GUEST_ASSETS, POST_PROCESSOR})
 DTYPE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4}
 #: Identity entries that hold a space-separated list of which *here* must have all; every other entry must be equal.
 IDENTITY_SUBSET_KEYS: Final = frozenset({"cpu_features"})
-
-
-class BlobEncryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a blob's file is encrypted (see encryption). ``salt`` is drawn anew for each writing."""
-
-    key_id: str
-    salt: bytes
-
-
-class BlobRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A content-addressed blob. ``digest``, sizes and ``chunk_digests`` (32 bytes a chunk, packed) are of its plain
-    bytes, whatever its file holds. ``verity_sha256`` (64 hex digits) is the fs-verity digest of its file.
-    """
-
-    digest: str  # 64 hex digits, see chunks.digest_blob
-    size_bytes: int
-    chunk_bytes: int
-    chunk_digests: bytes
-    encryption: BlobEncryption | None = None
-    verity_sha256: str | None = None
-
-    @property
-    def address(self) -> str:
-        """Name of the blob's file, 64 hex digits: its digest, or one of digest, key and salt where it is encrypted."""
-        if self.encryption is None:
-            return self.digest
-        return chunks.digest_encrypted(self.digest, self.encryption.key_id, self.encryption.salt)
-
-    @property
-    def file_bytes(self) -> int:
-        """Size of the blob's file: an encrypted chunk has a tag behind it."""
-        return self.size_bytes + (0 if self.encryption is None else TAG_BYTES * self.num_chunks)
-
-    @property
-    def num_chunks(self) -> int:
-        return chunks.count_chunks(self.size_bytes, self.chunk_bytes)
-
-    def chunk_digest(self, index: int) -> bytes:
-        """Digest of chunk ``index``."""
-        return self.chunk_digests[index * chunks.DIGEST_BYTES : (index + 1) * chunks.DIGEST_BYTES]
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -315,7 +269,7 @@ def validate_manifest(manifest: Manifest) -> None:
         raise ManifestMalformed("created_at_s is not a finite number")
     _validate_roles(manifest)
     for role, ref in manifest.blobs.items():
-        _validate_blob(role, ref)
+        validate_blob(role, ref)
     sizes = {role: ref.size_bytes for role, ref in manifest.blobs.items()}
     names: set[str] = set()
     _validate_tensors(manifest.tensors, "weights", manifest.weights.size_bytes, names)
@@ -346,29 +300,6 @@ def _validate_roles(manifest: Manifest) -> None:
         raise ManifestMalformed(
             f"blobs are {sorted(manifest.blobs)}, expected {sorted(expected)} and perhaps {sorted(FREE_ROLES)}"
         )
-
-
-def _validate_blob(role: str, ref: BlobRef) -> None:
-    if not 0 < ref.size_bytes <= MAX_BLOB_BYTES:
-        raise ManifestMalformed(f"blob {role}: {ref.size_bytes} bytes, expected 1 to {MAX_BLOB_BYTES}")
-    power_of_two = ref.chunk_bytes > 0 and ref.chunk_bytes & (ref.chunk_bytes - 1) == 0
-    if not power_of_two or not chunks.MIN_CHUNK_BYTES <= ref.chunk_bytes <= chunks.MAX_CHUNK_BYTES:
-        raise ManifestMalformed(
-            f"blob {role}: chunks of {ref.chunk_bytes} bytes, expected a power of two from "
-            f"{chunks.MIN_CHUNK_BYTES} to {chunks.MAX_CHUNK_BYTES}"
-        )
-    if len(ref.chunk_digests) != ref.num_chunks * chunks.DIGEST_BYTES:
-        raise ManifestMalformed(
-            f"blob {role}: {len(ref.chunk_digests)} bytes of chunk digests for {ref.num_chunks} chunks"
-        )
-    if ref.encryption is not None and (
-        len(ref.encryption.salt) != SALT_BYTES or not KEY_ID.fullmatch(ref.encryption.key_id)
-    ):
-        raise ManifestMalformed(f"blob {role}: encryption needs a key id and a salt of {SALT_BYTES} bytes")
-    if ref.verity_sha256 is not None and not _SHA256.fullmatch(ref.verity_sha256):
-        raise ManifestMalformed(f"blob {role}: verity_sha256 is not 64 lower-case hex digits")
-    if ref.digest != chunks.digest_blob(ref.size_bytes, ref.chunk_bytes, ref.chunk_digests):
-        raise ManifestMalformed(f"blob {role}: its digest does not follow from its chunk digests")
 
 
 def _validate_tensors(tensors: tuple[TensorEntry, ...], blob: str, blob_bytes: int, names: set[str]) -> None:

@@ -26,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from snapshots import sealing
+from snapshots.blob_reference import BlobRef
 from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.errors import MappingError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import BlobRef, TensorEntry
+from snapshots.manifest import TensorEntry
 from snapshots.sealing import HUGE_PAGE_BYTES
 from snapshots.stored_chunks import StoredChunks
 from snapshots.verification import open_blob_file

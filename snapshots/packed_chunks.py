@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import zstandard
 
+from snapshots.blob_reference import TAG_BYTES
 from snapshots.errors import TransportError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import TAG_BYTES
 from snapshots.stored_chunks import StoredChunks
 from snapshots.transport_format import FRAME, SEALED_MAGIC, Frame
 

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from snapshots import chunks, fs_verity, verification
+from snapshots.blob_reference import BlobRef
 from snapshots.blob_writer import TMP_PREFIX, BlobFile, BlobWriter, create_locked_file, write_fully
 from snapshots.errors import SnapshotError, SnapshotNotFound, StoreError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import MAX_MANIFEST_BYTES, NAME, BlobRef, Manifest, open_manifest, seal_manifest
+from snapshots.manifest import MAX_MANIFEST_BYTES, NAME, Manifest, open_manifest, seal_manifest
 from snapshots.regular_files import open_regular_file
 from snapshots.rollback import NewestSeen
 from snapshots.verification import Problem

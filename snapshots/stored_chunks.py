@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from snapshots import chunks
+from snapshots.blob_reference import TAG_BYTES, BlobRef
 from snapshots.errors import BlobCorrupt, KeyRingError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import TAG_BYTES, BlobRef
 
 if TYPE_CHECKING:  # cryptography is loaded only where a blob is encrypted: it costs a start 20 ms
     from snapshots.encryption import BlobCipher

@@ -20,10 +20,11 @@ from typing import Final, TypeVar
 import msgspec
 
 from snapshots import chunks
+from snapshots.blob_reference import SALT_BYTES
 from snapshots.blob_writer import write_fully
 from snapshots.errors import SnapshotError, TransportError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import NAME, SALT_BYTES, Manifest, open_manifest, seal_manifest
+from snapshots.manifest import NAME, Manifest, open_manifest, seal_manifest
 from snapshots.packed_chunks import ChunkPacker, ChunkUnpacker, ExportCiphers
 from snapshots.regular_files import open_regular_file
 from snapshots.store import SnapshotStore

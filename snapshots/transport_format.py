@@ -15,8 +15,9 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from snapshots.blob_reference import SALT_BYTES, TAG_BYTES, BlobRef
 from snapshots.errors import TransportError
-from snapshots.manifest import MAX_MANIFEST_BYTES, SALT_BYTES, TAG_BYTES, BlobRef, Manifest
+from snapshots.manifest import MAX_MANIFEST_BYTES, Manifest
 from snapshots.stored_chunks import StoredChunks
 
 MAGIC: Final = b"\x89GPXPRT\n"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from snapshots import chunks
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import BlobCorrupt, KeyRingError
 from snapshots.fs_verity import compare_verity, measure_verity
 from snapshots.keyring import KeyRing
-from snapshots.manifest import BlobRef
 from snapshots.regular_files import open_regular_file
 from snapshots.stored_chunks import StoredChunks
 

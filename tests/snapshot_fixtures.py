@@ -9,17 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from snapshots import chunks
+from snapshots.blob_reference import BlobRef
 from snapshots.key_file import Key
 from snapshots.keyring import KeyRing
-from snapshots.manifest import (
-    GUEST_CWASM,
-    GUEST_WASM,
-    WEIGHTS,
-    BlobRef,
-    Manifest,
-    Programs,
-    SnapshotCard,
-)
+from snapshots.manifest import GUEST_CWASM, GUEST_WASM, WEIGHTS, Manifest, Programs, SnapshotCard
 from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, plan_weights, write_weights

@@ -36,9 +36,9 @@ from scheduler.contract.messages import (
 )
 from scheduler.contract.states import SlotState
 from scheduler.contract.telemetry import configure_logging
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import KeyRingError, SnapshotError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import BlobRef
 from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
 from snapshots.verification import verify_blob

@@ -13,33 +13,25 @@ compiled guest was made for this environment, before any of it is used.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-import numpy as np
-import numpy.typing as npt
-
-from guests.abi import NO_TENSOR, Opcode, ProgramKind
 from guests.compile import guest_identity
-from guests.program import Program, decode_program
 from guests.runtime import GuestEngine, GuestModule
 from guests.text import GuestText
-from snapshots.dtypes import NUMPY_DTYPES
-from snapshots.errors import ManifestMalformed
 from snapshots.filling import map_verified
 from snapshots.manifest import GUEST_TENSORS, POST_PROCESSOR, PRIMED_PREFIXES, Manifest, TensorEntry, verify_identity
 from snapshots.mapping import MappedBytes, map_sealed
 from worker.backends.encoder_protocol import EncoderPlan
-from worker.backends.protocol import ModelPlan, WeightBlob, WeightTensor
+from worker.backends.protocol import ModelPlan
 from worker.engine.post_processing import PostProcessedText
 from worker.engine.text import TextModel
 from worker.loaded_model import LoadedEncoder, LoadedModel
 from worker.mapped_prefixes import MappedPrefixes
+from worker.model_plan import decode_programs, make_plan, order_of_use, resolve_handles, view_tensors
 from worker.spawn_order import SpawnedFds
-from worker.tensor_names import SCALE_SUFFIX
 
 if TYPE_CHECKING:
     from worker.post_processor import PreparedPostProcessor
@@ -246,8 +238,8 @@ def prepare_model(
         GuestError: the guest cannot be loaded.
     """
     verify_identity(manifest, guest_identity())
-    programs = _decode_programs(manifest)
-    stored = _resolve_handles(manifest)
+    programs = decode_programs(manifest)
+    stored = resolve_handles(manifest)
     with ExitStack() as undo:
         map_weights = map_verified if may_be_filling else map_sealed
         weights = map_weights(fds.weights_fd, manifest.weights.size_bytes)
@@ -261,9 +253,9 @@ def prepare_model(
         post_processor = _load_post_processor(manifest, fds)
         undo.pop_all()
     # Views come last: one that lived in an exception's frames would keep the mapping from being closed.
-    plan = _make_plan(manifest, programs, _view_tensors(manifest, stored, weights, made), weights)
+    plan = make_plan(manifest, programs, view_tensors(manifest, stored, weights, made), weights)
     return PreparedModel(
-        manifest, plan, module, weights, _order_of_use(manifest, programs[0]), primed, made, post_processor
+        manifest, plan, module, weights, order_of_use(manifest, programs[0]), primed, made, post_processor
     )
 
 
@@ -285,124 +277,7 @@ def _map_guest_tensors(manifest: Manifest, fds: SpawnedFds) -> MappedBytes | Non
     return None if ref is None else map_sealed(fds.find(GUEST_TENSORS, manifest.worker_roles), ref.size_bytes)
 
 
-def _make_plan(
-    manifest: Manifest, programs: tuple[Program, ...], tensors: tuple[WeightTensor, ...], weights: MappedBytes
-) -> ModelPlan | EncoderPlan:
-    card = manifest.card
-    if programs[0].kind is ProgramKind.ENCODE:
-        return EncoderPlan(
-            programs[0],
-            tensors,
-            vocab_size=card.vocab_size,
-            context_length=card.context_length,
-            vector_size=manifest.vector_size,
-        )
-    prefill, decode = programs
-    return ModelPlan(
-        prefill,
-        decode,
-        tensors,
-        num_layers=card.num_layers,
-        num_kv_heads=card.num_kv_heads,
-        head_dim=card.head_dim,
-        vocab_size=card.vocab_size,
-        context_length=card.context_length,
-        blob=WeightBlob(
-            weights.array(np.uint8, (weights.size_bytes,)),
-            manifest.weights.chunk_bytes,
-            manifest.weights.chunk_digests,
-            None if weights.is_whole else weights.wait_verified,
-        ),
-    )
-
-
 def _load_guest(manifest: Manifest, guest_fd: int, guest_engine: GuestEngine) -> GuestModule:
     """Deserialise native code, which nothing checks any more: so only out of memory that cannot change."""
     with map_sealed(guest_fd, manifest.guest_cwasm.size_bytes):  # checks seals and size
         return guest_engine.load(f"/proc/self/fd/{guest_fd}")
-
-
-def _decode_programs(manifest: Manifest) -> tuple[Program, ...]:
-    """Prefill and decode, or encode alone."""
-    recorded = manifest.programs
-    stored = {ProgramKind.PREFILL: recorded.prefill, ProgramKind.DECODE: recorded.decode}
-    if manifest.vector_size > 0:
-        stored = {ProgramKind.ENCODE: recorded.encode}
-    programs = []
-    for kind, data in stored.items():
-        program = decode_program(data, num_tensors=len(manifest.tensor_handles))
-        if program.kind is not kind:
-            name = kind.name.lower()
-            raise ManifestMalformed(f"the {name} program of the manifest is a {program.kind.name} program")
-        programs.append(program)
-    return tuple(programs)
-
-
-def _resolve_handles(manifest: Manifest) -> list[tuple[TensorEntry, TensorEntry | None]]:
-    """The stored tensor behind each handle, with the entry of its scales where it is int8.
-
-    Raises:
-        ManifestMalformed: int8 without scales that fit.
-    """
-    entries = {entry.name: entry for entry in (*manifest.tensors, *manifest.guest_tensors)}
-    resolved = []
-    for name in manifest.tensor_handles:
-        entry = entries[name]  # the manifest was validated: every handle names a tensor
-        scale = entries.get(name + SCALE_SUFFIX) if entry.dtype == "I8" else None
-        if entry.dtype == "I8" and (scale is None or scale.dtype != "F32" or scale.shape != entry.shape[:1]):
-            raise ManifestMalformed(f"tensor {name!r} is int8 and has no float32 scales of shape {entry.shape[:1]}")
-        resolved.append((entry, scale))
-    return resolved
-
-
-def _view_tensors(
-    manifest: Manifest,
-    stored: list[tuple[TensorEntry, TensorEntry | None]],
-    weights: MappedBytes,
-    made: MappedBytes | None,
-) -> tuple[WeightTensor, ...]:
-    """One weight for each handle: views, with the scales beside int8 matrices."""
-    mapped = weights.array(np.uint8, (weights.size_bytes,))
-    own = mapped if made is None else made.array(np.uint8, (made.size_bytes,))
-    made_names = {entry.name for entry in manifest.guest_tensors}
-    # Of the blob that may still be filled in; what the guest made at init is sealed.
-    last = None if weights.is_whole else max(entry.offset for entry, _ in stored if entry.name not in made_names)
-    return tuple(
-        WeightTensor(
-            entry.name,
-            _view(entry, own if entry.name in made_names else mapped),
-            None if scale is None else _view(scale, mapped),
-            None
-            if last is None or entry.name in made_names
-            else _make_wait(weights, entry, scale, entry.offset == last),
-        )
-        for entry, scale in stored
-    )
-
-
-def _make_wait(
-    weights: MappedBytes, entry: TensorEntry, scale: TensorEntry | None, is_last: bool
-) -> Callable[[], None]:
-    """Waits for one tensor; for the last one, until the whole blob is verified, so that no first step ends before."""
-    end_bytes = max(part.offset + part.size_bytes for part in (entry, scale) if part is not None)
-    return partial(weights.wait_verified, weights.size_bytes if is_last else end_bytes)
-
-
-def _view(entry: TensorEntry, mapped: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
-    """A read-only view, 1 us: one call, in which NumPy checks the bounds. Alignment was checked with the manifest."""
-    return np.ndarray(entry.shape, NUMPY_DTYPES[entry.dtype], buffer=mapped, offset=entry.offset)
-
-
-def _order_of_use(manifest: Manifest, first: Program) -> tuple[TensorEntry, ...]:
-    """Tensors in the order of ``first``. Embedding tables come last: a lookup reads a few of their rows."""
-    entries = {entry.name: entry for entry in manifest.tensors}
-    ordered: dict[str, None] = {}
-    tables: dict[str, None] = {}
-    for operation in first.operations:
-        place = tables if operation.opcode in (Opcode.EMBED, Opcode.POSITION_EMBED) else ordered
-        for handle in operation.tensors:
-            if handle != NO_TENSOR:
-                place[manifest.tensor_handles[handle]] = None
-    names = [name for name in ordered if name not in tables] + list(tables)
-    with_scales = (candidate for name in names for candidate in (name, name + SCALE_SUFFIX))
-    return tuple(entries[name] for name in with_scales if name in entries)

@@ -25,8 +25,9 @@ from typing import Final, Protocol
 
 import structlog
 
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import MappingError, SnapshotError
-from snapshots.manifest import BlobRef, Manifest
+from snapshots.manifest import Manifest
 from worker.spawn_order import SpawnedFds
 
 

@@ -17,11 +17,11 @@ from guests.errors import GuestError, ProgramError
 from guests.module import parse_module
 from guests.program import decode_program
 from snapshots import key_file, manifest, rollback, transport, transport_format, weights_file
+from snapshots.blob_reference import SALT_BYTES
 from snapshots.encryption import open_export_cipher
 from snapshots.errors import SnapshotError
 from snapshots.key_file import Key
 from snapshots.keyring import KeyRing
-from snapshots.manifest import SALT_BYTES
 from snapshots.packed_chunks import ChunkUnpacker, ExportCiphers
 from snapshots.store import SnapshotStore
 from snapshots.stored_chunks import StoredChunks

@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from snapshots import transport_format
+from snapshots.blob_reference import SALT_BYTES
 from snapshots.encryption import ExportCipher, open_export_cipher
 from snapshots.errors import BlobCorrupt, KeyRingError, SnapshotError, TransportError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import SALT_BYTES
 from snapshots.store import SnapshotStore
 from snapshots.stored_chunks import StoredChunks
 from snapshots.transport import export_snapshot, import_snapshot

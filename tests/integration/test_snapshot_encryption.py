@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from snapshots import sealing
+from snapshots.blob_reference import TAG_BYTES
 from snapshots.encryption import BlobCipher, ChunkNotAuthentic
 from snapshots.errors import BlobCorrupt, KeyRingError, MappingError
 from snapshots.key_file import Key
 from snapshots.keyring import KeyRing
-from snapshots.manifest import TAG_BYTES
 from snapshots.mapping import map_sealed, seal_blob, verify_sealed
 from snapshots.store import SnapshotStore
 from tests.snapshot_fixtures import (

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from snapshots import filling, sealing
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import BlobCorrupt, MappingError
 from snapshots.filling import FillingBlob, FillingBytes, map_verified
-from snapshots.manifest import BlobRef
 from snapshots.mapping import map_sealed
 from tests.snapshot_fixtures import CHUNK_BYTES, blob_ref, flip_byte
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from snapshots import mapping, sealing
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import BlobCorrupt, MappingError
-from snapshots.manifest import BlobRef
 from snapshots.mapping import SealedBlob, map_sealed, seal_blob
 from snapshots.sealing import HUGE_PAGE_BYTES
 from tests.snapshot_fixtures import CHUNK_BYTES, blob_ref, build_snapshot, flip_byte
@@ -347,7 +347,7 @@ def test_memory_file_beyond_a_limit_is_our_error(small: tuple[Path, BlobRef, byt
     path, _, data = small
     script = (
         "import sys, resource; from pathlib import Path; from snapshots import chunks, mapping\n"
-        "from snapshots.errors import MappingError; from snapshots.manifest import BlobRef\n"
+        "from snapshots.errors import MappingError; from snapshots.blob_reference import BlobRef\n"
         "data = Path(sys.argv[1]).read_bytes(); d = chunks.digest_chunks(data, 65536)\n"
         "ref = BlobRef(chunks.digest_blob(len(data), 65536, d), len(data), 65536, d)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from guests.module import parse_guest
 from guests.shipped import llama_wasm
 from guests.wasm_format import Section, SectionId, join_sections
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import SnapshotNotFound
 from snapshots.keyring import KeyRing
-from snapshots.manifest import GUEST_ASSETS, BlobRef
+from snapshots.manifest import GUEST_ASSETS
 from snapshots.mapping import SealedBlob, seal_blob
 from tests.checkpoint_files import DATA
 from tests.model_fixtures import BuiltState, new_state

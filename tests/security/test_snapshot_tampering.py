@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import (
     BlobCorrupt,
     ManifestMalformed,
@@ -22,7 +23,7 @@ from snapshots.errors import (
     StoreError,
 )
 from snapshots.keyring import KeyRing
-from snapshots.manifest import BLOB_ROLES, BlobRef, seal_manifest
+from snapshots.manifest import BLOB_ROLES, seal_manifest
 from snapshots.mapping import map_sealed, seal_blob
 from snapshots.store import SnapshotStore
 from snapshots.verification import verify_blob

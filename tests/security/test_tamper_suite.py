@@ -21,10 +21,11 @@ from typing import Final
 import msgspec
 import pytest
 
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import SnapshotError
 from snapshots.key_file import Key
 from snapshots.keyring import KeyRing
-from snapshots.manifest import GUEST_CWASM, WEIGHTS, BlobRef, Manifest, seal_manifest
+from snapshots.manifest import GUEST_CWASM, WEIGHTS, Manifest, seal_manifest
 from snapshots.mapping import seal_blob
 from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore

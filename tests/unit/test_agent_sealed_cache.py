@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from snapshots import chunks
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import BlobCorrupt, MappingError, SnapshotError
-from snapshots.manifest import GUEST_CWASM, GUEST_WASM, WEIGHTS, BlobRef, Manifest, Programs
+from snapshots.manifest import GUEST_CWASM, GUEST_WASM, WEIGHTS, Manifest, Programs
 from tests.snapshot_fixtures import make_card
 from worker.sealed_cache import NoRoom, SealedCache
 

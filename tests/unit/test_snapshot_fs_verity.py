@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshots import fs_verity
+from snapshots.blob_reference import BlobRef
 from snapshots.fs_verity import VerityHasher, compare_verity, enable_verity, examine_verity, measure_verity
-from snapshots.manifest import BlobRef
 from tests.snapshot_fixtures import build_snapshot
 
 

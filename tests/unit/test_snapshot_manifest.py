@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from snapshots.blob_reference import BlobRef
 from snapshots.errors import Incompatible, KeyRingError, ManifestMalformed, SignatureInvalid, SnapshotError
 from snapshots.keyring import KeyRing
 from snapshots.manifest import (
@@ -25,7 +26,6 @@ from snapshots.manifest import (
     MAX_BODY_BYTES,
     MAX_MANIFEST_BYTES,
     WEIGHTS,
-    BlobRef,
     Manifest,
     Programs,
     TensorEntry,

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from worker.backends.kv_blocks import KvBlocks, Runs
+from worker.backends.kv_blocks import KvBlocks, Runs, cut_runs, skip_tokens
 from worker.backends.protocol import FloatArray
 
 Call = Callable[[], None]
@@ -112,18 +112,6 @@ class AttentionScratch:
         if num_elements > len(self._flat_by_key):
             self._flat_by_key = np.empty(1 << (num_elements - 1).bit_length(), np.float32)
         return self._flat_by_key[:num_elements].reshape(num_heads, num_keys, group)
-
-
-def skip_tokens(runs: Runs, num_tokens: int) -> Runs:
-    """``runs`` without their first ``num_tokens`` tokens."""
-    if len(runs) == 1:  # the usual case
-        return ((runs[0][0] + num_tokens, runs[0][1]),)
-    kept: list[tuple[int, int]] = []
-    for begin, end in runs:
-        if num_tokens < end - begin:
-            kept.append((begin + num_tokens, end))
-        num_tokens = max(0, num_tokens - (end - begin))
-    return tuple(kept)
 
 
 def bind_kv_append(
@@ -354,7 +342,7 @@ def _attend_block(
     end = position + num_rows
     begin = max(0, position + 1 - shape.window_tokens) if shape.window_tokens else 0
     num_keys = end - begin
-    runs = _cut_runs(share.runs, begin, end)
+    runs = cut_runs(share.runs, begin, end)
     grouped: FloatArray = queries.swapaxes(1, 2).reshape(num_kv_heads, head_dim, group * num_rows)
     scores = scratch.scores(num_kv_heads, num_keys, group * num_rows)
     _multiply_keys(planes[:num_kv_heads], grouped, runs, scores)
@@ -389,18 +377,6 @@ def _sum_values(values: FloatArray, scores: FloatArray, runs: Runs) -> FloatArra
     if weighted is None:
         raise RuntimeError("attention over no keys")
     return weighted
-
-
-def _cut_runs(runs: Runs, begin: int, end: int) -> Runs:
-    """Tokens ``[begin, end)`` of ``runs``."""
-    kept = []
-    for run_begin, run_end in skip_tokens(runs, begin):
-        size = min(run_end - run_begin, end - begin)
-        if size <= 0:
-            break
-        kept.append((run_begin, run_begin + size))
-        begin += size
-    return tuple(kept)
 
 
 def _mask_before_window(

@@ -222,3 +222,27 @@ def _cut(runs: Runs, num_tokens: int) -> Runs:
     if left > 0 or not kept:
         raise BackendError(f"{num_tokens} tokens in blocks for {num_tokens - max(left, 0)}")
     return tuple(kept)
+
+
+def skip_tokens(runs: Runs, num_tokens: int) -> Runs:
+    """``runs`` without their first ``num_tokens`` tokens."""
+    if len(runs) == 1:  # the usual case
+        return ((runs[0][0] + num_tokens, runs[0][1]),)
+    kept: list[tuple[int, int]] = []
+    for begin, end in runs:
+        if num_tokens < end - begin:
+            kept.append((begin + num_tokens, end))
+        num_tokens = max(0, num_tokens - (end - begin))
+    return tuple(kept)
+
+
+def cut_runs(runs: Runs, begin: int, end: int) -> Runs:
+    """Tokens ``[begin, end)`` of ``runs``."""
+    kept = []
+    for run_begin, run_end in skip_tokens(runs, begin):
+        size = min(run_end - run_begin, end - begin)
+        if size <= 0:
+            break
+        kept.append((run_begin, run_begin + size))
+        begin += size
+    return tuple(kept)

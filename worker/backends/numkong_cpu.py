@@ -10,13 +10,14 @@ import numpy as np
 
 from guests.abi import Opcode, ProgramKind
 from worker.backends.cores import count_usable_cores
-from worker.backends.cpu_attention import AttentionScratch, SequenceShare, skip_tokens
+from worker.backends.cpu_attention import AttentionScratch, SequenceShare
+from worker.backends.cpu_binding import StepTokens
 from worker.backends.cpu_buffers import transpose_into
 from worker.backends.cpu_linear import LinearWeight, bind_weight
-from worker.backends.cpu_program import CpuProgram, StepTokens
+from worker.backends.cpu_program import CpuProgram
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
 from worker.backends.host_sampling import sample_rows
-from worker.backends.kv_blocks import KvBlocks
+from worker.backends.kv_blocks import KvBlocks, skip_tokens
 from worker.backends.numkong_encoder import NumKongEncoder
 from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
 from worker.backends.sampling_rows import SampledToken, SamplingRow

@@ -8,8 +8,9 @@ import numpy as np
 
 from guests.abi import Opcode
 from worker.backends.cpu_attention import AttentionScratch
+from worker.backends.cpu_binding import StepTokens
 from worker.backends.cpu_linear import LinearWeight, bind_weight
-from worker.backends.cpu_program import CpuProgram, StepTokens
+from worker.backends.cpu_program import CpuProgram
 from worker.backends.encoder_protocol import EncoderPlan, TokenSpan, lay_out
 from worker.backends.protocol import FloatArray
 from worker.backends.thread_governor import ThreadGovernor

@@ -23,7 +23,7 @@ import numpy as np
 import zstandard
 
 from snapshots import chunks
-from snapshots.manifest import BlobRef
+from snapshots.blob_reference import BlobRef
 from snapshots.mapping import seal_blob
 from snapshots.store import SnapshotStore
 from snapshots.transport import DEFAULT_LEVEL

@@ -38,7 +38,7 @@ from guests.runtime import GuestEngine, GuestInstance
 from guests.shipped import table_wasm
 from guests.signatures import IMPORTS
 from snapshots import chunks
-from snapshots.manifest import BlobRef
+from snapshots.blob_reference import BlobRef
 from snapshots.mapping import map_sealed, seal_blob
 from snapshots.store import SnapshotStore
 from snapshots.stored_chunks import StoredChunks

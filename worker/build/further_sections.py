@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from guests.component import compile_component
 from guests.errors import GuestError
+from snapshots.blob_reference import BlobRef
 from snapshots.keyring import KeyRing
-from snapshots.manifest import POST_PROCESSOR, BlobRef
+from snapshots.manifest import POST_PROCESSOR
 from snapshots.store import SnapshotStore
 from worker.build.errors import BuildError
 from worker.build.guest_stage import StagedGuest, store_guest_tensors

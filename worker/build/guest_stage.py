@@ -12,8 +12,9 @@ from guests.compile import compile_guest
 from guests.errors import GuestError
 from guests.initialise import InitialisedGuest, initialise_guest
 from guests.shipped import embed_wasm, llama_wasm
+from snapshots.blob_reference import BlobRef
 from snapshots.keyring import KeyRing
-from snapshots.manifest import GUEST_ASSETS, GUEST_CWASM, GUEST_TENSORS, GUEST_WASM, BlobRef, Programs, TensorEntry
+from snapshots.manifest import GUEST_ASSETS, GUEST_CWASM, GUEST_TENSORS, GUEST_WASM, Programs, TensorEntry
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, plan_weights, write_weights
 from worker.build.errors import BuildError

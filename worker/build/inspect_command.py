@@ -17,8 +17,9 @@ from guests.compile import guest_identity
 from guests.errors import GuestError
 from guests.runtime import GuestEngine
 from guests.text import GuestText
+from snapshots.blob_reference import BlobRef
 from snapshots.keyring import KeyRing
-from snapshots.manifest import DTYPE_BYTES, FORMAT_VERSION, BlobRef, Manifest, TensorEntry, read_key_id, verify_identity
+from snapshots.manifest import DTYPE_BYTES, FORMAT_VERSION, Manifest, TensorEntry, read_key_id, verify_identity
 from snapshots.mapping import seal_blob
 from snapshots.store import SnapshotStore
 from worker.build.command_support import errors_exit, key_file_option, open_store_and_keys, state_dir_option

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from snapshots.blob_reference import BlobRef
 from snapshots.keyring import KeyRing
-from snapshots.manifest import KERNELS, BlobRef
+from snapshots.manifest import KERNELS
 from snapshots.sections import CompiledKernel, fill_up, plan_kernels
 from snapshots.store import SnapshotStore
 from worker.build.errors import BuildError

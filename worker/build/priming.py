@@ -25,10 +25,11 @@ from guests.runtime import GuestEngine
 from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.messages import ModelCard, SamplingParams
+from snapshots.blob_reference import BlobRef
 from snapshots.blob_writer import BlobWriter
 from snapshots.errors import MappingError
 from snapshots.keyring import KeyRing
-from snapshots.manifest import PRIMED_PREFIXES, BlobRef, Manifest
+from snapshots.manifest import PRIMED_PREFIXES, Manifest
 from snapshots.mapping import seal_blob
 from snapshots.sections import MAX_PREFIXES, PrimedPrefix, fill_up, plan_prefixes
 from snapshots.store import SnapshotStore

@@ -16,7 +16,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from guests.compile import guest_identity
 from guests.errors import GuestError
 from guests.llama_assets import (
     CONFIG_ASSET,
@@ -30,17 +29,18 @@ from guests.llama_assets import (
 from snapshots.blob_writer import BlobWriter
 from snapshots.dtypes import NUMPY_DTYPES
 from snapshots.keyring import KeyRing
-from snapshots.manifest import NAME, WEIGHTS, Manifest, SnapshotCard
+from snapshots.manifest import NAME, SnapshotCard
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, write_weights
 from worker.build.encoder_snapshot import make_encoder_card, pack_encoder_assets
 from worker.build.encoder_source import ImportedEncoder
 from worker.build.errors import BuildError, MalformedModelError
-from worker.build.further_sections import NO_SECTIONS, FurtherSections, store_further_sections
-from worker.build.guest_stage import stage_guest, store_guest
-from worker.build.priming import Priming, prime_snapshot
+from worker.build.further_sections import NO_SECTIONS, FurtherSections
+from worker.build.guest_stage import stage_guest
+from worker.build.priming import Priming
 from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
 from worker.build.report import BuildReport
+from worker.build.snapshot_assembly import BuildOutput, StoredWeights, assemble_snapshot
 from worker.build.source import ModelSource, SourceTensor
 from worker.build.weight_layout import ROPE_TENSOR
 from worker.tensor_names import SCALE_SUFFIX
@@ -94,26 +94,12 @@ def build_snapshot(
     tensor_names = [tensor.name for tensor in source.tensors]
     guest = stage_guest(guest_wasm, _pack_assets(source), tensor_names, encodes=is_encoder)
     layout = plan_weights([spec for tensor in source.tensors for spec in _specs(tensor, weight_format)])
-    encrypt_with = keyring if encrypt else None
-    with store.add_blob(encrypt_with=encrypt_with, with_verity=with_verity) as writer:
+    output = BuildOutput(store, keyring, encrypt=encrypt, with_verity=with_verity)
+    with output.add_blob() as writer:
         _write_weights(source, writer, layout, weight_format, on_progress)
-    blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
-    others, sections = store_further_sections(guest, further, store, encrypt_with=encrypt_with, with_verity=with_verity)
-    manifest = Manifest(
-        name=name,
-        created_at_s=store.choose_created_at_s(name),
-        identity=guest_identity(),
-        card=_make_card(source, weight_format),
-        blobs={WEIGHTS: writer.ref, **blobs, **others},
-        tensors=layout.entries,
-        tensor_handles=guest.initialised.tensor_handles,
-        programs=guest.programs,
-        **sections,
-        vector_size=source.config.hidden_size if isinstance(source, ImportedEncoder) else 0,
-    )
-    if priming is not None:
-        manifest = prime_snapshot(manifest, store, keyring, priming, encrypt_with=encrypt_with, with_verity=with_verity)
-    store.write_manifest(manifest, keyring)
+    vector_size = source.config.hidden_size if isinstance(source, ImportedEncoder) else 0
+    weights = StoredWeights(writer.ref, layout.entries, _make_card(source, weight_format), vector_size)
+    manifest = assemble_snapshot(name, weights, guest, output, further=further, priming=priming)
     return BuildReport.of(
         manifest,
         weight_format=weight_format,

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import time
 
-from guests.compile import guest_identity
 from snapshots.keyring import KeyRing
-from snapshots.manifest import WEIGHTS, Manifest
+from snapshots.manifest import Manifest
 from snapshots.store import SnapshotStore
 from worker.build.errors import BuildError
-from worker.build.further_sections import NO_SECTIONS, FurtherSections, store_further_sections
-from worker.build.guest_stage import stage_guest, store_guest
-from worker.build.priming import Priming, prime_snapshot
+from worker.build.further_sections import NO_SECTIONS, FurtherSections
+from worker.build.guest_stage import stage_guest
+from worker.build.priming import Priming
 from worker.build.quantize import WeightFormat
 from worker.build.report import BuildReport
+from worker.build.snapshot_assembly import BuildOutput, StoredWeights, assemble_snapshot
 from worker.build.stored_assets import read_assets
 from worker.build.weight_layout import ROPE_TENSOR
 from worker.tensor_names import SCALE_SUFFIX
@@ -55,24 +55,9 @@ def build_over_weights(
     is_encoder = donor.vector_size > 0
     further.validate_for(encodes=is_encoder)
     guest = stage_guest(guest_wasm, read_assets(donor, store, keyring), list_tensor_names(donor), encodes=is_encoder)
-    encrypt_with = keyring if encrypt else None
-    blobs = store_guest(guest, store, encrypt_with=encrypt_with, with_verity=with_verity)
-    others, sections = store_further_sections(guest, further, store, encrypt_with=encrypt_with, with_verity=with_verity)
-    manifest = Manifest(
-        name=name,
-        created_at_s=store.choose_created_at_s(name),
-        identity=guest_identity(),
-        card=donor.card,
-        blobs={WEIGHTS: donor.weights, **blobs, **others},
-        tensors=donor.tensors,
-        tensor_handles=guest.initialised.tensor_handles,
-        programs=guest.programs,
-        **sections,
-        vector_size=donor.vector_size,
-    )
-    if priming is not None:
-        manifest = prime_snapshot(manifest, store, keyring, priming, encrypt_with=encrypt_with, with_verity=with_verity)
-    store.write_manifest(manifest, keyring)
+    weights = StoredWeights(donor.weights, donor.tensors, donor.card, donor.vector_size)
+    output = BuildOutput(store, keyring, encrypt=encrypt, with_verity=with_verity)
+    manifest = assemble_snapshot(name, weights, guest, output, further=further, priming=priming)
     num_parameters = sum(
         math.prod(tensor.shape)
         for tensor in donor.tensors
