@@ -250,6 +250,9 @@ class WorkerSlot:
             private_bytes=read_private_bytes(),
             proportional_bytes=self._proportional_bytes,
             tokens_generated=statistics.tokens_generated,
+            kv_cached_bytes=statistics.kv_cached_bytes,
+            prompt_tokens=statistics.num_prompt_tokens,
+            cached_tokens=statistics.num_cached_tokens,
         )
 
     def _on_fenced(self, request_id: str) -> None:

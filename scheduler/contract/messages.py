@@ -297,6 +297,9 @@ class WorkerReport(msgspec.Struct, frozen=True):
     private_bytes: int = 0
     tokens_generated: int = 0
     proportional_bytes: int = 0  # PSS: what it shares with other processes counts by its share; 0: not measured yet
+    kv_cached_bytes: int = 0  # kept for prompts to come, within the budget; given up when running requests need it
+    prompt_tokens: int = 0  # of admitted requests
+    cached_tokens: int = 0  # of these, taken over from earlier requests instead of computed
 
 
 class StageEvent(msgspec.Struct, frozen=True, array_like=True):

@@ -100,6 +100,8 @@ class Metric(StrEnum):
     QUEUE_DEPTH = "glowplug_queue_depth"  # labels: model
     WORKERS = "glowplug_workers"  # labels: model, state
     SEALED_BYTES = "glowplug_sealed_bytes"  # labels: model
+    KV_BYTES = "glowplug_kv_bytes"  # labels: model, kind (used|cached|budget)
+    PREFIX_TOKENS = "glowplug_prefix_tokens"  # labels: model, kind (prompt|cached)
     SECURITY_EVENTS_TOTAL = "glowplug_security_events_total"  # labels: kind
 
 

@@ -114,6 +114,10 @@ class _Instruments:
         self.swept = gauge(Metric.SWEPT_TOTAL, "What the sweeper found and dealt with, since this leader.", "kind")
         self.workers = gauge(Metric.WORKERS, "Workers by slot state.", "model", "state")
         self.sealed_bytes = gauge(Metric.SEALED_BYTES, "Verified snapshot bytes in host memory.", "model")
+        self.kv_bytes = gauge(Metric.KV_BYTES, "KV memory of running workers, by what it holds.", "model", "kind")
+        self.prefix_tokens = gauge(
+            Metric.PREFIX_TOKENS, "Prompt tokens of running workers, and how many were cached.", "model", "kind"
+        )
         self.security_counts: dict[str, int] = {}
         registry.register(self)
 
@@ -128,7 +132,8 @@ class _Instruments:
 
     def set_fleet(self, status: StatusReport | None) -> None:
         """Replace the fleet's gauges; a model or worker that is gone leaves no series behind."""
-        for gauge in (self.queue_depth, self.workers, self.sealed_bytes, self.swept):
+        fleet = (self.queue_depth, self.workers, self.sealed_bytes, self.swept, self.kv_bytes, self.prefix_tokens)
+        for gauge in fleet:
             gauge.clear()
         if status is None:
             return
@@ -139,3 +144,8 @@ class _Instruments:
             self.swept.labels(kind).set(count)
         for worker in status.workers:
             self.workers.labels(worker.model, worker.state.value).inc()
+            self.kv_bytes.labels(worker.model, "used").inc(worker.kv_used_bytes)
+            self.kv_bytes.labels(worker.model, "cached").inc(worker.kv_cached_bytes)
+            self.kv_bytes.labels(worker.model, "budget").inc(worker.kv_budget_bytes)
+            self.prefix_tokens.labels(worker.model, "prompt").inc(worker.prompt_tokens)
+            self.prefix_tokens.labels(worker.model, "cached").inc(worker.cached_tokens)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 WINDOW_S: Final = 60
+WINDOW_RESOLUTION_S: Final = 0.001  # of the remaining time that Redis tells
 MAX_RESERVED_COMPLETION_TOKENS: Final = 1024
 CALL_LEASE_S: Final = 60.0
 RENEW_EVERY_S: Final = 20.0
@@ -197,12 +198,13 @@ def decide_wait_s(window: Window, limit: int, cost: int) -> float:
     room = limit - cost
     if window.count <= room:
         return 0.0
+    # The count is rounded down, so it fits as soon as it is *below* one more than the room: a moment later than equal.
     if window.current <= room and window.previous:
-        share_s = (room - window.current + 1) * WINDOW_S / window.previous  # the count is rounded down: one more fits
-        return max(0.0, window.previous_ends_in_s - share_s)
+        share_s = (room - window.current + 1) * WINDOW_S / window.previous
+        return min(window.previous_ends_in_s, max(0.0, window.previous_ends_in_s - share_s) + WINDOW_RESOLUTION_S)
     # The present window must become the last one first, and then decay.
     decay_s = WINDOW_S * (1 - min(1.0, (room + 1) / max(1, window.current)))
-    return max(0.0, window.current_ends_in_s) + decay_s
+    return max(0.0, window.current_ends_in_s) + min(WINDOW_S, decay_s + WINDOW_RESOLUTION_S)
 
 
 def format_duration(seconds: float) -> str:

@@ -93,7 +93,6 @@ def test_decode_step_benchmark_sees_the_kernels_and_restores_numpy() -> None:
     loaded = LoadedModel("tiny", "snapshot", random_plan(TINY), FakeText(), (EOS,), PrefixIndex())
     figures = measure_steps(loaded, 2, 32, num_threads=1)
     assert figures.kernel_calls > 40  # two layers, four products each, and what lies between
-    assert figures.kernels_ms > 0
     assert figures.step_ms <= figures.round_ms
     assert cpu_operations.np is np  # type: ignore[attr-defined]  # the module's own import
     assert "batch 2" in show(figures)

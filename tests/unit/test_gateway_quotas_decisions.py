@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scheduler.gateway.admission import decide_queue_limit, decide_retry_after_s
@@ -27,6 +27,8 @@ def count_after(window: Window, wait_s: float) -> float:
     limit=st.integers(1, 2000),
     cost=st.integers(1, 2000),
 )
+@example(previous=0, ends_in_s=1.0, current=1, limit=1, cost=1)  # at the very end of the window all of it counts still
+@example(previous=60, ends_in_s=31.0, current=0, limit=30, cost=1)  # 30 count after 1 s sharp
 def test_after_the_wait_the_cost_fits_and_the_wait_is_bounded(
     previous: int, ends_in_s: float, current: int, limit: int, cost: int
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 from unittest.mock import Mock
 
+import msgspec
 import pytest
 from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.environment import SettingsError
 from scheduler.contract.errors import ErrorCode, ErrorInfo
-from scheduler.contract.messages import TerminalFrame, TokenEvent, TokenLogprob, TopLogprob, Usage
-from scheduler.contract.states import FinishReason, Tier
+from scheduler.contract.messages import TerminalFrame, TokenEvent, TokenLogprob, TopLogprob, Usage, WorkerReport
+from scheduler.contract.states import FinishReason, SlotState, Tier
 from scheduler.contract.telemetry import Mark
 from scheduler.gateway import sse
 from scheduler.gateway.chunks import make_chunk_writer
@@ -194,6 +195,20 @@ def test_metrics_show_cold_starts_phases_and_the_fleet() -> None:
     ):
         assert line in text
     assert 'sealed_bytes{model="tiny"}' not in metrics.render(None, {})[0].decode()
+
+
+def test_metrics_add_up_the_kv_memory_of_a_models_workers() -> None:
+    """What is used, kept and allowed, and prompt tokens that were not computed again: summed over workers."""
+    worker = WorkerReport(
+        "w1", "n1", "tiny", 1, SlotState.READY, 0, 0, 1.0, kv_used_bytes=100, kv_budget_bytes=1000,
+        kv_cached_bytes=300, prompt_tokens=50, cached_tokens=20,
+    )  # fmt: skip
+    status = msgspec.structs.replace(make_status(), workers=(worker, worker))
+    text = GatewayMetrics().render(status, {})[0].decode()
+    for kind, value in (("used", 200), ("cached", 600), ("budget", 2000)):
+        assert f'glowplug_kv_bytes{{kind="{kind}",model="tiny"}} {value}.0' in text
+    for kind, value in (("prompt", 100), ("cached", 40)):
+        assert f'glowplug_prefix_tokens{{kind="{kind}",model="tiny"}} {value}.0' in text
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from worker.backends.host_sampling import list_allowed
 from worker.benchmarks.schema_generator import generate_schema
 from worker.engine.grammar import MAX_CACHED_GRAMMARS, MAX_SOURCE_BYTES, GrammarMatcher, Grammars
 from worker.engine.grammar_vocabulary import GrammarVocabulary
-from worker.engine.json_schema import prepare_schema
+from worker.engine.json_schema import MAX_DECIMALS, MAX_RECURSION, bound_answers, prepare_schema
 
 EOS = 256
 WORDS = [b"<eos>", b"<|user|>", b"true", b"false", b'":', b'", "', b"12", b"name", "größe".encode(), b"  "]
@@ -279,6 +279,67 @@ def test_only_excluded_ends_of_numbers_are_rewritten() -> None:
         {"exclusiveMinimum": True, "maximum": 3.5},
     ):
         assert json.loads(prepare_schema(json.dumps(kept))) == kept
+    named = {"properties": {"default": {"exclusiveMinimum": 3, "maximum": 3.5}}}  # a property, not a value
+    assert json.loads(prepare_schema(json.dumps(named)))["properties"]["default"]["minimum"] == 3.000001
     assert json.loads(prepare_schema('{"exclusiveMaximum": 2}')) == {"maximum": 2 - 1e-6}
     moved = json.loads(prepare_schema('{"items": [{"exclusiveMinimum": 3, "maximum": 3.5, "type": "number"}]}'))
     assert moved == {"items": [{"minimum": 3.000001, "maximum": 3.5, "type": "number"}]}
+
+
+def takes(grammars: Grammars, schema: dict[str, Any], text: str) -> bool:
+    """Whether ``text`` is a whole answer."""
+    matcher = open_matcher(grammars, by_schema(schema))
+    try:
+        for token in spell(text):
+            matcher.accept(token)
+    except GlowplugError:
+        return False
+    return matcher.is_complete or EOS in allowed(matcher)
+
+
+@pytest.mark.parametrize(
+    ("schema", "taken", "refused"),
+    [
+        ({"type": "number", "minimum": 0, "maximum": 4}, "3.141592", "3.1415926"),
+        ({"type": "number", "minimum": 0}, "12.5", "12." + "0" * (MAX_DECIMALS + 1)),
+        ({"type": "number", "maximum": 3e-7, "minimum": 1e-7}, "0.0000002", "0.000000212345"),
+        ({"type": "integer", "minimum": 5}, "9" * 18, "9" * 20),
+        ({"type": "number"}, "6.02214076e23", "6e"),
+    ],
+)
+def test_numbers_with_a_bound_have_an_end(grammars: Grammars, schema: dict[str, Any], taken: str, refused: str) -> None:
+    """A small model that writes 3.3333 would go on to its last token; without bounds every notation is open."""
+    assert takes(grammars, schema, taken)
+    assert not takes(grammars, schema, refused)
+
+
+def make_chain(length: int) -> str:
+    """A linked list of ``length`` elements."""
+    return '{"v":1,"next":' * length + "null" + "}" * length
+
+
+def test_a_recursion_has_an_end(grammars: Grammars) -> None:
+    """A list of the greatest length is an answer, a longer one is not."""
+    link = {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}
+    node = {"type": "object", "properties": {"v": {"const": 1}, "next": link}, "required": ["v", "next"]}
+    schema = {"$ref": "#/$defs/node", "$defs": {"node": {**node, "additionalProperties": False}}}
+    assert takes(grammars, schema, make_chain(MAX_RECURSION))
+    assert not takes(grammars, schema, make_chain(MAX_RECURSION + 1))
+
+
+def test_where_bounds_leave_no_answer_the_schema_is_taken_as_it_is(grammars: Grammars) -> None:
+    """Two definitions that need each other: the innermost would need one that is not there."""
+    both = {"anyOf": [{"const": 1}, {"$ref": "#/$defs/sum"}]}
+    sum_of = {"type": "object", "properties": {"of": {"$ref": "#/$defs/value"}}, "required": ["of"]}
+    schema = {"$ref": "#/$defs/value", "$defs": {"value": both, "sum": {**sum_of, "additionalProperties": False}}}
+    assert takes(grammars, schema, '{"of":' * 40 + "1" + "}" * 40)
+
+
+def test_what_has_no_bounds_and_no_recursion_stays_as_it_is() -> None:
+    """References that are not recursive, values, and types without bounds included."""
+    kept = {
+        "properties": {"a": {"$ref": "#/$defs/a"}, "b": {"type": ["number", "null"], "minimum": 1}},
+        "$defs": {"a": {"enum": [{"type": "number", "minimum": 0}]}, "b": {"$ref": "#/$defs/a"}},
+        "items": {"type": "number"},
+    }
+    assert json.loads(bound_answers(json.dumps(kept))) == kept

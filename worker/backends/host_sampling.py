@@ -19,7 +19,7 @@ FloatArray = npt.NDArray[np.float32]
 IdArray = npt.NDArray[np.int64]
 
 #: Weights are summed in blocks of so many: the draw finds its block first and walks only that one.
-BLOCK_WEIGHTS: Final = 64
+BLOCK_WEIGHTS: Final = 256
 
 
 def sample_rows(logits: FloatArray, rows: Sequence[SamplingRow]) -> list[SampledToken]:
@@ -76,7 +76,8 @@ def choose_candidates(scores: FloatArray, row: SamplingRow) -> tuple[IdArray | N
         ids, scores = (kept if ids is None else ids[kept]), scores[kept]
     # Subtracting before dividing keeps a tiny temperature from overflowing.
     weights = scores - np.float32(best)
-    weights /= np.float32(row.temperature)
+    if row.temperature != 1:
+        weights /= np.float32(row.temperature)
     np.exp(weights, out=weights)
     if row.top_p < 1:
         kept = choose_nucleus(weights, row.top_p)
@@ -108,18 +109,16 @@ def draw_index(weights: FloatArray, uniform: float) -> int:
     An index of weight 0 is never drawn. Requires: a positive, finite sum.
     """
     num_whole = len(weights) - len(weights) % BLOCK_WEIGHTS
-    blocks = weights[:num_whole].reshape(-1, BLOCK_WEIGHTS).sum(axis=1)
-    cumulative = np.cumsum(np.append(blocks, weights[num_whole:].sum()), dtype=np.float64)
-    target = uniform * cumulative[-1]
-    block = min(
-        int(np.searchsorted(cumulative, target, side="right")), int(np.searchsorted(cumulative, cumulative[-1]))
-    )
-    start = block * BLOCK_WEIGHTS
-    inside = np.cumsum(weights[start : start + BLOCK_WEIGHTS], dtype=np.float64)
-    target -= cumulative[block - 1] if block else 0.0
+    sums = np.zeros(num_whole // BLOCK_WEIGHTS + 1, np.float32)
+    # A sum over the last axis by `sum` takes three times as long, and one by BLAS may start threads.
+    np.einsum("ij->i", weights[:num_whole].reshape(-1, BLOCK_WEIGHTS), out=sums[:-1])
+    sums[-1] = weights[num_whole:].sum()
+    cumulative = sums.cumsum(dtype=np.float64)
+    target = uniform * float(cumulative[-1])
+    block = _find_stretch(cumulative, target)
+    inside = weights[block * BLOCK_WEIGHTS : (block + 1) * BLOCK_WEIGHTS].cumsum(dtype=np.float64)
     # The block's float32 sum may exceed its float64 one by a rounding: then the last weight that counts is meant.
-    index = min(int(np.searchsorted(inside, target, side="right")), int(np.searchsorted(inside, inside[-1])))
-    return start + index
+    return block * BLOCK_WEIGHTS + _find_stretch(inside, target - (float(cumulative[block - 1]) if block else 0.0))
 
 
 def compute_logprobs(logits: FloatArray, token_id: int, num_top: int) -> Logprobs:
@@ -138,6 +137,12 @@ def compute_logprobs(logits: FloatArray, token_id: int, num_top: int) -> Logprob
 def list_allowed(allowed: npt.NDArray[np.uint32], vocab_size: int) -> IdArray:
     """The token ids whose bit is set, ascending."""
     return np.flatnonzero(np.unpackbits(allowed.view(np.uint8), count=vocab_size, bitorder="little"))
+
+
+def _find_stretch(cumulative: npt.NDArray[np.float64], target: float) -> int:
+    """The index whose stretch holds ``target``; beyond all, the last one that is not empty."""
+    index = int(cumulative.searchsorted(target, side="right"))
+    return index if index < len(cumulative) else int(cumulative.searchsorted(cumulative[-1]))
 
 
 def _is_plain_greedy(row: SamplingRow) -> bool:

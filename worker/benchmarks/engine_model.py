@@ -87,6 +87,7 @@ class Timeline:
     submitted_ns: int
     token_ns: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # of each token, where the request wants them
     cached_tokens: int = 0
     is_done: bool = False
 
@@ -158,5 +159,7 @@ class EngineDriver:
             timeline = self.timelines[step.request_id]
             timeline.token_ns += [now_ns] * len(step.events)
             timeline.token_ids += [event.token_id for event in step.events]
+            logprobs = [event.logprob for event in step.events if event.logprob is not None]
+            timeline.top_logprobs += [{top.token_id: top.logprob for top in found.top} for found in logprobs]
             timeline.cached_tokens = step.usage.cached_tokens
             timeline.is_done = step.finished

@@ -3,20 +3,28 @@
 Requests arrive one after the other, each a shared beginning (chosen with Zipf's frequencies, as system prompts and
 documents are) and a question of its own. The same requests go to an engine with prefix caching and to one without, in
 turns, within one run. The hit rate is the share of prompt tokens that were taken over instead of computed.
+
+A prompt that is computed in two parts has logits that differ in their last bits (activations are rounded to bf16), so
+that a first token between two that are nearly as good may differ. Its margin, the distance of their logits, is told.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
-from typing import Any
+from typing import Any, Final
 
+from scheduler.contract.messages import SamplingParams
 from worker.backends.protocol import KV_BLOCK_TOKENS
 from worker.benchmarks.engine_model import EngineDriver, add_options, describe_machine, make_request, open_model
 from worker.benchmarks.measurements import summarize
+from worker.engine.types import EngineRequest
 from worker.loaded_model import LoadedModel
+
+MARGIN_CANDIDATES: Final = 20
 
 
 def draw_prompts(options: argparse.Namespace, vocab_size: int) -> list[tuple[int, ...]]:
@@ -46,7 +54,7 @@ def measure(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     }
     prompts = draw_prompts(options, model.plan.vocab_size)
     ttft_ns: dict[str, list[int]] = {name: [] for name in engines}
-    num_equal = 0
+    margins: list[float] = []  # of the first tokens that differ
     for number, prompt in enumerate(prompts):
         answers = []
         for name, driver in engines.items():
@@ -54,8 +62,9 @@ def measure(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
             driver.run_until_done()
             driver.timelines.clear()
             ttft_ns[name].append(timeline.first_token_ns)
-            answers.append(timeline.token_ids)
-        num_equal += answers[0] == answers[1]
+            answers.append(timeline.token_ids[0])
+        if answers[0] != answers[1]:
+            margins.append(_measure_margin(engines["without"], prompt, *answers))
     kept = engines["with"].engine.statistics()
     for driver in engines.values():
         driver.close()
@@ -73,8 +82,19 @@ def measure(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
         "ttft_p99_ms": {name: round(found.p99_us / 1e3, 2) for name, found in summaries.items()},
         "ttft_mean_ms": {name: round(sum(values) / len(values) / 1e6, 2) for name, values in ttft_ns.items()},
         "ttft_mean_ratio": round(sum(ttft_ns["with"]) / sum(ttft_ns["without"]), 3),
-        "num_equal_answers": num_equal,
+        "num_equal_first_tokens": len(prompts) - len(margins),
+        "largest_margin_of_differing": round(max(margins, default=0.0), 4),
     }
+
+
+def _measure_margin(uncached: EngineDriver, prompt: tuple[int, ...], token: int, other: int) -> float:
+    """How far apart two first tokens are in log-probability, where the whole prompt is computed at once."""
+    sampling = SamplingParams(seed=1, max_tokens=1, temperature=0.0, num_top_logprobs=MARGIN_CANDIDATES)
+    timeline = uncached.submit(EngineRequest("margin", prompt, sampling))
+    uncached.run_until_done()
+    uncached.timelines.clear()
+    found = timeline.top_logprobs[0]
+    return abs(found[token] - found.get(other, -math.inf))
 
 
 def _count_repeated(prompts: list[tuple[int, ...]], prefix_tokens: int) -> float:

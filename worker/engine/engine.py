@@ -163,9 +163,8 @@ class Engine:
         for request in self._running:
             for choice in request.choices:
                 held += choice.blocks
-                if choice.is_finished == bool(choice.blocks) or choice.num_computed > KV_BLOCK_TOKENS * len(
-                    choice.blocks
-                ):
+                num_slots = KV_BLOCK_TOKENS * len(choice.blocks)
+                if choice.is_finished == bool(choice.blocks) or choice.num_computed > num_slots:
                     message = f"{choice.num_computed} tokens in {len(choice.blocks)} blocks"
                     raise EngineIntegrityError(f"{request.request_id}/{choice.index}: {message}")
         self._kv.pool.check_integrity(held)
@@ -276,11 +275,8 @@ class Engine:
         """Have KV blocks for what the next step computes; the last in service order gives way."""
         for request in list(self._running):
             for choice in request.choices:
-                while (
-                    len(choice.token_ids) > KV_BLOCK_TOKENS * len(choice.blocks) > 0
-                    and not choice.awaits_prefix
-                    and not self._kv.try_grow(choice)
-                ):
+                # Its own preemption takes its blocks away, which ends the loop.
+                while choice.blocks and not choice.awaits_prefix and not self._kv.try_grow(choice):
                     self._preempt(self._running[-1])
 
     def _preempt(self, request: RunningRequest) -> None:
@@ -381,16 +377,16 @@ class Engine:
 
     def _publish_statistics(self) -> None:
         self._statistics = EngineStatistics(
-            len(self._running),
-            len(self._waiting) + len(self._compiling),
-            self._kv.used_bytes,
-            self._reports.tokens_generated,
-            self._num_steps,
-            self._num_preemptions,
-            self._kv.pool.num_blocks * self._kv.block_bytes,
-            self._kv.cached_bytes,
-            self._kv.num_prompt_tokens,
-            self._kv.num_cached_tokens,
-            self._num_drafted,
-            self._num_kept,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting) + len(self._compiling),
+            kv_used_bytes=self._kv.used_bytes,
+            tokens_generated=self._reports.tokens_generated,
+            num_steps=self._num_steps,
+            num_preemptions=self._num_preemptions,
+            kv_total_bytes=self._kv.pool.num_blocks * self._kv.block_bytes,
+            kv_cached_bytes=self._kv.cached_bytes,
+            num_prompt_tokens=self._kv.num_prompt_tokens,
+            num_cached_tokens=self._kv.num_cached_tokens,
+            num_drafted_tokens=self._num_drafted,
+            num_kept_tokens=self._num_kept,
         )

@@ -23,7 +23,7 @@ from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import OutputGrammar
 from scheduler.contract.states import GrammarKind
 from worker.engine.grammar_vocabulary import GrammarVocabulary
-from worker.engine.json_schema import prepare_schema
+from worker.engine.json_schema import bound_answers, prepare_schema
 from worker.engine.text import TextModel
 
 if TYPE_CHECKING:  # imported by the first request that needs it
@@ -165,11 +165,14 @@ class Grammars:
             # Without slices it is built in half the time (50 ms, in which the GIL is held) and masks take as long.
             self._tokenizer = LLTokenizer(vocabulary, self._vocab_size, list(self._eos), [])  # type: ignore[arg-type]  # by attributes
         try:
-            source = _translate(grammar)
+            sources = _translate(grammar)
         except (ValueError, RecursionError) as error:
             raise _refuse(f"the output grammar does not parse: {error}") from None
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_make_limits())
-        if matcher.is_error():
+        for source in sources:
+            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_make_limits())
+            if not matcher.is_error():
+                break
+        else:
             raise _refuse(f"the output grammar cannot be enforced: {matcher.get_error()}")
         with self._lock:
             self._compiled[grammar] = matcher
@@ -188,18 +191,23 @@ def _compute_all(wanted: tuple[tuple[GrammarMatcher, Sequence[int]], ...]) -> li
     return computed
 
 
-def _translate(grammar: OutputGrammar) -> str:
+def _translate(grammar: OutputGrammar) -> list[str]:
+    """What to compile: the first that can be enforced is meant."""
     from llguidance import LLMatcher
 
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
             defaults: JsonCompileOptions = {"whitespace_pattern": JSON_WHITESPACE}
+            prepared = prepare_schema(grammar.source)
             # A schema may bring options of its own (``x-guidance``), but not the one that ignores keywords.
-            return LLMatcher.grammar_from_json_schema(prepare_schema(grammar.source), defaults, {"lenient": False})
+            return [
+                LLMatcher.grammar_from_json_schema(schema, defaults, {"lenient": False})
+                for schema in dict.fromkeys((bound_answers(prepared), prepared))
+            ]
         case GrammarKind.REGEX:
-            return LLMatcher.grammar_from_regex(grammar.source)
+            return [LLMatcher.grammar_from_regex(grammar.source)]
         case GrammarKind.LARK:
-            return LLMatcher.grammar_from_lark(grammar.source)
+            return [LLMatcher.grammar_from_lark(grammar.source)]
 
 
 def _make_limits() -> LLParserLimits:

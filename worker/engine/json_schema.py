@@ -1,19 +1,37 @@
-"""JSON schemas as they are given to ``llguidance``, where its reading of them has a gap that must be closed."""
+"""JSON schemas as they are given to ``llguidance``: gaps in its reading closed, endless answers bounded.
+
+A prepared schema lets through nothing that the original does not, and leaves out a little that nobody misses.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from typing import Any, Final
 
-#: Distance kept from an excluded integer.
+Schema = dict[str, Any]
+
+#: Distance kept from an excluded number.
 STEP: Final = 1e-6
-#: Beyond, a float cannot hold an integer and the step beside it.
+#: Beyond, a float cannot hold a number and the step beside it.
 LARGEST: Final = 1e9
-VALUES: Final = frozenset({"const", "enum", "default", "examples"})  # keywords that hold values, not schemas
+#: What is written for a number with a bound on one side only ends here on the other.
+LARGEST_UNASKED: Final = 1e18
+#: Decimals of a number with bounds: a model that writes no end otherwise does not find one in 3.3333.
+MAX_DECIMALS: Final = 6
+#: A narrow range gets so many more that it has about a thousand values; llguidance cannot count in finer steps.
+MAX_DECIMALS_OF_NARROW: Final = 10
+#: Times a definition may occur within itself: a small model writes a linked list without end.
+MAX_RECURSION: Final = 16
+
+_SINGLE: Final = ("items", "additionalItems", "additionalProperties", "contains", "propertyNames")
+_LISTS: Final = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_MAPS: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def prepare_schema(source: str) -> str:
-    """The JSON text of a schema, with excluded ends of number ranges moved inside.
+    """The JSON text of a schema with excluded ends of number ranges moved inside.
 
     llguidance 1.9 lets ``3`` through for ``{"exclusiveMinimum": 3, "maximum": 3.5}``, and digits that a reader's float
     rounds to the excluded end (``3.00000000000000002``). Such an end becomes an inclusive one, a millionth further in.
@@ -23,18 +41,44 @@ def prepare_schema(source: str) -> str:
         ValueError: not JSON.
     """
     schema = json.loads(source)
-    pending = [schema]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, list):
-            pending += value
-        elif isinstance(value, dict):
-            _close_bounds(value)
-            pending += [inner for key, inner in value.items() if key not in VALUES]
+    for inner in _walk(schema):
+        _close_bounds(inner)
     return json.dumps(schema)
 
 
-def _close_bounds(schema: dict[str, Any]) -> None:
+def bound_answers(prepared: str) -> str:
+    """The JSON text of a prepared schema whose answers end where the model finds no end: numbers with a bound have at
+    most :data:`MAX_DECIMALS` decimals and 18 digits before them, a definition occurs in itself at most
+    :data:`MAX_RECURSION` times.
+
+    What has neither bounds nor recursion is left as it is: a number without bounds may be ``6e23``. The result may
+    be unsatisfiable where the original is not; then the original is meant.
+    """
+    schema = json.loads(prepared)
+    for inner in _walk(schema):
+        _limit_digits(inner)
+    if isinstance(schema, dict):
+        for keyword in ("$defs", "definitions"):
+            _limit_recursion(schema, keyword)
+    return json.dumps(schema)
+
+
+def _walk(schema: Any) -> Iterator[Schema]:
+    """Every schema object in ``schema``, itself included; not the values in them, such as constants."""
+    pending = [schema]
+    while pending:
+        found = pending.pop()
+        if not isinstance(found, dict):
+            continue
+        yield found
+        pending += [found[key] for key in _SINGLE if key in found]
+        for key in _LISTS:
+            pending += found[key] if isinstance(found.get(key), list) else []
+        for key in _MAPS:
+            pending += found[key].values() if isinstance(found.get(key), dict) else []
+
+
+def _close_bounds(schema: Schema) -> None:
     if schema.get("type") == "integer":
         return
     minimum, maximum = _read(schema, "minimum"), _read(schema, "maximum")
@@ -50,6 +94,79 @@ def _close_bounds(schema: dict[str, Any]) -> None:
         schema["maximum"] = inside if maximum is None else min(inside, maximum)
 
 
-def _read(schema: dict[str, Any], keyword: str) -> float | None:
+def _limit_digits(schema: Schema) -> None:
+    """Bound the digits of a number that has a bound; without one llguidance would read an exponent as well."""
+    if schema.get("type") not in ("integer", "number") or not schema.keys().isdisjoint({"enum", "const", "multipleOf"}):
+        return
+    lows = [low for low in (_read(schema, "minimum"), _read(schema, "exclusiveMinimum")) if low is not None]
+    highs = [high for high in (_read(schema, "maximum"), _read(schema, "exclusiveMaximum")) if high is not None]
+    if any(abs(bound) >= LARGEST_UNASKED for bound in lows + highs) or not (lows or highs):
+        return
+    if not lows:
+        schema["minimum"] = -LARGEST_UNASKED
+    if not highs:
+        schema["maximum"] = LARGEST_UNASKED
+    if schema["type"] == "number":
+        width = min(highs) - max(lows) if lows and highs else 1.0
+        decimals = max(MAX_DECIMALS, math.ceil(3 - math.log10(width))) if width > 0 else MAX_DECIMALS
+        if width > 0 and decimals <= MAX_DECIMALS_OF_NARROW:
+            schema["multipleOf"] = float(f"1e-{decimals}")
+
+
+def _limit_recursion(schema: Schema, keyword: str) -> None:
+    """Replace definitions that occur in themselves by copies, each of which refers to the next; the last to nothing."""
+    definitions = schema.get(keyword)
+    if not isinstance(definitions, dict):
+        return
+    prefix = f"#/{keyword}/"
+    direct = {name: {ref for ref in _refs(body, prefix) if ref in definitions} for name, body in definitions.items()}
+    reached = {name: _reach(direct, name) for name in definitions}
+    recursive = [name for name in definitions if name in reached[name]]
+    if not recursive:
+        return
+    bodies = {name: json.dumps(definitions[name]) for name in recursive}
+    for name in recursive:
+        cycle = {other for other in recursive if name in reached[other]}
+        for depth in range(MAX_RECURSION):
+            copy = json.loads(bodies[name])
+            for inner in _walk(copy):
+                _point_deeper(inner, prefix, cycle, depth + 1)
+            definitions[_name_at(name, depth)] = copy
+
+
+def _name_at(name: str, depth: int) -> str:
+    return f"{name}@{depth}" if depth else name
+
+
+def _point_deeper(schema: Schema, prefix: str, cycle: set[str], depth: int) -> None:
+    """Make a reference to one of ``cycle`` one to its copy at ``depth``, or to nothing where there is none."""
+    ref = schema.get("$ref")
+    if not isinstance(ref, str) or ref.removeprefix(prefix) not in cycle:
+        return
+    if depth < MAX_RECURSION:
+        schema["$ref"] = prefix + _name_at(ref.removeprefix(prefix), depth)
+        return
+    schema.clear()
+    schema["enum"] = []
+
+
+def _refs(schema: Any, prefix: str) -> set[str]:
+    refs = [inner.get("$ref") for inner in _walk(schema)]
+    return {ref.removeprefix(prefix) for ref in refs if isinstance(ref, str) and ref.startswith(prefix)}
+
+
+def _reach(direct: dict[str, set[str]], name: str) -> set[str]:
+    """Definitions that ``name`` refers to, directly or through others."""
+    reached: set[str] = set()
+    pending = list(direct[name])
+    while pending:
+        found = pending.pop()
+        if found not in reached:
+            reached.add(found)
+            pending += direct[found]
+    return reached
+
+
+def _read(schema: Schema, keyword: str) -> float | None:
     value = schema.get(keyword)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -86,8 +86,9 @@ class KvCache:
             choice.awaits_prefix = len(request.prompt) > 1
             choice.blocks = self._allocate(self._count_own(request, choice), None)
             choice.block_table = tuple(choice.blocks)
-        self.num_prompt_tokens += len(request.prompt)
-        self.num_cached_tokens += min(leader.num_computed, len(request.prompt))
+        if request.num_cached is None:  # after a preemption it finds its own blocks, which says nothing of the cache
+            self.num_prompt_tokens += len(request.prompt)
+            self.num_cached_tokens += min(leader.num_computed, len(request.prompt))
 
     def try_grow(self, choice: Choice, *, num_ahead: int = 0) -> bool:
         """Have blocks for all tokens of a choice and ``num_ahead`` more; False, and no change, where there are none."""

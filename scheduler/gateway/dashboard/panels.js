@@ -21,10 +21,12 @@ export function drawWorkers(root, live) {
   const workers = live.status?.workers ?? [];
   if (!workers.length) { root.replaceChildren(empty("None: every model is at zero and costs nothing.")); return; }
   const columns = [{ title: "Model" }, { title: "State" }, { title: "Node" }, { title: "Running", number: true },
-    { title: "Waiting", number: true }, { title: "KV cache", number: true }, { title: "Private", number: true }, { title: "Tokens", number: true }];
+    { title: "Waiting", number: true }, { title: "KV cache", number: true },
+    { title: "Prompts cached", number: true }, { title: "Private", number: true }, { title: "Tokens", number: true }];
   root.replaceChildren(table(`${workers.length} running`, columns, workers.map((worker) => [
     worker.model, worker.state, worker.node_id, String(worker.num_running), String(worker.num_waiting),
     worker.kv_budget_bytes ? `${formatBytes(worker.kv_used_bytes)} of ${formatBytes(worker.kv_budget_bytes)}` : "–",
+    worker.prompt_tokens ? `${(100 * worker.cached_tokens / worker.prompt_tokens).toFixed(0)} %` : "–",
     formatBytes(worker.private_bytes), String(worker.tokens_generated)])));
 }
 
