@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import structlog
 import uvloop
 
 from scheduler.embedded_redis import ensure_server, stop_server
@@ -43,6 +44,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(
             f"{count} browser tests left out: install the packages chromium and chromium-driver"
         )
+
+
+@pytest.fixture(autouse=True)
+def _logging_of_one_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands that run in this process configure logging; neither that nor a logger made by it outlives the test."""
+    configure = structlog.configure
+    monkeypatch.setattr(structlog, "configure", lambda **kw: configure(**{**kw, "cache_logger_on_first_use": False}))
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture
