@@ -9,7 +9,7 @@ import http.client
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -191,7 +191,20 @@ def _connect(scheme: str, host: str, port: int | None) -> http.client.HTTPConnec
 
 
 def _request(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
-    """The response, status checked.
+    """The response, status checked; errors as :func:`send_request` raises them."""
+    if body is None:
+        return send_request(url, method, path)
+    return send_request(url, method, path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+
+def send_request(
+    url: str,
+    method: str,
+    path: str,
+    payload: bytes | Iterable[bytes] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> http.client.HTTPResponse:
+    """The response, status checked. An iterable payload needs its Content-Length among ``headers``.
 
     Raises:
         NoServer: nothing answers.
@@ -200,11 +213,10 @@ def _request(url: str, method: str, path: str, body: dict[str, Any] | None = Non
     address = urlsplit(url)
     connection = _connect(address.scheme, address.hostname or "127.0.0.1", address.port)
     try:
-        payload = None if body is None else json.dumps(body)
-        headers = {"Content-Type": "application/json"} if body else {}
+        sent = dict(headers or {})
         if api_key := os.environ.get(API_KEY):
-            headers["Authorization"] = f"Bearer {api_key}"
-        connection.request(method, path, payload, headers)
+            sent["Authorization"] = f"Bearer {api_key}"
+        connection.request(method, path, payload, sent)
         response = connection.getresponse()
     except OSError as error:
         raise NoServer(f"{url} does not answer: {error}") from error

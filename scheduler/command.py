@@ -48,6 +48,7 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     },
     "usage": ("scheduler.usage_command", "usage", "Show what tenants and keys have used."),
     "run": ("scheduler.client_commands", "run", "Stream an answer to the terminal."),
+    "batch": ("scheduler.batch_command", "batch", "Submit many requests in a file, and get their answers."),
     "trace": ("scheduler.client_commands", "trace", "Draw where the time of a request went."),
 }
 
