@@ -35,8 +35,8 @@ from scheduler.gateway import (
     routes_embeddings,
     routes_files,
     routes_models,
-    routes_tokens,
     routes_operations,
+    routes_tokens,
 )
 from scheduler.gateway.access import AccessControl, check_access
 from scheduler.gateway.admission import Admission
