@@ -21,7 +21,7 @@ MAX_KERNELS: Final = 4096
 SECTION_ALIGNMENT: Final = 4096  # bytes; every entry of these blobs starts on a page
 #: ``[layers, 2 (keys, values), kv heads, tokens, head_dim]``, C order: after rotation, as attention reads them.
 PREFIX_LAYOUT: Final = 1
-#: The type that a KV slot has. Copied as it is, so that a primed request computes what an unprimed one would.
+#: The type that a KV block has. Copied as it is, so that a primed request computes what an unprimed one would.
 PREFIX_DTYPE: Final = "F32"
 _PREFIX_ITEM_BYTES: Final = 4
 

@@ -1,1 +1,1 @@
-"""Continuous batching: sequences, KV slots, the step loop and sampling."""
+"""Continuous batching: sequences, KV blocks, the step loop and sampling."""
