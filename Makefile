@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.installed
 PIP_QUIET := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench fmt model guests clean
+.PHONY: help setup check test demo bench gpu-check fmt model guests clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with glowplug (editable) and the development tools
 
@@ -38,6 +38,9 @@ demo: setup  ## build the real model, wake it from zero, stream, scale to zero, 
 
 bench: model  ## measure over HTTP; writes loadtest/results/latest.json
 	$(BIN)/python -m loadtest bench $(BENCH_ARGS)
+
+gpu-check: setup  ## all that this machine can show of the GPU backend; writes loadtest/results/gpu/ where there is a GPU
+	$(BIN)/python -m loadtest gpu-check $(GPU_ARGS)
 
 fmt: setup  ## format and fix what can be fixed
 	$(BIN)/ruff format .

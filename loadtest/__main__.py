@@ -1,4 +1,4 @@
-"""``python -m loadtest demo|bench|chaos|engine-compare|waterfall``."""
+"""``python -m loadtest demo|bench|chaos|engine-compare|waterfall|gpu-check``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def main() -> int:
         from loadtest.waterfall import run_waterfall
 
         return run_waterfall(arguments)
-    print("usage: python -m loadtest demo|bench|chaos|engine-compare|waterfall [--help]", file=sys.stderr)
+    if mode == "gpu-check":
+        from loadtest.gpu_check import run_gpu_check
+
+        return run_gpu_check(arguments)
+    print("usage: python -m loadtest demo|bench|chaos|engine-compare|waterfall|gpu-check [--help]", file=sys.stderr)
     return 2
 
 

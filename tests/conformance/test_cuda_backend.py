@@ -10,18 +10,23 @@ import pytest
 from cuda_device_fixtures import SETTINGS, bind, make_device, make_resources, put_in_blob
 from llama_programs import TINY, compute_logits, random_plan
 
+from loadtest.gpu_check import format_table
 from snapshots.errors import BlobCorrupt
+from worker.backends.cuda.cuda_backend import CudaBackend
 from worker.backends.cuda.cuda_model import CudaModel
 from worker.backends.cuda.device import DeviceLost, OutOfDeviceMemory, Place
 from worker.backends.cuda.emulated_device import EmulatedDevice, StreamOrderError
-from worker.backends.cuda.weight_stream import WeightStream
+from worker.backends.cuda.weight_stream import StreamSettings, WeightStream
 from worker.backends.host_sampling import sample_rows
 from worker.backends.numpy_reference import NumpyBackend
 from worker.backends.protocol import BackendError, FloatArray, ModelPlan, SequenceInput
 from worker.backends.sampling_rows import SamplingRow
+from worker.benchmarks.gpu_ladder import run_ladder
 
 SEEDS = range(6)
 PROMPT = SequenceInput((3, 1), 0, (1, 2, 3, 4, 5, 6, 7))
+PROMPT_AT_ZERO = SequenceInput((0, 1), 0, tuple(range(20)))
+SETTINGS_OF_WARM_UP = StreamSettings(2, 3, 1 << 20)
 
 
 def reference(plan: ModelPlan, *steps: SequenceInput) -> FloatArray:
@@ -303,3 +308,36 @@ def test_sticky_error_ends_everything() -> None:
     for _ in range(2):
         with pytest.raises(DeviceLost):
             model.step((PROMPT,))
+
+
+# --- warm-up and measurement ------------------------------------------------------------------------------------------
+
+
+def test_warm_worker_has_launched_the_kernels_of_its_models() -> None:
+    """All that a bf16 or int8 decoder launches in its first request ran once, tiny, when the worker warmed up."""
+    device = make_device()
+    launched: set[str] = set()
+    run = device._run_kernel
+    device._run_kernel = lambda launch: (launched.add(launch.kernel), run(launch))[1]
+    backend = CudaBackend(lambda: device, SETTINGS_OF_WARM_UP)
+    backend.warm()
+    backend.warm()
+    warmed = set(launched)
+    launched.clear()
+    for dtype in ("bfloat16", "int8"):
+        shape = replace(TINY, head_dim=64, num_heads=2, num_kv_heads=2)
+        model = backend.bind(random_plan(shape, dtype=dtype))
+        model.open_kv(4)
+        model.step((PROMPT_AT_ZERO,))
+        model.step((SequenceInput((0, 1), 20, (1,)),))
+        model.sample([SamplingRow(0), SamplingRow(0, 0.3, 0.8, top_p=0.9)])
+    assert launched <= warmed
+
+
+def test_ladder_measures_every_tier_of_a_tiny_model() -> None:
+    """The measurement of gpu-check runs from end to end on the emulated device, and its table has a line a model."""
+    figures = run_ladder(make_device(), [("tiny", "bf16")], 1, sweeps=False, probe_bytes=1 << 16, num_steps=2)
+    model = figures["models"]["tiny-bf16"]
+    assert model["t3_ms"]["median"] > 0
+    assert model["decode_ms"].keys() == {"1"}
+    assert any(line.startswith("tiny-bf16") for line in format_table({"context_and_modules_ms": 0.0, **figures}))

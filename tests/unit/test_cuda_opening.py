@@ -41,7 +41,7 @@ def test_agent_and_zygote_hold_nothing_of_cuda() -> None:
 
 def test_machine_without_a_gpu_gets_the_cpu_backend(tmp_path: Path) -> None:
     """No folder of the driver, or an empty one: numkong."""
-    assert detect_backend(tmp_path / "missing") == "numkong"
+    assert detect_backend(tmp_path / "missing", tmp_path / "missing") == "numkong"
     assert detect_backend(tmp_path) == "numkong"
 
 

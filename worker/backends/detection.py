@@ -9,11 +9,12 @@ from typing import Final
 CPU_BACKENDS: Final = ("numkong", "numpy")
 CUDA: Final = "cuda"
 
-#: One folder for each GPU, as the kernel module of NVIDIA's driver lists them.
+#: One folder for each GPU, as the kernel module of NVIDIA's driver lists them; some containers have the device only.
 _NVIDIA_GPUS: Final = Path("/proc/driver/nvidia/gpus")
+_NVIDIA_DEVICE: Final = Path("/dev/nvidiactl")
 
 
-def detect_backend(gpus: Path = _NVIDIA_GPUS) -> str:
+def detect_backend(gpus: Path = _NVIDIA_GPUS, device: Path = _NVIDIA_DEVICE) -> str:
     """``cuda`` where there is a GPU and CuPy is installed, else ``numkong``. Imports and opens nothing."""
-    has_gpu = gpus.is_dir() and any(gpus.iterdir())
+    has_gpu = any(gpus.iterdir()) if gpus.is_dir() else device.exists()
     return CUDA if has_gpu and importlib.util.find_spec("cupy") is not None else CPU_BACKENDS[0]

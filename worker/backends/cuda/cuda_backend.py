@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from worker.backends.cuda.cuda_model import CudaModel, CudaResources
 from worker.backends.cuda.device import ACTIVATION_BYTES, Device, MatrixProduct
-from worker.backends.cuda.tiny_model import make_tiny_plan
+from worker.backends.cuda.sample_model import TINY, make_sample_plan
 from worker.backends.cuda.weight_stream import PinnedRing, StreamSettings
 from worker.backends.cuda_kernels import Activation
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
@@ -81,7 +81,7 @@ class CudaBackend:
 def _warm_kernels(resources: CudaResources, stored: str) -> None:
     """A prefill, a decode and a draw of each kind with a model of a few kilobytes, so that no module loads lazily in a
     request (lazy loading makes a first inference 6 to 7 times slower)."""
-    model = CudaModel(make_tiny_plan(stored), resources)
+    model = CudaModel(make_sample_plan(TINY, stored), resources)
     try:
         model.open_kv(4)
         model.step((SequenceInput((0, 1), 0, tuple(range(20))), SequenceInput((2,), 0, (1,), num_logits=0)))
