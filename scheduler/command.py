@@ -31,6 +31,11 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
     "gateway": ("scheduler.serve_command", "gateway", "Start the HTTP gateway alone."),
     "scheduler": ("scheduler.serve_command", "scheduler", "Start the scheduler alone."),
     "agent": ("scheduler.serve_command", "agent", "Start the node agent (and its workers) alone."),
+    "doctor": (
+        "worker.diagnosis.command",
+        "doctor",
+        "Check this machine and this set-up; says how to fix what is wrong.",
+    ),
     "config": ("scheduler.config_command", "config_group", "Check and show the configuration."),
     "ps": ("scheduler.client_commands", "ps", "Show models, tiers, workers and idle timers."),
     **{

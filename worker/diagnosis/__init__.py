@@ -1,0 +1,1 @@
+"""What a host needs to run glowplug: checks with remedies."""
