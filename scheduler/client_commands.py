@@ -25,6 +25,7 @@ API_KEY: Final = "GLOWPLUG_API_KEY"
 CA_FILE: Final = "GLOWPLUG_CA_FILE"
 REQUEST_TIMEOUT_S: Final = 600.0
 BAR_COLUMNS: Final = 44
+CHAT_PATH: Final = "/v1/chat/completions"
 
 
 class NoServer(click.ClickException):
@@ -48,6 +49,15 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
         click.echo(json.dumps(status, indent=2))
         return
     from rich.console import Console
+
+    Console().print(model_table(status))
+    for model in status["models"]:
+        if model.get("error"):
+            click.echo(f"{model['name']}: {model['error']}", err=True)
+
+
+def model_table(status: dict[str, Any]) -> Any:
+    """The models of a status report as a rich table."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -65,17 +75,14 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
             _format_bytes(model["sealed_bytes"]),
             _format_bytes(model["worker_bytes"]),
             _format_bytes(model["proportional_bytes"]),
-            "-" if left_s is None else f"{left_s:.0f} s",
+            ("pinned" if model["pinned"] else "-") if left_s is None else f"{left_s:.0f} s",
         )
-    Console().print(table)
-    for model in status["models"]:
-        if model.get("error"):
-            click.echo(f"{model['name']}: {model['error']}", err=True)
+    return table
 
 
 @click.command()
 @click.argument("model")
-@click.argument("prompt")
+@click.argument("prompt", required=False)
 @state_dir_option
 @click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
 @click.option("--system", help="System prompt.")
@@ -85,7 +92,7 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the raw stream events.")
 def run(
     model: str,
-    prompt: str,
+    prompt: str | None,
     state_dir: Path,
     url: str | None,
     system: str | None,
@@ -94,7 +101,14 @@ def run(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Send PROMPT to MODEL and stream the answer."""
+    """Send PROMPT to MODEL and stream the answer; without PROMPT, talk to it: /help, /system, /clear, /quit."""
+    if prompt is None:
+        from scheduler.conversation import Conversation
+
+        options = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        given = {name: value for name, value in options.items() if value is not None}
+        Conversation(server_url(state_dir, url), model, given, system).run(state_dir / "run_history")
+        return
     messages = [{"role": "system", "content": system}] if system else []
     body: dict[str, Any] = {
         "model": model,
@@ -103,20 +117,33 @@ def run(
         "stream": True,
     }
     body.update({k: v for k, v in {"temperature": temperature, "seed": seed}.items() if v is not None})
-    for line in _post_stream(server_url(state_dir, url), "/v1/chat/completions", body):
+    address = server_url(state_dir, url)
+    if as_json:
+        for line in _post_stream(address, CHAT_PATH, body):
+            if line.startswith("data: ") and line != "data: [DONE]":
+                click.echo(line[len("data: ") :])
+        return
+    for text in stream_chat(address, body):
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def stream_chat(address: str, body: dict[str, Any]) -> Iterator[str]:
+    """The pieces of the answer to a streamed chat request, as they come.
+
+    Raises:
+        ClickException: the server refused it, or it ended with an error.
+    """
+    for line in _post_stream(address, CHAT_PATH, body):
         if not line.startswith("data: ") or line == "data: [DONE]":
-            continue
-        if as_json:
-            click.echo(line[len("data: ") :])
             continue
         event = json.loads(line[len("data: ") :])
         if "error" in event:
             raise click.ClickException(event["error"]["message"])
         for choice in event["choices"]:
-            click.echo(choice["delta"].get("content") or "", nl=False)
-            sys.stdout.flush()
-    if not as_json:
-        click.echo()
+            if text := choice["delta"].get("content"):
+                yield text
 
 
 @click.command()

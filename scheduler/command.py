@@ -36,6 +36,9 @@ VERBS: Final[dict[str, tuple[str, str, str]]] = {
         "doctor",
         "Check this machine and this set-up; says how to fix what is wrong.",
     ),
+    "top": ("scheduler.terminal_commands", "top", "Watch models, workers and requests live."),
+    "logs": ("scheduler.terminal_commands", "logs", "Show and follow the log files of the state folder."),
+    "completion": ("scheduler.terminal_commands", "completion", "Print shell completion for bash, zsh or fish."),
     "config": ("scheduler.config_command", "config_group", "Check and show the configuration."),
     "ps": ("scheduler.client_commands", "ps", "Show models, tiers, workers and idle timers."),
     **{

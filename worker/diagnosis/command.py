@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from scheduler.command import state_dir_option
 from scheduler.contract.config_file import apply_config_file
-from scheduler.contract.environment import SettingsError, read_process_settings
+from scheduler.contract.environment import STATE_DIR, SettingsError, read_process_settings
+from worker.build.command_support import resolve_state_dir, state_dir_option
 from worker.diagnosis import host_checks, setup_checks
 from worker.diagnosis.findings import Check, Finding, run_check
 
@@ -56,12 +56,14 @@ def _check_redis() -> Iterator[Finding]:
 @click.command()
 @state_dir_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
-def doctor(state_dir: Path, as_json: bool) -> None:
+def doctor(state_dir: Path | None, as_json: bool) -> None:
     """Check kernel, limits, memory, processor, GPU, disk, configuration, keys, snapshots, Redis and server.
 
     Each line is ok, warn or fail, and says what to do. Exit code 1 if anything fails.
     """
-    findings = diagnose(state_dir)
+    folder = resolve_state_dir(state_dir)
+    os.environ[STATE_DIR] = str(folder)
+    findings = diagnose(folder)
     failed = any(finding.level == "fail" for finding in findings)
     if as_json:
         rows = [msgspec.to_builtins(finding) for finding in findings]
