@@ -24,14 +24,14 @@ from typing import Final
 
 from scheduler.config import ModelPolicy
 from scheduler.contract.errors import ErrorCode, ErrorInfo
-from scheduler.contract.states import SlotState
+from scheduler.contract.states import CLAIMING_STATES, SlotState
 
 MAX_FAILURES: Final = 3  # wakes in a row that failed before the queue is refused
 FAILURE_BACKOFF_S: Final = (0.2, 1.0, 5.0)  # wait before the next wake, by failures in a row
 FAILURE_MEMORY_S: Final = 30.0  # after this long without an attempt, a model may be tried afresh
 SPAWN_TIMEOUT_S: Final = 60.0  # a worker that is not ready by then is given up
 WORKER_BASE_BYTES: Final = 128 * 1024 * 1024  # private memory of a worker besides its KV cache
-LIVE_STATES: Final = frozenset({SlotState.COLD, SlotState.RESTORING, SlotState.READY})
+LIVE_STATES: Final = frozenset({SlotState.COLD, SlotState.RESTORING, *CLAIMING_STATES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def decide_idle_deadline_s(fleet: FleetView) -> float | None:
         for model in fleet.models
         if model.in_flight == 0
         and not model.pinned
-        and any(worker.state is SlotState.READY for worker in model.workers)
+        and any(worker.state in CLAIMING_STATES for worker in model.workers)
     ]
     return min(deadlines, default=None)
 
@@ -200,7 +200,7 @@ def _decide_leaving(model: ModelView, drained: frozenset[str]) -> list[Action]:
     return [
         Drain(worker, "unloaded" if worker.worker_id in model.unloading else "node drained")
         for worker in model.workers
-        if worker.state is SlotState.READY and (worker.worker_id in model.unloading or worker.node_id in drained)
+        if worker.state in CLAIMING_STATES and (worker.worker_id in model.unloading or worker.node_id in drained)
     ]
 
 
@@ -228,7 +228,7 @@ def _decide_wake(model: ModelView, fleet: FleetView, reservations: _Reservations
 
 
 def _wants_another(model: ModelView, live: tuple[WorkerView, ...]) -> bool:
-    all_ready = all(worker.state is SlotState.READY for worker in live)
+    all_ready = all(worker.state in CLAIMING_STATES for worker in live)
     return all_ready and len(live) < model.policy.max_workers and model.in_flight > len(live) * model.policy.max_running
 
 
@@ -273,7 +273,7 @@ def _decide_without_room(model: ModelView, fleet: FleetView, reservations: _Rese
         for other in fleet.models
         if other.in_flight == 0 and not other.is_wanted
         for worker in other.workers
-        if worker.state is SlotState.READY
+        if worker.state in CLAIMING_STATES
     ]
     if not idle:
         return []  # everything is busy: the request waits in its queue
@@ -283,4 +283,4 @@ def _decide_without_room(model: ModelView, fleet: FleetView, reservations: _Rese
 def _decide_sleep(model: ModelView, now_s: float) -> list[Action]:
     if now_s - model.last_active_s < model.policy.idle_timeout_s:
         return []
-    return [Drain(worker, "idle") for worker in model.workers if worker.state is SlotState.READY]
+    return [Drain(worker, "idle") for worker in model.workers if worker.state in CLAIMING_STATES]

@@ -12,12 +12,12 @@ from scheduler.autoscaler import FleetView, ModelView, NodeView, WorkerView
 from scheduler.config import SchedulerConfig
 from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import ModelCard, ModelStatus, NodeReport, WorkerChanged, WorkerReport
-from scheduler.contract.states import SlotState, Tier
+from scheduler.contract.states import CLAIMING_STATES, SlotState, Tier
 
 NODE_BUDGET_FRACTION: Final = 0.8
 SILENT_S: Final = 1.0
 WAKE_ASKED_S: Final = 60.0  # how long a wake that an operator asked for is tried
-SERVING: Final = frozenset({SlotState.READY, SlotState.DRAINING})
+SERVING: Final = frozenset({*CLAIMING_STATES, SlotState.DRAINING})
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class Fleet:
         if model is None:
             return
         model.count_awake(now_s)
-        was_ready = (known := model.workers.get(change.worker_id)) is not None and known.state is SlotState.READY
+        was_ready = (known := model.workers.get(change.worker_id)) is not None and known.state in CLAIMING_STATES
         if change.exited or change.state is SlotState.FAILED:
             removed = model.workers.pop(change.worker_id, None)
             if change.error is not None and (removed is not None or change.state is SlotState.FAILED):
@@ -259,8 +259,11 @@ class Fleet:
         sealed_bytes = sum(report.sealed_bytes.get(name, 0) for report in self._nodes.values())
         states = sorted({worker.state.value for worker in model.workers.values()})
         refused = model.card.refused
-        if any(worker.state in (SlotState.READY, SlotState.DRAINING) for worker in model.workers.values()):
+        present = {worker.state for worker in model.workers.values()}
+        if present & {SlotState.READY, SlotState.DRAINING}:
             tier = Tier.HOT
+        elif SlotState.PARKED in present:
+            tier = Tier.PARKED
         else:
             tier = Tier.HOST_RAM if sealed_bytes else Tier.DISK
         is_pinned = self._is_pinned(name)

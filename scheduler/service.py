@@ -315,6 +315,7 @@ class Scheduler:
             fencing_token=self._leadership.fencing_token,
             max_running=policy.max_running,
             kv_budget_bytes=policy.kv_budget_bytes,
+            park_after_s=policy.park_after_s,
             marks={Mark.DEMAND_SEEN: seen_mono_ns, Mark.SPAWN_ORDERED: time.monotonic_ns()},
         )
         await self._order(node_id, order)

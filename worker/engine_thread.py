@@ -44,6 +44,9 @@ class EngineListener(Protocol):
     def on_steps(self, steps: list[RequestStep]) -> None:
         """See :class:`worker.engine.engine.Engine`."""
 
+    def on_parked(self, is_parked: bool) -> None:
+        """The model has left the device, or is on its way back."""
+
 
 class EngineThread:
     """Started before anything else of a worker, the event loop included; :meth:`attach` gives it its listener.
@@ -112,6 +115,9 @@ class EngineThread:
     def _on_steps(self, steps: list[RequestStep]) -> None:
         self._wait_listener().on_steps(steps)
 
+    def _on_parked(self, is_parked: bool) -> None:
+        self._wait_listener().on_parked(is_parked)
+
     def _restore(self) -> StepLoop:
         order = self._order
         model, bound = self._warm_and_map()
@@ -124,6 +130,8 @@ class EngineThread:
             kv_budget_bytes=order.kv_budget_bytes,
             max_draft_tokens=order.draft_tokens,
             on_steps=self._on_steps,
+            park_after_s=order.park_after_s,
+            on_parked=self._on_parked,
         )
         self.marks[Mark.RESTORED] = time.monotonic_ns()
         threading.Thread(target=_populate, args=(restored,), name="populate", daemon=True).start()

@@ -26,7 +26,7 @@ from guests.runtime import GuestEngine
 from scheduler.contract.connection import connect
 from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import WorkerReport
-from scheduler.contract.states import SlotState
+from scheduler.contract.states import CLAIMING_STATES, SlotState
 from scheduler.contract.telemetry import Mark
 from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.step_loop import StepLoop
@@ -139,6 +139,9 @@ class WorkerSlot:
             self._has_stepped = True  # written only by the engine's thread
             self._tell_loop(self._settle_soon)
 
+    def on_parked(self, is_parked: bool) -> None:
+        self._tell_loop(self._change_parked, is_parked)
+
     def _settle_soon(self) -> None:
         self._loop.call_later(SETTLE_AFTER_TOKEN_S, self._is_settled.set)
 
@@ -151,6 +154,10 @@ class WorkerSlot:
             self._tell(SlotState.READY)
         gc.freeze()
         gc.enable()
+
+    def _change_parked(self, is_parked: bool) -> None:
+        if self._state in CLAIMING_STATES:
+            self._tell(SlotState.PARKED if is_parked else SlotState.READY)
 
     def _be_restoring(self) -> None:
         """The restore takes longer than a blink: say so."""

@@ -54,6 +54,7 @@ class SpawnOrder(msgspec.Struct, frozen=True):
     cold_tier: Tier
     marks: dict[str, int] = {}
     draft_tokens: int = 0  # guessed ahead in each sequence; 0: none
+    park_after_s: float = 0.0  # idle time after which a backend that can gives its device memory back; 0: never
 
 
 class SpawnedFds:

@@ -128,6 +128,7 @@ class WorkerProcesses:
             drain_grace_s=self._settings.drain_grace_s,
             cold_tier=Tier.HOST_RAM if is_warm else Tier.DISK,
             draft_tokens=self._settings.draft_tokens,
+            park_after_s=command.park_after_s,
             marks={**command.marks, Mark.ORDER_RECEIVED: received_mono_ns, Mark.VERIFIED: time.monotonic_ns()},
         )
         process.pid = await self._zygote.spawn(order, fds)

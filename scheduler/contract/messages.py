@@ -238,6 +238,7 @@ class SpawnWorker(msgspec.Struct, frozen=True, tag="spawn", omit_defaults=True):
     max_running: int  # sequences at once
     kv_budget_bytes: int
     marks: dict[str, int] = {}
+    park_after_s: float = 0.0  # idle time after which it gives its device memory back, if it can; 0: never
 
 
 class DrainWorker(msgspec.Struct, frozen=True, tag="drain"):

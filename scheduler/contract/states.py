@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 
 class Tier(StrEnum):
@@ -48,6 +49,9 @@ class SlotState(StrEnum):
     restoring ready      model mapped, guest restored, plan bound
     restoring failed     anything was refused or went wrong
     ready     draining   drain order, SIGTERM, or idle limit
+    ready     parked     idle for ``park_after_s``, on a backend that can
+    parked    ready      a request was claimed; the weights are on their way back
+    parked    draining   as from ready
     draining  cold       no request in flight; the process exits
     ========= ========== =========================================
     """
@@ -55,8 +59,13 @@ class SlotState(StrEnum):
     COLD = "cold"
     RESTORING = "restoring"
     READY = "ready"
+    PARKED = "parked"
     DRAINING = "draining"
     FAILED = "failed"
+
+
+#: A worker in one of these claims requests.
+CLAIMING_STATES: Final = frozenset({SlotState.READY, SlotState.PARKED})
 
 
 class FinishReason(StrEnum):

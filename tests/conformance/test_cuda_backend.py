@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_device_fixtures import SETTINGS, bind, make_device, make_resources, put_in_blob
+from engine_fixtures import EngineHarness, greedy, make_request
 from llama_programs import TINY, compute_logits, random_plan
 
 from loadtest.gpu_check import format_table
@@ -22,6 +23,8 @@ from worker.backends.numpy_reference import NumpyBackend
 from worker.backends.protocol import BackendError, FloatArray, ModelPlan, SequenceInput
 from worker.backends.sampling_rows import SamplingRow
 from worker.benchmarks.gpu_ladder import run_ladder
+from worker.engine.mailbox import Mailbox
+from worker.engine.parking import IdleParking
 
 SEEDS = range(6)
 PROMPT = SequenceInput((3, 1), 0, (1, 2, 3, 4, 5, 6, 7))
@@ -308,6 +311,40 @@ def test_sticky_error_ends_everything() -> None:
     for _ in range(2):
         with pytest.raises(DeviceLost):
             model.step((PROMPT,))
+
+
+# --- under the engine -------------------------------------------------------------------------------------------------
+
+
+def test_engine_on_the_gpu_backend_gives_the_reference_tokens() -> None:
+    """Several requests at once through the real engine, weights still arriving at the first step: the same greedy
+    tokens as on NumPy, and a shared prefix is computed once."""
+    plan = put_in_blob(random_plan(TINY))
+    prompts = [tuple(range(4, 40)), (5, 6, 7), (*range(4, 36), 50, 51)]
+    texts = []
+    for bound in (CudaModel(plan, make_resources(make_device(5))), NumpyBackend().bind(plan)):
+        harness = EngineHarness(plan=plan, bound=bound, kv_budget_bytes=1 << 19)
+        outcomes = [
+            harness.submit(make_request(f"r{i}", prompt, greedy(12, ignore_eos=True)))
+            for i, prompt in enumerate(prompts)
+        ]
+        harness.run_until_done()
+        texts.append([outcome.token_ids() for outcome in outcomes])
+    assert texts[0] == texts[1]
+
+
+def test_idle_engine_parks_the_model_and_serves_again() -> None:
+    """Through the engine's own waiting: parked after the idle time, back for the next request, same tokens."""
+    plan = put_in_blob(random_plan(TINY))
+    model = CudaModel(plan, make_resources(make_device(6)))
+    harness = EngineHarness(plan=plan, bound=model, kv_budget_bytes=1 << 19)
+    first = harness.complete(make_request("r1", (4, 5, 6), greedy(6, ignore_eos=True)))
+    mailbox = Mailbox()
+    request = make_request("r2", (4, 5, 6), greedy(6, ignore_eos=True))
+    parking = IdleParking(model, 0.01, lambda is_parked: mailbox.submit(request) if is_parked else None)
+    parking.wait_collect(mailbox)
+    second = harness.complete(request)
+    assert second.token_ids() == first.token_ids()
 
 
 # --- warm-up and measurement ------------------------------------------------------------------------------------------

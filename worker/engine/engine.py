@@ -37,6 +37,7 @@ from worker.engine.grammar import Grammars
 from worker.engine.intake import attach_grammar, prepare_request
 from worker.engine.kv_cache import KvCache
 from worker.engine.mailbox import Mail, Mailbox
+from worker.engine.parking import IdleParking
 from worker.engine.prefill_budget import PrefillBudget
 from worker.engine.sequence import Choice, RunningRequest
 from worker.engine.step_reports import StepReports
@@ -58,7 +59,8 @@ class Engine:
     ``max_running`` bounds the sequences (choices) of a batch, ``kv_budget_bytes`` their KV memory together with what is
     kept of earlier ones for prompts to come (nothing without ``prefix_caching``). Up to ``max_draft_tokens`` tokens of
     a sequence are guessed ahead (0: none), which changes no text. ``on_steps`` is called on the engine thread after
-    every step with what it did, and must not block; what it raises ends :meth:`run`.
+    every step with what it did, and must not block; what it raises ends :meth:`run`. ``park_after_s`` and
+    ``on_parked``: see :class:`~worker.engine.parking.IdleParking`.
     """
 
     def __init__(
@@ -71,6 +73,8 @@ class Engine:
         on_steps: Callable[[list[RequestStep]], None],
         prefix_caching: bool = True,
         max_draft_tokens: int = 0,
+        park_after_s: float = 0.0,
+        on_parked: Callable[[bool], None] = lambda _is_parked: None,
     ) -> None:
         self._model = model
         self._bound = bound
@@ -82,6 +86,7 @@ class Engine:
         self._max_draft_tokens = max_draft_tokens
         self._grammars = Grammars(model.open_text, model.plan.vocab_size, model.eos_token_ids)
         self._mailbox = Mailbox()
+        self._parking = IdleParking(bound, park_after_s, on_parked)
         self._compiling: list[tuple[RunningRequest, Future[Any]]] = []
         self._waiting: list[RunningRequest] = []  # in service order
         self._running: list[RunningRequest] = []  # in service order
@@ -123,7 +128,7 @@ class Engine:
         try:
             while True:
                 has_work = bool(self._running or self._waiting)
-                mail = self._mailbox.collect_nowait() if has_work else self._mailbox.wait_collect()
+                mail = self._mailbox.collect_nowait() if has_work else self._parking.wait_collect(self._mailbox)
                 if mail.stop:
                     return
                 self.run_round(mail)

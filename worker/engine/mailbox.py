@@ -61,10 +61,10 @@ class Mailbox:
             mail, self._mail = self._mail, Mail()
             return mail
 
-    def wait_collect(self) -> Mail:
-        """Sleep until there is something or :meth:`wake` was called, then take what is there."""
+    def wait_collect(self, timeout_s: float | None = None) -> Mail:
+        """Sleep until there is something, :meth:`wake` was called or the time is over, then take what is there."""
         with self._condition:
-            self._condition.wait_for(lambda: self._is_woken or not self._mail.is_empty)
+            self._condition.wait_for(lambda: self._is_woken or not self._mail.is_empty, timeout_s)
             self._is_woken = False
             mail, self._mail = self._mail, Mail()
             return mail

@@ -45,8 +45,13 @@ def make_step_loop(
     kv_budget_bytes: int,
     on_steps: Callable[[list[RequestStep]], None],
     max_draft_tokens: int = 0,
+    park_after_s: float = 0.0,
+    on_parked: Callable[[bool], None] = lambda _is_parked: None,
 ) -> StepLoop:
-    """The engine of ``model``; encoders have no drafts. Requires: ``bound`` is its plan, bound by :func:`bind_plan`."""
+    """The engine of ``model``; encoders have no drafts and are not parked.
+
+    Requires: ``bound`` is its plan, bound by :func:`bind_plan`.
+    """
     if isinstance(model, LoadedEncoder):
         return EncoderEngine(model, cast(BoundEncoder, bound), on_steps=on_steps)
     bound_model = cast(BoundModel, bound)
@@ -57,4 +62,6 @@ def make_step_loop(
         kv_budget_bytes=kv_budget_bytes,
         on_steps=on_steps,
         max_draft_tokens=max_draft_tokens,
+        park_after_s=park_after_s,
+        on_parked=on_parked,
     )
