@@ -248,10 +248,10 @@ def test_parked_model_gives_its_memory_back_and_goes_on(keeps_kv: bool) -> None:
     device = make_device(4)
     model = bind(plan, device)
     model.step((PROMPT,))
-    used_bytes = device._capacity_bytes - device.read_memory().free_bytes
+    used_bytes = device.capacity_bytes - device.read_memory().free_bytes
     model.park(keeps_kv=keeps_kv)
     model.park()
-    left_bytes = device._capacity_bytes - device.read_memory().free_bytes
+    left_bytes = device.capacity_bytes - device.read_memory().free_bytes
     assert left_bytes == (16 * model.kv_block_bytes if keeps_kv else 0) < used_bytes
     with pytest.raises(BackendError):
         model.step((PROMPT,))
@@ -345,6 +345,23 @@ def test_idle_engine_parks_the_model_and_serves_again() -> None:
     parking.wait_collect(mailbox)
     second = harness.complete(request)
     assert second.token_ids() == first.token_ids()
+
+
+def test_lost_device_ends_the_engine_and_full_memory_only_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sticky error leaves the engine, so that the worker is replaced; memory that is missing fails its requests."""
+    monkeypatch.setattr("worker.backends.cuda.workspace._SMALL_BYTES", 256)
+    device = make_device()
+    harness = EngineHarness(bound=CudaModel(random_plan(TINY), make_resources(device)), kv_budget_bytes=1 << 18)
+    harness.complete(make_request("r1", (1, 2, 3), greedy(2)))
+    device.capacity_bytes = 0
+    large = harness.complete(make_request("r2", tuple(range(4, 90)), greedy(2)))
+    assert large.final.error is not None
+    assert "are free" in large.final.error.message
+    device.capacity_bytes = 1 << 30
+    assert harness.complete(make_request("r3", (1, 2, 3), greedy(2))).final.error is None
+    device.lose_after = device.num_launches
+    with pytest.raises(DeviceLost):
+        harness.complete(make_request("r4", (1, 2, 3), greedy(2)))
 
 
 # --- warm-up and measurement ------------------------------------------------------------------------------------------

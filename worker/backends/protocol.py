@@ -25,6 +25,10 @@ class BackendError(Exception):
     """A program or weight that the backend cannot run; the message names the operation or tensor."""
 
 
+class BackendLost(BackendError):
+    """Nothing that this process asks of the device will succeed any more: the worker must end."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightTensor:
     """A weight where it lies in mapped memory; a view, never a copy.

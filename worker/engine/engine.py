@@ -28,7 +28,7 @@ from typing import Any
 import structlog
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo
-from worker.backends.protocol import KV_BLOCK_TOKENS, BoundModel
+from worker.backends.protocol import KV_BLOCK_TOKENS, BackendLost, BoundModel
 from worker.engine.batch import SequenceView, decide_step
 from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.failures import describe_error
@@ -312,6 +312,8 @@ class Engine:
         started_ns = time.monotonic_ns()
         try:
             computed_mono_ns = run_turns(self._bound, self._grammars, turns)
+        except BackendLost:
+            raise  # the worker ends, and its requests go on in another
         except Exception as error:  # the device failed: the batch ends, the engine stays
             _log.error("step_failed", exc_info=error, num_sequences=len(turns))
             info = ErrorInfo(ErrorCode.WORKER_FAILED, f"the worker failed in a step: {error}")

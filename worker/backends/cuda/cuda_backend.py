@@ -50,10 +50,11 @@ class CudaBackend:
             return
         device = self._make_device()
         ring = PinnedRing(device, self._settings)
-        self._resources = CudaResources(device, ring, self._settings, self._quantised_activation, self._uses_graphs)
+        resources = CudaResources(device, ring, self._settings, self._quantised_activation, self._uses_graphs)
         _warm_products(device)
         for activation in ("bf16", "f32", "f16", "int8"):
-            _warm_kernels(self._resources, activation)
+            _warm_kernels(resources, activation)
+        self._resources = resources
 
     def bind(self, plan: ModelPlan) -> BoundModel:
         """Lay the weights out and begin to bring them; returns before they are there. Warms up if nobody did.
@@ -81,7 +82,7 @@ class CudaBackend:
 def _warm_kernels(resources: CudaResources, stored: str) -> None:
     """A prefill, a decode and a draw of each kind with a model of a few kilobytes, so that no module loads lazily in a
     request (lazy loading makes a first inference 6 to 7 times slower)."""
-    model = CudaModel(make_sample_plan(TINY, stored), resources)
+    model = CudaModel(make_sample_plan(TINY, stored, chunk_bytes=resources.settings.slot_bytes), resources)
     try:
         model.open_kv(4)
         model.step((SequenceInput((0, 1), 0, tuple(range(20))), SequenceInput((2,), 0, (1,), num_logits=0)))

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.backends.cuda_kernels import Activation, Launch
-from worker.backends.protocol import BackendError
+from worker.backends.protocol import BackendError, BackendLost
 
 ByteArray = npt.NDArray[np.uint8]
 Stream = Any  # handles: whatever the device gives
@@ -40,7 +40,7 @@ class OutOfDeviceMemory(DeviceError):
     """An allocation did not fit. The device goes on: make room, or refuse."""
 
 
-class DeviceLost(DeviceError):
+class DeviceLost(DeviceError, BackendLost):
     """A *sticky* error: every later call of this process fails too. Only a new process helps."""
 
 

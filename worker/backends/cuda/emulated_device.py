@@ -79,7 +79,7 @@ class EmulatedStream:
 class EmulatedDevice:
     """See the module. ``run_kernel`` runs a launch whose buffers are arrays (``KernelEmulator.launch``).
 
-    ``lose_after``: launches until a sticky error. Any thread; one lock.
+    ``lose_after``: launches until a sticky error; below 0: none. Any thread; one lock.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class EmulatedDevice:
     ) -> None:
         self._run_kernel = run_kernel
         self._random = np.random.default_rng(seed)
-        self._capacity_bytes = capacity_bytes
+        self.capacity_bytes = capacity_bytes
         self.architecture = architecture
         self.num_processors = num_processors
         self._streams: list[EmulatedStream] = []
@@ -144,7 +144,7 @@ class EmulatedDevice:
 
     def read_memory(self) -> DeviceMemory:
         used_bytes = sum(memory.num_bytes for memory in self._memories)
-        return DeviceMemory(self._capacity_bytes - used_bytes, self._capacity_bytes)
+        return DeviceMemory(self.capacity_bytes - used_bytes, self.capacity_bytes)
 
     # --- streams and events -----------------------------------------------------------------------------------------
 

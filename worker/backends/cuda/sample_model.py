@@ -52,7 +52,9 @@ Weights = Sequence[tuple[str, tuple[int, ...]]]
 Fill = Callable[[str, npt.NDArray[Any]], None]
 
 
-def make_sample_plan(shape: SampleShape, stored: str, fill: Fill | None = None) -> ModelPlan:
+def make_sample_plan(
+    shape: SampleShape, stored: str, fill: Fill | None = None, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+) -> ModelPlan:
     """A plan of ``shape`` whose matrices are stored as ``stored`` (``f32``, ``bf16``, ``f16`` or ``int8``), in one blob
     with digests. Without ``fill`` matrices are 0, so that nothing overflows. Cost: a write and a hash of all bytes."""
     recorder = _Recorder(shape)
@@ -82,7 +84,7 @@ def make_sample_plan(shape: SampleShape, stored: str, fill: Fill | None = None) 
         head_dim=shape.head_dim,
         vocab_size=shape.vocab_size,
         context_length=shape.context_length,
-        blob=WeightBlob(data, DEFAULT_CHUNK_BYTES, digest_chunks(data.data)),
+        blob=WeightBlob(data, chunk_bytes, digest_chunks(data.data, chunk_bytes)),
     )
 
 
