@@ -96,6 +96,7 @@ class TokenizerSpec:
     space_prefix_once: bool = False  # ... only at the start of the whole text (Metaspace's prepend_scheme "first")
     space_prefix_if_missing: bool = False  # ... only where no space stands already (Metaspace, not Prepend)
     ignore_merges: bool = False  # Llama-3: a piece that is a whole token is taken as it is
+    nfc: bool = False  # Qwen: text between special tokens is put into normalisation form C; byte-level only
 
 
 class AssetRefused(GuestError, ValueError):
@@ -172,6 +173,7 @@ def pack_tokenizer(spec: TokenizerSpec) -> bytes:
         | _TokenizerFlag.SPACE_PREFIX_IF_MISSING * spec.space_prefix_if_missing
         | _TokenizerFlag.IGNORE_MERGES * spec.ignore_merges
         | _TokenizerFlag.MERGES_BY_SCORE * by_score
+        | _TokenizerFlag.NFC * spec.nfc
     )
     header = _TOKENIZER.pack(
         b"GLTK",
@@ -238,6 +240,7 @@ class _TokenizerFlag(IntFlag):
     MERGES_BY_SCORE = 8
     SPACE_PREFIX_ONCE = 16
     SPACE_PREFIX_IF_MISSING = 32
+    NFC = 64
 
 
 def _check_range(name: str, value: int, least: int, most: int) -> None:

@@ -68,6 +68,7 @@ enum tokenizer_flag {
     TOKENIZER_MERGES_BY_SCORE = 8,
     TOKENIZER_SPACE_PREFIX_ONCE = 16,       /* only at the start of a text */
     TOKENIZER_SPACE_PREFIX_IF_MISSING = 32, /* only where no space stands already */
+    TOKENIZER_NFC = 64,                     /* byte-level: text is normalised first */
 };
 
 #define NO_TOKEN 0xFFFFFFFFu

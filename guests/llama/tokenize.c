@@ -3,10 +3,13 @@
 #include "assets.h"
 #include "bpe.h"
 #include "glowplug.h"
+#include "nfc.h"
 #include "pretokenize.h"
 #include "special_tokens.h"
 
 static bool encode_byte_level(const uint8_t *text, uint32_t length, token_list *out) {
+    if (tokenizer_has(TOKENIZER_NFC) && !nfc_normalise(&text, &length))
+        return false;
     for (uint32_t start = 0; start < length;) {
         uint32_t end = pretokenize_word(tokenizer.header.pre_tokenizer, text, start, length);
         if (!bpe_encode(text + start, end - start, out))

@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,42 @@ def test_special_tokens_equal_the_tokenizers_package(smollm2: GuestText) -> None
         assert encode(smollm2, written) == peer.encode(written).ids, ascii(written)
 
 
+def test_normalisation_equals_pythons_and_the_packages() -> None:
+    """Every character that Unicode 3.2 had, alone and in 2,000 random strings dense in marks, Hangul and composites."""
+    old = unicodedata.ucd_3_2_0
+    known = [c for c in map(chr, range(0x30000)) if old.category(c) not in ("Cn", "Cs", "Co")]
+    changing = [c for c in known if old.combining(c) or unicodedata.normalize("NFD", c) != c]
+    changes, rng = frozenset(changing), random.Random(3)
+    prompts = [c + "x" for c in known if c in changes or rng.random() < 0.02]
+    joined = ["\n".join(prompts[i : i + 200]) for i in range(0, len(prompts), 200)]
+    for _ in range(2000):
+        letters = rng.choices(changing, k=rng.randrange(1, 20)) + rng.choices(known, k=rng.randrange(4))
+        joined.append("".join(rng.sample(letters, len(letters))))
+        joined[-1] += unicodedata.normalize("NFD", joined[-1])[: rng.randrange(9)]
+    package = normalizers.NFC()
+    with guest_text(small_spec(nfc=True)) as text:
+        for prompt in joined:
+            expected = unicodedata.normalize("NFC", prompt)
+            assert bytes(encode(text, prompt)) == expected.encode(), ascii(prompt)
+            assert package.normalize_str(prompt) == expected, ascii(prompt)
+
+
+def test_a_long_run_of_marks_is_sorted_within_the_deadline() -> None:
+    """100,000 marks in the worst order, which takes quadratic sorting (Python's own) half a minute."""
+    count = 50_000
+    with guest_text(small_spec(nfc=True)) as text:
+        found = bytes(encode(text, "a" + "\u0301\u0323" * count)).decode()
+    assert found == "\u1ea1" + "\u0323" * (count - 1) + "\u0301" * count
+
+
+def test_special_tokens_stand_between_normalised_stretches() -> None:
+    """A mark behind a special token does not join what is before it; without the flag text stays as it is."""
+    with guest_text(small_spec(nfc=True)) as text:
+        assert encode(text, "e<s>\u0301e\u0301", parse_special=True) == [ord("e"), 256, *"\u0301\u00e9".encode()]
+    with guest_text(small_spec()) as text:
+        assert bytes(encode(text, "e\u0301")) == "e\u0301".encode()
+
+
 def test_unicode_tables_are_current() -> None:
     """The committed character classes equal what the package says about every code point."""
     script = Path(__file__).parents[2] / "guests" / "llama" / "generate_unicode_tables.py"
@@ -189,7 +226,7 @@ def test_of_equal_tokens_and_of_equal_merges_the_first_counts() -> None:
 
 def test_a_megabyte_in_one_word_is_neither_slow_nor_big() -> None:
     """A word of a megabyte is merged well within a call's deadline and 160 MiB, again and again."""
-    rng = random.Random(3)
+    changes, rng = frozenset(changing), random.Random(3)
     word = "".join(rng.choices("etaoinshrdlu", k=1 << 20))
     with guest_text(smollm2_spec(), limits=InstanceLimits(memory_bytes=160 * MEBIBYTE)) as text:
         first = encode(text, word)

@@ -102,6 +102,7 @@ class _Algorithm:
     kind: TokenizerKind
     pre_tokenizer: PreTokenizer
     space_prefix: _SpacePrefix = _SpacePrefix()
+    nfc: bool = False
 
 
 def read_hf_tokenizer(data: bytes, special: SpecialIds, vocab_size: int) -> TokenizerSpec:
@@ -143,6 +144,7 @@ def read_hf_tokenizer(data: bytes, special: SpecialIds, vocab_size: int) -> Toke
         space_prefix_once=algorithm.space_prefix.once,
         space_prefix_if_missing=algorithm.space_prefix.if_missing,
         ignore_merges=model.ignore_merges,
+        nfc=algorithm.nfc,
     )
     return fit_to_vocabulary(spec, vocab_size)
 
@@ -216,8 +218,7 @@ def _identify_algorithm(file: _TokenizerFile, model: _BpeModel) -> _Algorithm:
     normalizers = _steps(file.normalizer, "normalizers")
     splitters = _steps(file.pre_tokenizer, "pretokenizers")
     if any(step.get("type") == "ByteLevel" for step in splitters):
-        _check_byte_level_normalizer(normalizers)
-        return _Algorithm(TokenizerKind.BYTE_LEVEL_BPE, _identify_split(splitters))
+        return _Algorithm(TokenizerKind.BYTE_LEVEL_BPE, _identify_split(splitters), nfc=_wants_nfc(normalizers))
     if not model.byte_fallback:
         raise UnsupportedModelError(
             f"BPE with pre-tokeniser {_describe(splitters)} and no byte fallback: supported are {SUPPORTED}"
@@ -227,13 +228,12 @@ def _identify_algorithm(file: _TokenizerFile, model: _BpeModel) -> _Algorithm:
     )
 
 
-def _check_byte_level_normalizer(normalizers: Sequence[dict[str, Any]]) -> None:
-    if [step.get("type") for step in normalizers] == ["NFC"]:
-        log.warning("the tokeniser's NFC normalisation is left out: prompts are tokenised as they are written")
-    elif normalizers:
+def _wants_nfc(normalizers: Sequence[dict[str, Any]]) -> bool:
+    if normalizers and [step.get("type") for step in normalizers] != ["NFC"]:
         raise UnsupportedModelError(
             f"normaliser {_describe(normalizers)} before byte-level BPE: supported are none and NFC"
         )
+    return bool(normalizers)
 
 
 def _identify_split(splitters: Sequence[dict[str, Any]]) -> PreTokenizer:
