@@ -226,7 +226,7 @@ def test_of_equal_tokens_and_of_equal_merges_the_first_counts() -> None:
 
 def test_a_megabyte_in_one_word_is_neither_slow_nor_big() -> None:
     """A word of a megabyte is merged well within a call's deadline and 160 MiB, again and again."""
-    changes, rng = frozenset(changing), random.Random(3)
+    rng = random.Random(3)
     word = "".join(rng.choices("etaoinshrdlu", k=1 << 20))
     with guest_text(smollm2_spec(), limits=InstanceLimits(memory_bytes=160 * MEBIBYTE)) as text:
         first = encode(text, word)
