@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -203,8 +204,13 @@ class GatewayHarness:
         async with self.client.post(self.url + path, json={**body, "stream": True}) as response:
             assert response.status == 200, await response.text()
             text = (await response.read()).decode()
-        assert text.endswith("\n\n")
-        return response.headers, text.removesuffix("\n\n").split("\n\n")
+        assert text.endswith("\n\n") or text.endswith("\n")
+        return response.headers, split_blocks(text)
+
+
+def split_blocks(text: str) -> list[str]:
+    """The blocks of a stream; a comment line before an event is a block of its own."""
+    return re.sub(r"(?m)^(:.*)\n(?!\n)", r"\1\n\n", text).removesuffix("\n\n").split("\n\n")
 
 
 def events_of(blocks: Sequence[str]) -> list[Any]:

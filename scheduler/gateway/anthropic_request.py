@@ -24,7 +24,7 @@ SAME: Final[tuple[str, ...]] = (
 CHAT_NAMES: Final = {"stop": "stop_sequences", "tool_choice.function": "tool_choice"}
 CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 #: What a model thought before is not for its prompt.
-SKIPPED_BLOCKS: Final = frozenset({"thinking", "redacted_thinking"})
+SKIPPED_BLOCKS: Final = ("thinking", "redacted_thinking")
 
 
 def read_message_call(

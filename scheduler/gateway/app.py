@@ -25,6 +25,7 @@ from scheduler.contract.errors import GlowplugError
 from scheduler.contract.telemetry import configure_logging
 from scheduler.gateway import (
     health,
+    openapi,
     resumption,
     routes_admin,
     routes_batches,
@@ -88,6 +89,7 @@ def build_app(gateway: Gateway) -> web.Application:
             web.get("/healthz", health.get_liveness),
             web.get("/readyz", health.get_readiness),
             web.get("/health", health.get_readiness),
+            web.get("/openapi.json", openapi.get_document),
             web.get("/metrics", routes_admin.get_metrics),
             web.get("/admin/status", routes_admin.get_status),
             web.get("/admin/traces/{request_id}", routes_admin.get_trace),

@@ -112,7 +112,7 @@ def _read_input(reader: FieldReader) -> tuple[list[Any], list[str]]:
 def _convert_item(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise bad_field(where, f"expected an object, got {json_type(item)}")
-    match item.get("type", "message"):
+    match item.get("type") or "message":
         case "message":
             return {"role": item.get("role"), "content": _convert_content(item.get("content"), f"{where}.content")}
         case "function_call":

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 from aiohttp import BodyPartReader, MultipartReader, web
+from aiohttp.http_exceptions import BadHttpMessage
 from multidict import CIMultiDict
 
 from scheduler.contract.errors import ErrorCode, GlowplugError
@@ -96,7 +97,12 @@ async def _read_parts(request: web.Request, upload: Upload, max_bytes: int) -> t
                 await _copy(part, upload, max_bytes)
             else:
                 fields[part.name or ""] = (await _read_field(part)).decode("utf-8", "replace")
-    except (ValueError, AssertionError, web.RequestPayloadError) as error:  # aiohttp's words for a broken body
+    except (
+        ValueError,
+        AssertionError,
+        BadHttpMessage,
+        web.RequestPayloadError,
+    ) as error:  # aiohttp's, of broken bodies
         message = "the multipart body cannot be decoded: send purpose and file as multipart/form-data"
         raise HttpError(400, message, code="malformed_body", headers={"Connection": "close"}) from error
     raise HttpError(400, f"more than {MAX_PARTS} parts; expected purpose and file", code="malformed_body")

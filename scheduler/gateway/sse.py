@@ -26,6 +26,15 @@ def comment(text: str) -> bytes:
     return f": {' '.join(text.split())}\n\n".encode()
 
 
+def comment_line(text: str) -> bytes:
+    """A comment that belongs to the next event, for streams whose events have ids.
+
+    After an event with an id, OpenAI's Python client takes the empty line behind a comment for the end of an event
+    without data, and fails on it.
+    """
+    return f": {' '.join(text.split())}\n".encode()
+
+
 def http_chunk(payload: bytes) -> bytes:
     """``payload`` framed as one HTTP chunk. Never empty: an empty chunk would end the body."""
     if not payload:

@@ -84,7 +84,7 @@ class StreamedCall:
             elif not exchange.has_frames:
                 self._stream.push(self._waking_comment())
             elif time.monotonic() - exchange.last_frame_mono_s >= silent_s:
-                self._stream.push(sse.comment(f"waiting model={self._model}"))
+                self._stream.push(sse.comment_line(f"waiting model={self._model}"))
 
     def _on_step(self, part: Part, frame: StepFrame) -> None:
         tokens = self._begin(part) + self._chunks.tokens(frame.events, part.index)
@@ -126,8 +126,8 @@ class StreamedCall:
         pieces = [self._begin(part) for part in exchange.parts]
         usages = [part.terminal.usage for part in exchange.parts if part.terminal is not None]
         pieces.append(self._chunks.ending(build_usage(usages)))
-        pieces.append(sse.comment(f"X-Cold-Start: {COLD_START_NAMES[trace.cold_tier]}"))
-        pieces.append(sse.comment(f"Server-Timing: {format_server_timing(trace.phases_ms)}"))
+        pieces.append(sse.comment_line(f"X-Cold-Start: {COLD_START_NAMES[trace.cold_tier]}"))
+        pieces.append(sse.comment_line(f"Server-Timing: {format_server_timing(trace.phases_ms)}"))
         pieces.append(self._chunks.done())
         return b"".join(pieces)
 
