@@ -204,7 +204,7 @@ class GatewayHarness:
         async with self.client.post(self.url + path, json={**body, "stream": True}) as response:
             assert response.status == 200, await response.text()
             text = (await response.read()).decode()
-        assert text.endswith("\n\n") or text.endswith("\n")
+        assert text.endswith("\n")
         return response.headers, split_blocks(text)
 
 

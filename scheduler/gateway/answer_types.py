@@ -103,6 +103,16 @@ class Deleted(msgspec.Struct):
     deleted: bool
 
 
+class Order(msgspec.Struct):
+    """An order that was taken."""
+
+    object: Literal["admin.order"]
+    act: str
+    model: str | None = None
+    node: str | None = None
+    status: dict[str, Any] | None = None
+
+
 class Health(msgspec.Struct):
     status: str
     reasons: list[str] = []

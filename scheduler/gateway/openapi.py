@@ -27,6 +27,7 @@ ALWAYS: Final = (400, 401, 403, 500, 503)
 WITH_BODY: Final = (408, 413, 415)
 DESCRIPTIONS: Final = {
     200: "What was asked for.",
+    202: "The order was taken; `/admin/status` tells when it has come true.",
     206: "A range of it.",
     304: "Not changed.",
     400: "The request is wrong; `param` names the field.",
@@ -60,6 +61,7 @@ class Operation:
     tag: str = "inference"
     is_open: bool = False
     others: tuple[int, ...] = field(default=())  # statuses without a body of ours
+    success: int = 200
 
 
 def _path(name: str, text: str) -> dict[str, Any]:
@@ -99,6 +101,16 @@ def list_operations() -> list[Operation]:
             ("detokenize", "Text of token ids", requests.DetokenizeRequest, answers.DetokenizeAnswer),
         )
     ]
+    model, act = _path("model", "Its name."), _path("act", "What to do; another word is a 404 that lists them.")
+    node = _path("node", "A node's id.")
+
+    def orders(path: str, summary: str, *parameters: dict[str, Any]) -> Operation:
+        answer = {JSON: answers.Order}
+        statuses = (404, 409)
+        return Operation(
+            "post", path, summary, answer, statuses=statuses, parameters=parameters, tag="admin", success=202
+        )
+
     return [
         wakes("/v1/chat/completions", "Answer a chat", requests.ChatCompletionRequest, ChatCompletion, streams=True),
         wakes("/v1/completions", "Continue a text", requests.CompletionRequest, LegacyCompletion, streams=True),
@@ -204,6 +216,9 @@ def list_operations() -> list[Operation]:
             tag="admin",
             parameters=(_query("days", {"type": "integer", "minimum": 1, "maximum": 40}),),
         ),
+        orders("/admin/models/{model}:{act}", "Wake, prefetch, unload, pin, unpin or park a model", model, act),
+        orders("/admin/nodes/{node}:{act}", "Drain a node, or let it work again", node, act),
+        orders("/admin/config:reload", "Read the configuration again"),
         Operation("get", "/admin/live", "The dashboard's feed", {EVENTS: None}, tag="admin", statuses=(429,)),
         Operation("get", "/", "The dashboard", {HTML: None}, tag="dashboard", is_open=True),
         Operation(
@@ -260,7 +275,10 @@ def _describe(op: Operation) -> dict[str, Any]:
     error = "AnthropicError" if is_anthropic(op.path) else "ErrorBody"
     statuses = {*ALWAYS, *op.statuses, *(WITH_BODY if op.request is not None else ())}
     responses: dict[str, Any] = {
-        "200": {"description": DESCRIPTIONS[200], "content": {kind: _media(one) for kind, one in op.answers.items()}}
+        str(op.success): {
+            "description": DESCRIPTIONS[op.success],
+            "content": {kind: _media(one) for kind, one in op.answers.items()},
+        }
     }
     for status in sorted(statuses):
         content = {JSON: {"schema": {"$ref": f"#/components/schemas/{error}"}}}
