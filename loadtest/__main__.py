@@ -1,4 +1,4 @@
-"""``python -m loadtest demo|bench|chaos|engine-compare|waterfall|gpu-check``."""
+"""``python -m loadtest demo|bench|batch-interference|chaos|engine-compare|waterfall|gpu-check``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def main() -> int:
         from loadtest.bench import run_bench
 
         return run_bench(arguments)
+    if mode == "batch-interference":
+        from loadtest.batch_interference import run_batch_interference
+
+        return run_batch_interference(arguments)
     if mode == "chaos":
         from loadtest.chaos import run_chaos
 
@@ -35,7 +39,8 @@ def main() -> int:
         from loadtest.gpu_check import run_gpu_check
 
         return run_gpu_check(arguments)
-    print("usage: python -m loadtest demo|bench|chaos|engine-compare|waterfall|gpu-check [--help]", file=sys.stderr)
+    modes = "demo|bench|batch-interference|chaos|engine-compare|waterfall|gpu-check"
+    print(f"usage: python -m loadtest {modes} [--help]", file=sys.stderr)
     return 2
 
 
