@@ -158,7 +158,7 @@ def test_normalisation_equals_pythons_and_the_packages() -> None:
 
 
 def test_a_long_run_of_marks_is_sorted_within_the_deadline() -> None:
-    """100,000 marks in the worst order, which takes quadratic sorting (Python's own) half a minute."""
+    """100,000 marks in the worst order for a quadratic sort, as Python's own is."""
     count = 50_000
     with guest_text(small_spec(nfc=True)) as text:
         found = bytes(encode(text, "a" + "\u0301\u0323" * count)).decode()
