@@ -76,6 +76,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
+        # Read when NumPy is imported: OpenBLAS's own threads would spin beside the product threads of a build.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         module, attribute, _ = VERBS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
         for (verb, sub_verb), (sub_module, sub_attribute) in SUB_VERBS.items():

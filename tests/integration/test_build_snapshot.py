@@ -27,6 +27,7 @@ from tests.checkpoint_files import DATA, FloatArray, load_checkpoint, write_tiny
 from tests.model_fixtures import BuiltState, new_state
 from worker.backends.numpy_reference import NumpyBackend
 from worker.backends.protocol import SequenceInput
+from worker.build.calibration import Calibration
 from worker.build.errors import BuildError, MalformedModelError
 from worker.build.model_sources import open_located
 from worker.build.quantize import WeightFormat
@@ -112,6 +113,56 @@ def test_int8_stays_near_the_full_weights(state: BuiltState, engine: GuestEngine
     error = np.abs(logits - golden["logits"][PREFILL_TOKENS - 1 :])
     assert error.mean() < 0.05 * golden["logits"].std()
     assert state.manifest("tiny").card.weight_format == "int8"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_calibrated_int8_stays_near_for_other_texts(state: BuiltState, engine: GuestEngine, name: str) -> None:
+    """Every matrix that multiplies is rounded for the text; tokens drawn at random still move by a few percent only."""
+    golden = load_file(DATA / name / "golden.safetensors")
+    token_ids = [int(token) for token in golden["input_ids"]]
+    blobs = []
+    for calibration in (None, Calibration.default()):
+        with open_located(DATA / name) as source:
+            build_snapshot(
+                source,
+                "tiny",
+                state.store,
+                state.keyring,
+                weight_format=WeightFormat.INT8,
+                calibration=calibration,
+            )
+        with _restore(state, engine) as model:
+            logits = _logits(model, token_ids)
+        blobs.append(load_file(state.store.blob_path(state.manifest("tiny").weights)))
+    expected = golden["logits"][PREFILL_TOKENS - 1 :]
+    assert np.abs(logits - expected).mean() < 0.05 * expected.std()
+    plain, calibrated = blobs
+    assert plain.keys() == calibrated.keys()
+    for tensor_name, data in plain.items():
+        is_rounded = data.dtype == np.int8 and (tensor_name != "embed.weight" or "lm_head.weight" not in plain)
+        assert np.array_equal(data, calibrated[tensor_name]) != is_rounded, tensor_name
+
+
+def test_too_little_text_is_refused_only_where_it_was_asked_for(state: BuiltState) -> None:
+    """A text of a few tokens cannot calibrate: an error for the user's own, plain rounding for the default."""
+    with open_located(DATA / "tiny_llama") as source:
+        with pytest.raises(BuildError, match=r"cannot calibrate: the text has [0-9] tokens"):
+            build_snapshot(
+                source,
+                "tiny",
+                state.store,
+                state.keyring,
+                weight_format=WeightFormat.INT8,
+                calibration=Calibration("Hello"),
+            )
+        build_snapshot(
+            source,
+            "tiny",
+            state.store,
+            state.keyring,
+            weight_format=WeightFormat.INT8,
+            calibration=Calibration("Hello", is_explicit=False),
+        )
 
 
 def test_f32_keeps_every_bit(state: BuiltState, engine: GuestEngine) -> None:

@@ -2,8 +2,9 @@
 
     python -m worker.benchmarks.decode_step STATE_DIR NAME [--batch N] [--steps N] [--json FILE]
 
-Steps run as they are, and, in turn with them, steps in which each call into NumPy or NumKong is timed. What the first
-kind takes beyond the sum of those calls is Python: the backend's lists of calls, and views and copies made by indexing.
+Steps run as they are, and, in turn with them, steps in which each call into NumPy or NumKong is timed. What one of
+the second kind takes beyond the sum of its calls and the cost of timing them is Python: the backend's lists of calls,
+and views and copies made by indexing; the least of all steps is shown, because other work only ever adds.
 The engine's share (choosing what runs, sampling, text, events) is what a round takes beyond the backend's step.
 """
 
@@ -49,7 +50,8 @@ class KernelClock:
     def __init__(self) -> None:
         self.total_ns = 0
         self.num_calls = 0
-        self.own_ns = 0  # of the wrapper itself, for each call; set by calibrate
+        self.own_ns = 0  # of the wrapper itself, for each call, that lands in the total; set by calibrate
+        self.around_ns = 0  # and what it adds around that
 
     def reset(self) -> None:
         self.total_ns = self.num_calls = 0
@@ -69,16 +71,33 @@ class KernelClock:
 
     def calibrate(self) -> None:
         """Measure what a wrapped call of nothing adds to the total."""
-        nothing = self.wrap(lambda: None)
+
+        def nothing() -> None:
+            pass
+
+        wrapped = self.wrap(nothing)
         self.reset()
-        for _ in range(20_000):
-            nothing()
+        plain_ns, timed_ns = (min(_time_calls(function) for _ in range(20)) for function in (nothing, wrapped))
         self.own_ns = self.total_ns // self.num_calls
+        self.around_ns = max(0, timed_ns - plain_ns - self.own_ns)
         self.reset()
+
+    def wrappers_ms(self) -> float:
+        """What the wrappers added outside of the total."""
+        return self.num_calls * self.around_ns / 1e6
 
     def elapsed_ms(self) -> float:
         """Time in the functions, without the wrappers'."""
         return (self.total_ns - self.num_calls * self.own_ns) / 1e6
+
+
+def _time_calls(function: Callable[[], None]) -> int:
+    """Nanoseconds of one call, loop included."""
+    num_calls = 2_000
+    begin_ns = _clock_ns()
+    for _ in range(num_calls):
+        function()
+    return (_clock_ns() - begin_ns) // num_calls
 
 
 class TimedNamespace:
@@ -139,7 +158,7 @@ class TimedModel:
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """Medians, ms."""
+    """Medians, ms, where nothing else is said."""
 
     batch: int
     num_steps: int
@@ -147,7 +166,7 @@ class StepFigures:
     step_ms: float  # the backend's part
     kernels_ms: float  # NumPy's and NumKong's part of that
     kernel_calls: int  # a step
-    python_ms: float  # step - kernels
+    python_ms: float  # step - kernels, of the same step; the least of all steps, because other work only ever adds
     engine_ms: float  # round - step
 
 
@@ -173,6 +192,7 @@ def measure_steps(loaded: LoadedModel, batch: int, num_steps: int, num_threads: 
     rounds: list[float] = []
     steps: list[float] = []
     kernels: list[float] = []
+    pythons: list[float] = []
     calls = 0
     for index in range(num_steps):
         timed = index // BLOCK_STEPS % 2 == 1
@@ -184,13 +204,14 @@ def measure_steps(loaded: LoadedModel, batch: int, num_steps: int, num_threads: 
         elapsed_ms = (_clock_ns() - begin_ns) / 1e6
         if timed:
             kernels.append(clock.elapsed_ms())
+            pythons.append(model.step_ms() - clock.total_ns / 1e6 - clock.wrappers_ms())
             calls = clock.num_calls
         else:
             rounds.append(elapsed_ms)
             steps.append(model.step_ms())
     instruments.set_timed(False)
     round_ms, step_ms, kernels_ms = (statistics.median(values) for values in (rounds, steps, kernels))
-    return StepFigures(batch, num_steps, round_ms, step_ms, kernels_ms, calls, step_ms - kernels_ms, round_ms - step_ms)
+    return StepFigures(batch, num_steps, round_ms, step_ms, kernels_ms, calls, min(pythons), round_ms - step_ms)
 
 
 def _require_no_error(steps: list[RequestStep]) -> None:

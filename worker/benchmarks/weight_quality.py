@@ -1,6 +1,6 @@
 """What weight formats cost in quality: perplexity and choices on a fixed text, against the float32 snapshot.
 
-    python -m worker.benchmarks.weight_quality STATE_DIR REFERENCE NAME... [--json FILE]
+    python -m worker.benchmarks.weight_quality STATE_DIR REFERENCE NAME... [--text FILE] [--json FILE]
 
 All snapshots are of one model; ``REFERENCE`` is built with ``--dtype f32``. The text is cut into pieces of 128 tokens,
 each fed from an empty cache; at every position the next token's distribution is compared with the reference's. The
@@ -105,8 +105,10 @@ def count_shared(ours: list[int], theirs: list[int]) -> int:
     return len(ours)
 
 
-def measure(store: SnapshotStore, keyring: KeyRing, names: list[str], max_pieces: int | None = None) -> list[Quality]:
-    """Figures of each snapshot; the first one is the reference."""
+def measure(
+    store: SnapshotStore, keyring: KeyRing, names: list[str], max_pieces: int | None = None, text: Path = TEXT
+) -> list[Quality]:
+    """Figures of each snapshot on ``text``; the first one is the reference."""
     pieces: npt.NDArray[np.int64] | None = None
     reference: Predictions | None = None
     results = []
@@ -115,7 +117,7 @@ def measure(store: SnapshotStore, keyring: KeyRing, names: list[str], max_pieces
             loaded = restored.loaded
             if pieces is None:
                 token_ids = loaded.text.tokenize(
-                    TEXT.read_text(encoding="utf-8"), add_special=False, parse_special=False
+                    text.read_text(encoding="utf-8"), add_special=False, parse_special=False
                 )
                 num_pieces = min(len(token_ids) // PIECE_TOKENS, max_pieces or len(token_ids))
                 pieces = np.array(token_ids[: num_pieces * PIECE_TOKENS]).reshape(num_pieces, PIECE_TOKENS)
@@ -146,10 +148,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m worker.benchmarks.weight_quality", description=__doc__)
     parser.add_argument("state_dir", type=Path, help="as `glowplug build --state-dir` left it")
     parser.add_argument("names", nargs="+", help="snapshots of one model, the float32 one first")
+    parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE", help="instead of the one beside this file")
+    parser.add_argument("--pieces", type=int, metavar="N", help="of the text, at most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args(arguments)
     keyring = KeyRing.from_file(options.state_dir / "keys" / "snapshot.keys")
-    results = measure(SnapshotStore(options.state_dir / "store"), keyring, options.names)
+    results = measure(SnapshotStore(options.state_dir / "store"), keyring, options.names, options.pieces, options.text)
     print("\n".join(show(results)))
     if options.json is not None:
         found: list[dict[str, Any]] = [asdict(quality) for quality in results]

@@ -17,6 +17,7 @@ from snapshots.keyring import KeyRing
 from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
 from worker.agent_settings import DEV, load_keyring, newest_record, read_agent_settings
+from worker.build.calibration import Calibration
 from worker.build.errors import BuildError
 from worker.build.further_sections import FurtherSections, read_further_sections
 from worker.build.model_sources import locate_source, open_located
@@ -40,6 +41,12 @@ MAX_PROMPT_BYTES: Final = 4 * 1024 * 1024
     "--quantize",
     type=click.Choice(["int8"]),
     help="Store matrices as int8: weight-only, symmetric, one scale for each output channel; half the bytes of bf16.",
+)
+@click.option(
+    "--calibrate",
+    metavar="TEXTFILE|none",
+    help="With --quantize: text like what the model will meet, to round weights for (default: a mixed text that ships "
+    "with glowplug; none: round each weight to the nearest, which is faster and less exact).",
 )
 @click.option(
     "--dtype",
@@ -111,6 +118,7 @@ def build(
     source: str | None,
     name: str,
     quantize: str | None,
+    calibrate: str | None,
     dtype: str,
     state_dir: Path | None,
     key_file: Path | None,
@@ -133,6 +141,8 @@ def build(
     supported; an interrupted build leaves nothing half made.
     """
     _check_usage(context, source, weights_of)
+    if calibrate is not None and quantize is None:
+        raise click.UsageError("--calibrate says how --quantize rounds: it needs that option")
     try:
         settings = environment.read_process_settings()
         configure_logging(component="build", level=settings.log_level)
@@ -151,8 +161,11 @@ def build(
         if weights_of is not None:
             report = build_over_weights(weights_of, name, _open_store(state_dir), keyring, **options)
         elif source is not None:
-            weight_format = WeightFormat(quantize or dtype)
-            report = _build_from_source(source, cache_dir, name, state_dir, keyring, weight_format, options)
+            formats: _Formats = {
+                "weight_format": WeightFormat(quantize or dtype),
+                "calibration": _read_calibration(calibrate),
+            }
+            report = _build_from_source(source, cache_dir, name, state_dir, keyring, formats, options)
     except (BuildError, SnapshotError, SettingsError, OSError) as error:
         raise click.ClickException(str(error)) from error
     _print_report(report, state_dir)
@@ -166,6 +179,13 @@ class _SharedOptions(TypedDict):
     further: FurtherSections
     encrypt: bool
     with_verity: bool
+
+
+class _Formats(TypedDict):
+    """How weights are stored."""
+
+    weight_format: WeightFormat
+    calibration: Calibration | None
 
 
 def _check_usage(context: click.Context, source: str | None, weights_of: str | None) -> None:
@@ -186,14 +206,14 @@ def _build_from_source(
     name: str,
     state_dir: Path,
     keyring: KeyRing,
-    weight_format: WeightFormat,
+    formats: _Formats,
     options: _SharedOptions,
 ) -> BuildReport:
     with show_transfer(f"fetching {source}") as on_fetch:
         path = locate_source(source, cache_dir or default_cache_dir(), on_fetch)
     with open_located(path) as model, show_transfer(f"building {name}") as on_write:
         store = _open_store(state_dir)  # made only now, when the model is known to be one that can be built
-        return build_snapshot(model, name, store, keyring, weight_format=weight_format, on_progress=on_write, **options)
+        return build_snapshot(model, name, store, keyring, on_progress=on_write, **formats, **options)
 
 
 def _open_store(state_dir: Path) -> SnapshotStore:
@@ -215,6 +235,16 @@ def _read_priming(system_prompts: tuple[Path, ...], texts: tuple[Path, ...], *, 
         backend=settings.backend,
         num_threads=settings.num_threads,
     )
+
+
+def _read_calibration(option: str | None) -> Calibration | None:
+    """
+    Raises:
+        BuildError: the file is no text.
+    """
+    if option == "none":
+        return None
+    return Calibration.default() if option is None else Calibration(_read_prompt(Path(option)))
 
 
 def _read_prompt(path: Path) -> str:

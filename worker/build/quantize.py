@@ -35,7 +35,12 @@ def quantize_rows(values: FloatArray) -> tuple[npt.NDArray[np.int8], FloatArray]
     Returns:
         Quantised rows ``[N, K]`` int8 and scales ``[N]`` float32.
     """
-    largest = np.abs(values).max(axis=1)
-    scale = np.where(largest > 0, largest / np.float32(INT8_MAX), np.float32(1)).astype(np.float32)
+    scale = scale_rows(values)
     quantized = np.rint(values / scale[:, None])
     return np.clip(quantized, -INT8_MAX, INT8_MAX).astype(np.int8), scale
+
+
+def scale_rows(values: FloatArray) -> FloatArray:
+    """The scale ``[N]`` of each row ``[N, K]``: its largest magnitude is 127 of them; 1 for a row of zeros."""
+    largest = np.abs(values).max(axis=1)
+    return np.where(largest > 0, largest / np.float32(INT8_MAX), np.float32(1)).astype(np.float32)

@@ -32,6 +32,7 @@ from snapshots.keyring import KeyRing
 from snapshots.manifest import NAME, SnapshotCard
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, write_weights
+from worker.build.calibration import Calibration, Rounded, calibrate
 from worker.build.encoder_snapshot import make_encoder_card, pack_encoder_assets
 from worker.build.encoder_source import ImportedEncoder
 from worker.build.errors import BuildError, MalformedModelError
@@ -70,6 +71,7 @@ def build_snapshot(
     guest_wasm: bytes | None = None,
     priming: Priming | None = None,
     further: FurtherSections = NO_SECTIONS,
+    calibration: Calibration | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildReport:
     """Build ``source`` as snapshot ``name``; an older one of that name is replaced when all is done. Blocks.
@@ -78,9 +80,11 @@ def build_snapshot(
     ``with_verity`` signs each file's fs-verity digest, and turns fs-verity on where it is offered.
 
     ``guest_wasm`` takes the place of the guest that ships for such models. ``priming`` says which prefixes to compute;
-    None: none.
+    None: none. ``calibration`` rounds a decoder's int8 matrices for a text (see
+    :mod:`~worker.build.calibration`); None: each weight to the nearest.
 
-    Memory: one tensor in its stored format, and blocks of 32 MiB of float32; with priming, the weights once.
+    Memory: one tensor in its stored format, and blocks of 32 MiB of float32; with priming, the weights once; with
+    calibration, one and a half times the weights in float32.
 
     Raises:
         BuildError: the source's files fail, its weights are no numbers, the guest refuses the model, or what was to
@@ -94,9 +98,12 @@ def build_snapshot(
     tensor_names = [tensor.name for tensor in source.tensors]
     guest = stage_guest(guest_wasm, _pack_assets(source), tensor_names, encodes=is_encoder)
     layout = plan_weights([spec for tensor in source.tensors for spec in _specs(tensor, weight_format)])
+    rounded: Rounded = {}
+    if calibration is not None and weight_format is WeightFormat.INT8 and not isinstance(source, ImportedEncoder):
+        rounded = calibrate(source, guest, calibration, on_progress)
     output = BuildOutput(store, keyring, encrypt=encrypt, with_verity=with_verity)
     with output.add_blob() as writer:
-        _write_weights(source, writer, layout, weight_format, on_progress)
+        _write_weights(source, writer, layout, weight_format, rounded, on_progress)
     vector_size = source.config.hidden_size if isinstance(source, ImportedEncoder) else 0
     weights = StoredWeights(writer.ref, layout.entries, _make_card(source, weight_format), vector_size)
     manifest = assemble_snapshot(name, weights, guest, output, further=further, priming=priming)
@@ -149,11 +156,12 @@ def _write_weights(
     writer: BlobWriter,
     layout: WeightsLayout,
     weight_format: WeightFormat,
+    rounded: Rounded,
     on_progress: OnProgress | None,
 ) -> None:
     def stored_tensors() -> Iterator[npt.NDArray[Any]]:
         for tensor in source.tensors:
-            yield from _convert(tensor, weight_format)
+            yield from rounded[tensor.name] if tensor.name in rounded else _convert(tensor, weight_format)
             if on_progress is not None:
                 on_progress(writer.size_bytes, layout.size_bytes)
 
