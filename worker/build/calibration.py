@@ -22,8 +22,8 @@ from guests.runtime import GuestEngine
 from guests.text import GuestText
 from worker.backends.cores import count_usable_cores
 from worker.backends.cpu_attention import AttentionScratch, SequenceShare
-from worker.backends.cpu_linear import Staging
 from worker.backends.cpu_binding import StepTokens
+from worker.backends.cpu_linear import Staging
 from worker.backends.cpu_program import CpuProgram
 from worker.backends.kv_blocks import KvBlocks, skip_tokens
 from worker.backends.protocol import KV_BLOCK_TOKENS, BackendError, ModelPlan, SequenceInput, WeightTensor
