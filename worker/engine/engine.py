@@ -30,6 +30,7 @@ import structlog
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from worker.backends.protocol import KV_BLOCK_TOKENS, BackendLost, BoundModel
 from worker.engine.batch import SequenceView, decide_step
+from worker.engine.batch_share import BatchShare
 from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.failures import describe_error
 from worker.engine.fairness import ServiceOrder
@@ -83,6 +84,7 @@ class Engine:
         self._kv = KvCache(bound, kv_budget_bytes, model.prefixes, prefix_caching=prefix_caching)
         self._order = ServiceOrder()
         self._prefill = PrefillBudget()
+        self._batch_share = BatchShare()
         self._max_draft_tokens = max_draft_tokens
         self._grammars = Grammars(model.open_text, model.plan.vocab_size, model.eos_token_ids)
         self._mailbox = Mailbox()
@@ -301,8 +303,9 @@ class Engine:
         ]
         if not candidates:
             return
+        candidates = self._batch_share.choose(candidates)
         views = [SequenceView(i, choice.num_pending) for i, (_, choice) in enumerate(candidates)]
-        num_decodes = sum(1 for view in views if view.num_pending == 1)
+        num_decodes = sum(view.num_pending == 1 for view in views)
         if len(views) - num_decodes > 1:
             views.sort(key=lambda view: self._order.rank(candidates[view.index][0]))
         shares = decide_step(views, prefill_tokens=self._prefill.choose_tokens(num_decodes))
@@ -321,9 +324,10 @@ class Engine:
                 self._fail(request, info)
             return
         self._num_steps += 1
+        elapsed_ns = computed_mono_ns - started_ns
+        self._batch_share.observe(elapsed_ns)
         if not any(turn.drafted for turn in turns):  # which would look like slow decodes
-            num_tokens = sum(share.num_tokens for share in shares)
-            self._prefill.observe(num_decodes, num_tokens - num_decodes, computed_mono_ns - started_ns)
+            self._prefill.observe(num_decodes, sum(share.num_tokens for share in shares) - num_decodes, elapsed_ns)
         for turn in turns:
             if not turn.choice.blocks:
                 continue  # another choice of its request failed in this step
