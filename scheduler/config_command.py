@@ -26,7 +26,6 @@ DEFAULTS: Final[dict[str, str]] = {
     "gateway.drain_grace_s": "30",
     "gateway.max_body_bytes": str(8 * 1024 * 1024),
     "gateway.api_keys": "keys/api.keys.json in the state folder",
-    "gateway.traces_endpoint": "none",
     "gateway.cors_origins": "none",
     "agent.node_id": "the host's name",
     "agent.backend": "numkong",

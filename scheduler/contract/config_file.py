@@ -43,7 +43,6 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     drain_grace_s: Positive | None = None
     max_body_bytes: Count | None = None
     api_keys: str | None = None  # file
-    traces_endpoint: str | None = None  # OTLP/HTTP collector, e.g. http://127.0.0.1:4318
 
 
 class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -87,7 +86,6 @@ VARIABLES: Final[dict[tuple[str, str], str]] = {
     ("gateway", "drain_grace_s"): "GLOWPLUG_GATEWAY_DRAIN_GRACE_S",
     ("gateway", "max_body_bytes"): "GLOWPLUG_MAX_BODY_BYTES",
     ("gateway", "api_keys"): "GLOWPLUG_API_KEYS",
-    ("gateway", "traces_endpoint"): "OTEL_EXPORTER_OTLP_ENDPOINT",
     ("agent", "node_id"): "GLOWPLUG_NODE_ID",
     ("agent", "backend"): "GLOWPLUG_BACKEND",
     ("agent", "threads"): "GLOWPLUG_THREADS",

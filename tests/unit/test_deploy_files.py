@@ -1,0 +1,110 @@
+"""What `deploy/` and docs/metrics.md hold: well-formed, and every metric, verb, variable and option in it exists."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scheduler.command import VERBS
+from scheduler.contract.telemetry import Metric
+from scheduler.gateway.metrics import GatewayMetrics
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NAMES = {metric.value for metric in Metric}
+SUFFIXES = ("_bucket", "_count", "_sum")
+
+
+def metrics_in(expression: str) -> set[str]:
+    """Metric names of ours in a query, without the suffixes of histograms."""
+    found = set(re.findall(r"\bglowplug_[a-z_]+", expression))
+    return {
+        next((n.removesuffix(s) for s in SUFFIXES if n.endswith(s) and n.removesuffix(s) in NAMES), n) for n in found
+    }
+
+
+def test_the_table_of_metrics_is_complete_and_true() -> None:
+    """Each name once, with the type and labels that the gateway exposes."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(glowplug_\w+)` \| (\w+) \| ([\w, ]*) \| (.+) \|$", text, re.M)
+    assert [row[0] for row in rows] == [metric.value for metric in Metric]
+    made = GatewayMetrics().ensure_ready()
+    exposed = {}
+    for family in made.registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        exposed[name] = family.type
+    for name, kind, _, _ in rows:
+        assert exposed[name] == kind, name
+    labels = {
+        "glowplug_" + str(instrument._name).removeprefix("glowplug_"): instrument._labelnames
+        for instrument in vars(made).values()
+        if hasattr(instrument, "_labelnames")
+    }
+    for name, _, given, _ in rows:
+        known = labels.get(name, labels.get(name.removesuffix("_total")))
+        if known is not None:
+            assert tuple(label for label in given.split(", ") if label) == tuple(known), name
+
+
+def test_the_grafana_dashboard_names_metrics_that_exist() -> None:
+    """JSON with unique panels, each with a query over our metrics and a data source by variable."""
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids)) >= 8
+    seen: set[str] = set()
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            names = metrics_in(target["expr"])
+            assert names, target
+            assert names <= NAMES, target
+            assert target["expr"].count("(") == target["expr"].count(")")
+            seen |= names
+        assert panel["datasource"]["uid"] == "${datasource}"
+    assert len(seen) >= 12
+
+
+def test_the_alert_rules_name_metrics_that_exist_and_say_what_to_do() -> None:
+    """Each rule: an expression over our metrics, a severity, a summary and a runbook whose verbs exist."""
+    groups = yaml.safe_load((ROOT / "deploy" / "grafana" / "alerts.yaml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len({rule["alert"] for rule in rules}) == len(rules) >= 5
+    for rule in rules:
+        assert metrics_in(rule["expr"]), rule
+        assert metrics_in(rule["expr"]) <= NAMES, rule
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+        for verb in re.findall(r"glowplug ([a-z]+)", rule["annotations"]["runbook"]):
+            assert verb in VERBS, rule
+
+
+def test_the_systemd_unit_starts_a_verb_that_exists_and_reloads_as_we_do() -> None:
+    """Sections and keys parse; ExecStart is `glowplug serve`; 78 (settings) is not tried again."""
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    path = ROOT / "deploy" / "systemd" / "glowplug.service"
+    unit.read_string(re.sub(r"^(Environment)=(\w+)=", r"\1_\2=", path.read_text(), flags=re.M))
+    assert unit["Service"]["ExecStart"].split()[1] in VERBS
+    assert "-HUP" in unit["Service"]["ExecReload"]
+    assert unit["Service"]["RestartPreventExitStatus"] == "78"
+    assert int(unit["Service"]["TimeoutStopSec"]) > 40 + 40 + 10  # what serve gives its parts
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True, check=False)
+        lines = [line for line in done.stderr.splitlines() if "not executable" not in line]
+        assert not [line for line in lines if "glowplug.service" in line and "Unknown" in line], lines
+
+
+@pytest.mark.parametrize("setting", ["proxy_buffering off", "proxy_read_timeout 3600s", "proxy_http_version 1.1"])
+def test_the_nginx_site_passes_streams_on_and_keeps_admin_inside(setting: str) -> None:
+    """Braces balance, each directive ends, streams are not buffered, /admin and /metrics are refused."""
+    text = re.sub(r"#.*", "", (ROOT / "deploy" / "nginx.conf").read_text())
+    assert text.count("{") == text.count("}")
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        assert line[-1] in "{};", line
+    assert setting + ";" in text
+    assert re.search(r"location ~ \^/\(admin\|metrics\) \{\s+deny all;", text)
