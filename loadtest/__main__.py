@@ -1,4 +1,4 @@
-"""``python -m loadtest demo|bench|batch-interference|chaos|engine-compare|waterfall|gpu-check``."""
+"""``python -m loadtest demo|bench|batch-interference|chaos|streams|soak|engine-compare|waterfall|gpu-check``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,14 @@ def main() -> int:
         from loadtest.chaos import run_chaos
 
         return run_chaos(arguments)
+    if mode == "streams":
+        from loadtest.streams import run_streams
+
+        return run_streams(arguments)
+    if mode == "soak":
+        from loadtest.soak import run_soak
+
+        return run_soak(arguments)
     if mode == "engine-compare":
         from loadtest.engine_compare import run_engine_compare
 
@@ -39,7 +47,7 @@ def main() -> int:
         from loadtest.gpu_check import run_gpu_check
 
         return run_gpu_check(arguments)
-    modes = "demo|bench|batch-interference|chaos|engine-compare|waterfall|gpu-check"
+    modes = "demo|bench|batch-interference|chaos|streams|soak|engine-compare|waterfall|gpu-check"
     print(f"usage: python -m loadtest {modes} [--help]", file=sys.stderr)
     return 2
 
