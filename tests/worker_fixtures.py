@@ -90,6 +90,7 @@ class Host:
             "GLOWPLUG_NODE_ID": NODE,
             "GLOWPLUG_DRAIN_GRACE_S": "5",
             "GLOWPLUG_THREADS": "1",
+            "GLOWPLUG_STOPPED_LIMIT_S": "60",  # tests stop workers to look at them
             **env,
         }
         self.agent = self.start_agent()

@@ -44,9 +44,18 @@ from snapshots.store import SnapshotStore
 from snapshots.verification import verify_blob
 from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
-from worker.reports import REDIS_TROUBLE, RETRY_AFTER_S, Reports, keep_trying, make_node_report, read_memory_total_bytes
+from worker.reports import (
+    REDIS_TROUBLE,
+    RETRY_AFTER_S,
+    Reports,
+    describe_no_worker,
+    keep_trying,
+    make_node_report,
+    read_memory_total_bytes,
+)
 from worker.sealed_cache import FillingFile, NoRoom, SealedCache, SealedFile
 from worker.spawn_order import WorkerExited
+from worker.stopped_workers import StoppedWorkers
 from worker.worker_processes import WorkerProcesses
 from worker.zygote_client import ZygoteClient
 from worker.zygote_process import ZygoteProcess
@@ -111,6 +120,7 @@ class NodeAgent:
         Raises:
             Exception: a side task died; the agent cannot go on without it.
         """
+        stopped = StoppedWorkers(self._workers.pids, self._workers.end_stopped, self._settings.stopped_limit_s)
         zygote_start = asyncio.create_task(self._zygote.start(), name="zygote-start")
         side_tasks: list[asyncio.Task[None]] = [zygote_start]
         try:
@@ -119,6 +129,7 @@ class NodeAgent:
                 asyncio.create_task(self._read_commands(last_id), name="commands"),
                 asyncio.create_task(self._heartbeat(), name="heartbeat"),
                 asyncio.create_task(self._watch_store(), name="store-watch"),
+                asyncio.create_task(stopped.watch(), name="stopped-workers"),
             ]
             await asyncio.to_thread(_load_sealing)  # now, and not in the first wake from disk
             await self._until_stopped(side_tasks)
@@ -309,15 +320,17 @@ class NodeAgent:
         await keep_trying(self._beat, "reporting sealed bytes")
 
     async def _spawn(self, command: SpawnWorker, received_mono_ns: int) -> None:
-        await self._rescan()  # a manifest that was replaced a moment ago is verified before it is used
-        entry = self._catalogue.get(command.model)
-        if entry is None:
-            error = ErrorInfo(ErrorCode.MODEL_NOT_FOUND, f"node {self._node_id} has no model {command.model!r}")
-        elif entry.card.refused is not None:
-            error = entry.card.refused
+        error = ErrorInfo(ErrorCode.MODEL_NOT_FOUND, f"node {self._node_id} has no model {command.model!r}")
+        try:
+            await self._rescan()  # a manifest that was replaced a moment ago is verified before it is used
+        except OSError as failure:
+            error = describe_no_worker(failure)
         else:
-            await self._workers.spawn(command, entry, received_mono_ns)
-            return
+            entry = self._catalogue.get(command.model)
+            if entry is not None and entry.card.refused is None:
+                await self._workers.spawn(command, entry, received_mono_ns)
+                return
+            error = error if entry is None or entry.card.refused is None else entry.card.refused
         await keep_trying(
             lambda: self._reports.worker_changed(
                 command.worker_id, command.model, SlotState.FAILED, exited=True, error=error
@@ -345,7 +358,7 @@ class NodeAgent:
     async def _watch_store(self) -> None:
         while True:
             await asyncio.sleep(SCAN_S)
-            await self._rescan()
+            await keep_trying(self._rescan, "reading the store")
 
     def _report(self) -> NodeReport:
         return make_node_report(

@@ -26,12 +26,14 @@ DRAIN_GRACE_S: Final = "GLOWPLUG_DRAIN_GRACE_S"
 VERIFY: Final = "GLOWPLUG_VERIFY"
 DRAFT_TOKENS: Final = "GLOWPLUG_DRAFT_TOKENS"
 DEV: Final = "GLOWPLUG_DEV"
+STOPPED_LIMIT_S: Final = "GLOWPLUG_STOPPED_LIMIT_S"
 
 #: ``auto``: cuda where there is a GPU and CuPy, else numkong.
 BACKENDS: Final = (*CPU_BACKENDS, CUDA, "auto")
 #: ``once``: bytes are verified as they enter sealed memory, where they cannot change. ``always``: before each wake too.
 VERIFICATION_POLICIES: Final = ("once", "always")
 DEFAULT_DRAIN_GRACE_S: Final = 10.0
+DEFAULT_STOPPED_LIMIT_S: Final = 1.5
 MAX_DRAFT_TOKENS: Final = 32
 SEALED_MEMORY_FRACTION: Final = 0.8
 
@@ -48,6 +50,7 @@ class AgentSettings(msgspec.Struct, frozen=True):
     verification: str = VERIFICATION_POLICIES[0]
     draft_tokens: int = 0  # guessed ahead in each sequence; 0: none
     fill_limit_bytes_per_s: float = 0
+    stopped_limit_s: float = DEFAULT_STOPPED_LIMIT_S  # a worker that a signal stopped for so long is ended
 
     @property
     def store_root(self) -> Path:
@@ -85,6 +88,7 @@ def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.env
         verification=verification,
         draft_tokens=_read_draft_tokens(env),
         fill_limit_bytes_per_s=read_positive_float(FILL_LIMIT_BYTES_PER_S, math.inf, env),
+        stopped_limit_s=read_positive_float(STOPPED_LIMIT_S, DEFAULT_STOPPED_LIMIT_S, env),
     )
 
 

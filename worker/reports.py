@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import functools
 import os
+import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -33,6 +36,8 @@ from scheduler.contract.telemetry import SECURITY_EVENT
 STAGE_MODELS_CHANGED: Final = "models"
 RETRY_AFTER_S: Final = 0.5
 #: What an absent, loading or overfull server looks like: all of it passes, so whoever loops goes on.
+NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
+MAX_MEMINFO_BYTES: Final = 65_536
 REDIS_TROUBLE: Final = (*CONNECTION_ERRORS, RedisError)
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
@@ -113,13 +118,26 @@ class Reports:
 
 
 async def keep_trying(action: Callable[[], Awaitable[None]], what: str) -> None:
-    """Run ``action`` again until Redis takes it."""
+    """Run ``action`` again until Redis takes it, and while this process has no descriptor left for it."""
     while True:
         try:
             return await action()
         except REDIS_TROUBLE as error:
-            structlog.get_logger().warning("redis_unreachable", doing=what, error=str(error))
+            is_local = isinstance(error, OSError) and error.errno in NO_DESCRIPTORS
+            event = "no_descriptors" if is_local else "redis_unreachable"
+            structlog.get_logger().warning(event, doing=what, error=str(error))
             await asyncio.sleep(RETRY_AFTER_S)
+
+
+def describe_no_worker(error: OSError) -> ErrorInfo:
+    """What the kernel refused to an order, with the limit and the remedy where the cause is a limit of ours."""
+    cause = error.strerror or type(error).__name__
+    if error.errno in NO_DESCRIPTORS:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        cause = (
+            f"the node agent has too many open files (limit {limit}): raise it (`ulimit -n`, LimitNOFILE in systemd)"
+        )
+    return ErrorInfo(ErrorCode.WAKE_FAILED, f"no worker could be started: {cause}")
 
 
 def describe_exit(worker_id: str, model: str, exit_code: int) -> ErrorInfo:
@@ -184,6 +202,11 @@ def make_node_report(
 
 
 def _read_meminfo() -> dict[str, int]:
-    with open("/proc/meminfo") as meminfo:
-        fields = (line.split() for line in meminfo)
-        return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in fields}
+    fields = (line.split() for line in os.pread(_open_meminfo(), MAX_MEMINFO_BYTES, 0).decode().splitlines())
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in fields}
+
+
+@functools.cache
+def _open_meminfo() -> int:
+    """Held open: a node that has no descriptor left must still say that it lives."""
+    return os.open("/proc/meminfo", os.O_RDONLY)

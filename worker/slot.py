@@ -94,6 +94,7 @@ class WorkerSlot:
         self._loop.call_later(MAX_SILENCE_S, self._is_settled.set)
         self._news: asyncio.Queue[tuple[SlotState, ErrorInfo | None]] = asyncio.Queue()
         self._end: asyncio.Future[None] = self._loop.create_future()  # drain asked for; or what went wrong
+        self._hurry = asyncio.Event()
         self._side_tasks: list[asyncio.Task[None]] = []
 
     async def run(self) -> int:
@@ -173,12 +174,22 @@ class WorkerSlot:
     def _on_sigterm(self) -> None:
         if not self._end.done():
             self._end.set_result(None)
+        else:
+            self._hurry.set()  # a second signal: hand back at once
 
     async def _drain(self) -> None:
         """Finish what runs. What waits for an engine that is not there yet goes back to the queue at once."""
         self._tell(SlotState.DRAINING)
-        is_done = self._engine is not None and await self._claiming.drain(self._order.drain_grace_s)
-        self._log.info("worker_drained", handed_back=0 if is_done else len(self._runner))
+        if self._engine is not None:
+            drained = asyncio.create_task(self._claiming.drain(self._order.drain_grace_s), name="drain")
+            hurry = asyncio.create_task(self._hurry.wait(), name="hurry")
+            await asyncio.wait({drained, hurry}, return_when=asyncio.FIRST_COMPLETED)
+            if drained.done():
+                drained.result()
+            hurry.cancel()
+            drained.cancel()
+            await asyncio.gather(drained, hurry, return_exceptions=True)
+        self._log.info("worker_drained", handed_back=len(self._runner))
 
     async def _close(self) -> None:
         """Hand back what still runs, say the last words, stop."""

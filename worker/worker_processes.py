@@ -31,7 +31,7 @@ from scheduler.contract.telemetry import Mark
 from snapshots.errors import BlobCorrupt, MappingError, SnapshotError
 from worker.agent_settings import AgentSettings
 from worker.model_catalogue import CatalogueEntry, describe_refusal
-from worker.reports import Reports, describe_exit, keep_trying
+from worker.reports import NO_DESCRIPTORS, Reports, describe_exit, describe_no_worker, keep_trying
 from worker.sealed_cache import NoRoom, SealedCache
 from worker.spawn_order import EXIT_REPORTED, PrepareModel, SpawnedFds, SpawnOrder, WorkerExited
 from worker.zygote_client import SpawnFailed, ZygoteClient
@@ -52,6 +52,7 @@ class _Process:
     entry: CatalogueEntry
     pid: int = 0  # 0 until forked
     is_stopping: bool = False
+    stood_still: bool = False  # killed because a signal had stopped it
     cause: SnapshotError | None = None  # killed for this: its snapshot turned out corrupt while it started
     kill_timer: asyncio.TimerHandle | None = None
 
@@ -94,11 +95,14 @@ class WorkerProcesses:
             await self._on_corrupt(entry, error)
             await self._refuse(process, describe_refusal(error))
         except (NoRoom, MappingError) as error:
-            await self._refuse(process, ErrorInfo(ErrorCode.OUT_OF_MEMORY, str(error)))
+            await self._refuse(process, _describe_no_room(error))
         except SnapshotError as error:  # no sign of tampering, so the card stays: a key that is missing here, the disk
             await self._refuse(process, describe_refusal(error))
         except SpawnFailed as error:
             await self._refuse(process, ErrorInfo(ErrorCode.WAKE_FAILED, f"no worker could be started: {error}"))
+        except OSError as error:
+            self._log.error("spawn_failed", worker_id=process.worker_id, error=str(error))
+            await self._refuse(process, describe_no_worker(error))
         except Exception as error:  # an order must not end in silence: the scheduler would wait for its worker
             self._log.exception("spawn_failed", worker_id=process.worker_id)
             message = f"no worker could be started: {type(error).__name__}; see the agent's log"
@@ -162,12 +166,25 @@ class WorkerProcesses:
         process = self._processes.get(worker_id)
         if process is None:
             return
-        process.is_stopping = True
+        was_stopping, process.is_stopping = process.is_stopping, True
         self._log.info("worker_drain_ordered", worker_id=worker_id, model=process.model, grace_s=grace_s)
         if process.kill_timer is not None:
             process.kill_timer.cancel()
         process.kill_timer = asyncio.get_running_loop().call_later(grace_s + KILL_MARGIN_S, self._kill, worker_id)
-        await self._zygote.signal(worker_id, signal.SIGTERM)
+        if not was_stopping:  # a second one would end its drain at once
+            await self._zygote.signal(worker_id, signal.SIGTERM)
+
+    def pids(self) -> dict[str, int]:
+        """Workers that were forked and have not ended, as far as is known."""
+        return {worker_id: process.pid for worker_id, process in self._processes.items() if process.pid}
+
+    def end_stopped(self, worker_id: str) -> None:
+        """Kill a worker that a signal has stopped: its requests go on elsewhere, and that is not their fault."""
+        process = self._processes.get(worker_id)
+        if process is not None:
+            process.stood_still = True
+            self._log.error("worker_stood_still", worker_id=worker_id, model=process.model, pid=process.pid)
+            self._start_task(self._zygote.signal(worker_id, signal.SIGKILL), f"end of {worker_id}")
 
     async def drain_all(self, grace_s: float) -> None:
         """Drain every worker and wait until all are gone and reported."""
@@ -197,9 +214,12 @@ class WorkerProcesses:
         error = None if is_expected else describe_exit(process.worker_id, process.model, message.exit_code)
         if process.cause is not None:
             error = _describe_failed_fill(process.cause)
+        elif process.stood_still and not process.is_stopping:
+            text = f"worker {process.worker_id} of model {process.model!r} was stopped by a signal and has been ended"
+            error = ErrorInfo(ErrorCode.WORKER_FAILED, text)
         log = self._log.info if is_expected else self._log.error
         log("worker_exited", worker_id=process.worker_id, model=process.model, exit_code=message.exit_code)
-        self._bury(process, error, crashed=not is_expected and process.cause is None)
+        self._bury(process, error, crashed=not (is_expected or process.cause is not None or process.stood_still))
 
     def on_lost(self, worker_ids: list[str]) -> None:
         """The zygote died and these workers with it."""
@@ -257,7 +277,14 @@ class WorkerProcesses:
             self._log.error("task_failed", task=task.get_name(), exc_info=error)
 
 
+def _describe_no_room(error: Exception) -> ErrorInfo:
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in NO_DESCRIPTORS:
+        return describe_no_worker(cause)
+    return ErrorInfo(ErrorCode.OUT_OF_MEMORY, str(error))
+
+
 def _describe_failed_fill(error: SnapshotError) -> ErrorInfo:
     if isinstance(error, MappingError):
-        return ErrorInfo(ErrorCode.OUT_OF_MEMORY, str(error))
+        return _describe_no_room(error)
     return describe_refusal(error)

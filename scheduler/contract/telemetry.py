@@ -95,6 +95,7 @@ class Metric(StrEnum):
     TOKEN_DELIVERY_SECONDS = "glowplug_token_delivery_seconds"
     TOKENS_TOTAL = "glowplug_tokens_total"  # labels: model, kind (prompt|completion)
     RECOVERIES_TOTAL = "glowplug_recoveries_total"
+    REFUSED_KEYS_TOTAL = "glowplug_refused_keys_total"  # labels: reason (missing|unknown|expired|revoked)
     SWEPT_TOTAL = "glowplug_swept_total"  # labels: kind
     IN_FLIGHT = "glowplug_requests_in_flight"  # labels: model
     QUEUE_DEPTH = "glowplug_queue_depth"  # labels: model

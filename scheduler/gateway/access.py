@@ -171,18 +171,19 @@ class AccessControl:
     def _authenticate(self, request: web.Request) -> ApiKey:
         token = read_token(request)
         if token is None:
-            raise self._refuse("missing", f"an API key is needed: {HOW_TO_SEND}")
+            raise self._refuse(request, "missing", f"an API key is needed: {HOW_TO_SEND}")
         key = None if self._keys is None else self._keys.find(token)
         if key is None:
-            raise self._refuse("unknown", "this API key is not known here: check it, or ask for a new one")
+            raise self._refuse(request, "unknown", "this API key is not known here: check it, or ask for a new one")
         state = key.state_at(time.time())
         if state != "active":
-            raise self._refuse(state, f"this API key is {state}: ask for a new one")
+            raise self._refuse(request, state, f"this API key is {state}: ask for a new one")
         return key
 
-    def _refuse(self, reason: str, message: str) -> HttpError:
+    def _refuse(self, request: web.Request, reason: str, message: str) -> HttpError:
         """A 401; in the log at most once a second, so that who guesses cannot fill the disk."""
         self._failures_unlogged += 1
+        request.app[GATEWAY].metrics.on_refused_key(reason)
         now_mono_s = time.monotonic()
         if now_mono_s - self._failure_logged_mono_s >= FAILURE_LOG_EVERY_S:
             _log.warning("access_refused", reason=reason, num_refused=self._failures_unlogged)

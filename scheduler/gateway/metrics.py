@@ -51,6 +51,10 @@ class GatewayMetrics:
         """A request that the queue's server had lost was looked for."""
         self.ensure_ready().recoveries.inc()
 
+    def on_refused_key(self, reason: str) -> None:
+        """A request was refused for its key, or for having none."""
+        self.ensure_ready().refused_keys.labels(reason).inc()
+
     def on_delivery(self, sampled_mono_ns: int, written_mono_ns: int) -> None:
         """A step's tokens were written to a client's socket."""
         seconds = (written_mono_ns - sampled_mono_ns) / 1e9
@@ -109,6 +113,7 @@ class _Instruments:
             Metric.TOKEN_DELIVERY_SECONDS, "Token sampled to written to the client.", buckets=DELIVERY_BUCKETS_S
         )
         self.recoveries = counter(Metric.RECOVERIES_TOTAL, "Requests that the queue's server had lost.")
+        self.refused_keys = counter(Metric.REFUSED_KEYS_TOTAL, "Requests without a key that counts.", "reason")
         self.in_flight = gauge(Metric.IN_FLIGHT, "Requests this gateway holds.", "model")
         self.queue_depth = gauge(Metric.QUEUE_DEPTH, "Requests queued or running.", "model")
         self.swept = gauge(Metric.SWEPT_TOTAL, "What the sweeper found and dealt with, since this leader.", "kind")

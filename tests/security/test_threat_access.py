@@ -89,6 +89,9 @@ async def test_threat_guessed_key(gateway: GatewayHarness, token: str) -> None:
     wrong += [f"gp_{key_id}_{'A' * 43}", f"gp_aaaaaaaa_{token.split('_', 2)[2]}", token * 3]
     for guess in wrong:
         assert await status_of(gateway, "GET", "/v1/models", headers={"x-api-key": guess}) == 401, guess
+    lines = gateway.server.gateway.metrics.render(None, {})[0].decode().splitlines()
+    counts = [line for line in lines if line.startswith("glowplug_refused_keys_total{")]
+    assert sum(float(line.rsplit(" ", 1)[1]) for line in counts) == len(wrong), counts
     for header in (f"Basic {token}", token, f"Bearer{token}", "Bearer", ""):
         assert await status_of(gateway, "GET", "/v1/models", headers={"Authorization": header}) == 401, header
     assert await status_of(gateway, "GET", "/v1/models", headers=bearer(token)) == 200
