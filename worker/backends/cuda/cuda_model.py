@@ -71,6 +71,7 @@ class CudaModel:
         self._blob: ByteArray | None = None if plan.blob is None else plan.blob.data
         self._is_registered = False
         self._is_closed = False
+        self._newest_piece = -1  # that the compute stream has waited for
         self._image: Place | None = None
         self._weights: WeightStream | None = None
         self._logits = self._workspace.take("logits", 0)
@@ -200,7 +201,7 @@ class CudaModel:
         except BaseException:
             self._device.free(image)
             raise
-        self._image = image
+        self._image, self._newest_piece = image, -1
         self._weights.start()
 
     def wait_weights(self) -> None:
@@ -271,8 +272,9 @@ class CudaModel:
         return found
 
     def _queue(self, command: Command) -> None:
-        if self._weights is not None and command.last_piece >= 0:
+        if self._weights is not None and command.last_piece > self._newest_piece:
             self._weights.wait_for(command.last_piece, self._compute)
+            self._newest_piece = command.last_piece  # and with it all before: copies are queued in order
         self._run(command)
 
     def _run(self, command: Command) -> None:
