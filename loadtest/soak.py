@@ -33,6 +33,8 @@ CLOSED_LOOP_CLIENTS: Final = 16
 WARM_UP_S: Final = 5.0
 SAMPLE_EVERY_S: Final = 5.0
 MAX_TOKENS: Final = 16
+#: Small, so that the prefix cache is full, and the worker's memory flat, within the first minute.
+KV_BUDGET_BYTES: Final = 256 * 1024 * 1024
 SUBJECTS: Final = ("France", "Italy", "Japan", "Egypt", "Spain", "Canada", "Greece", "India", "Kenya", "Peru")
 QUESTIONS: Final = ("What is the capital of", "Which language is spoken in", "Name a large river of", "Where is")
 
@@ -181,7 +183,9 @@ def soak(state_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
     if not (state_dir / "store" / "manifests" / f"{options.model}.gpsnap").exists():
         words = ["build", options.source, "--name", options.model, "--state-dir", str(state_dir), "--dev"]
         subprocess.run([*glowplug_command(), *words], check=True, stdout=subprocess.DEVNULL)
-    with Server(state_dir, "--idle-timeout-s", "600", log=state_dir / "serve.log") as server:
+    config = state_dir / "soak.yaml"
+    config.write_text(f"defaults: {{kv_budget_bytes: {KV_BUDGET_BYTES}, idle_timeout_s: 600}}\n")
+    with Server(state_dir, "--config", str(config), log=state_dir / "serve.log") as server:
         server.wait_ready()
         server.wait_listed(options.model)
         return uvloop.run(run_load(server, options.model, options))
