@@ -43,6 +43,13 @@ ROUTES: Final = (
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/embeddings"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/v1/responses/input_tokens"),
+    ("POST", "/v1/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/openapi.json"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/tiny"),
     ("GET", "/v1/requests/00000000000000000000000000/stream"),
@@ -146,10 +153,13 @@ def make_body(chance: random.Random) -> bytes:
             chat_body(stream=chance.random() < 0.5),
             {"model": "tiny", "prompt": "hello"},
             {"model": "tiny", "input": ["a", "b"]},
+            {"model": "tiny", "input": "hi", "stream": chance.random() < 0.5},
+            {"model": "tiny", "tokens": [1, 2]},
         )
     )
     names = [*call, "temperature", "top_p", "n", "max_tokens", "stop", "seed", "logprobs", "top_logprobs", "logit_bias"]
     names += ["tools", "response_format", "stream_options", "user", "priority", "messages", "prompt", "echo", "top_k"]
+    names += ["system", "tool_choice", "tokens", "content", "instructions", "text", "metadata", "stop_sequences"]
     names += ["suffix", "best_of", "min_p", "presence_penalty", "encoding_format", "dimensions", "guided_regex"]
     for _ in range(chance.choice((0, 0, 1, 1, 2, 6))):
         call[chance.choice(names)] = chance.choice(ODD_VALUES)
