@@ -255,8 +255,8 @@ def build_document() -> bytes:
             "title": "glowplug",
             "version": metadata.version("glowplug"),
             "description": (
-                "Fields that are not listed are ignored. Streams are documented in docs/api.md. What is no HTTP, or too "
-                "much of it, is answered with 400, 405, 417 or 431 on any path."
+                "Fields that are not listed are ignored. Streams are documented in docs/api.md. What is no HTTP, or "
+                "too much of it, is answered with 400, 405, 417 or 431 on any path."
             ),
         },
         "paths": paths,
