@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
             from worker.zygote_process import start_zygote_process
 
             zygote = start_zygote_process()  # its imports take as long as the agent's: let them run side by side
-            from worker.agent import main as run_agent
+            from worker.agent_process import main as run_agent
 
             return run_agent(zygote)
         case ["zygote", fd] if fd.isdecimal():

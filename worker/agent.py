@@ -9,20 +9,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-import signal
-import sys
 import time
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any, Final
 
 import structlog
-import uvloop
 from redis.asyncio import Redis
 
 from scheduler.contract import codec, keys
-from scheduler.contract.connection import connect
-from scheduler.contract.environment import SettingsError
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
 from scheduler.contract.messages import (
     AgentCommand,
@@ -35,14 +29,12 @@ from scheduler.contract.messages import (
     WorkerReport,
 )
 from scheduler.contract.states import SlotState
-from scheduler.contract.telemetry import configure_logging
-from snapshots.blob_reference import BlobRef
-from snapshots.errors import KeyRingError, SnapshotError
+from snapshots.errors import SnapshotError
 from snapshots.keyring import KeyRing
 from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
-from snapshots.verification import verify_blob
-from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
+from worker import agent_sealing
+from worker.agent_settings import AgentSettings
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
 from worker.reports import (
     REDIS_TROUBLE,
@@ -53,7 +45,7 @@ from worker.reports import (
     make_node_report,
     read_memory_total_bytes,
 )
-from worker.sealed_cache import FillingFile, NoRoom, SealedCache, SealedFile
+from worker.sealed_cache import NoRoom, SealedCache
 from worker.spawn_order import WorkerExited
 from worker.stopped_workers import StoppedWorkers
 from worker.worker_processes import WorkerProcesses
@@ -81,8 +73,8 @@ class NodeAgent:
         self._reports = Reports(redis, self._node_id)
         store = SnapshotStore(settings.store_root, newest=NewestSeen(settings.newest_record))
         self._catalogue = ModelCatalogue(store, keyring, guest_identity())
-        verify_again = _verify_sealed if settings.verification == "always" else None
-        seal = functools.partial(_seal_blob, keyring)
+        verify_again = agent_sealing.verify_sealed if settings.verification == "always" else None
+        seal = functools.partial(agent_sealing.seal_blob, keyring)
         self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost, started=zygote)
         self._cache = SealedCache(
             store.blob_path,
@@ -90,8 +82,8 @@ class NodeAgent:
             settings.sealed_limit_bytes,
             verify_again,
             self._zygote.models.on_dropped,
-            functools.partial(_verify_file, keyring),
-            functools.partial(_begin_fill, keyring, settings.fill_limit_bytes_per_s),
+            functools.partial(agent_sealing.verify_file, keyring),
+            functools.partial(agent_sealing.begin_fill, keyring, settings.fill_limit_bytes_per_s),
             self._on_fill_failed,
         )
         self._workers = WorkerProcesses(
@@ -131,7 +123,7 @@ class NodeAgent:
                 asyncio.create_task(self._watch_store(), name="store-watch"),
                 asyncio.create_task(stopped.watch(), name="stopped-workers"),
             ]
-            await asyncio.to_thread(_load_sealing)  # now, and not in the first wake from disk
+            await asyncio.to_thread(agent_sealing.load_sealing)  # now, and not in the first wake from disk
             await self._until_stopped(side_tasks)
         finally:
             for task in side_tasks:
@@ -382,62 +374,3 @@ class NodeAgent:
         from worker.jobs import release_worker  # arq takes 0.1 s to import, and no worker has ended before its first
 
         return await release_worker(self._redis, model, worker_id, crashed=crashed)
-
-
-def _seal_blob(keyring: KeyRing, path: Path, ref: BlobRef, label: str) -> SealedFile:
-    # Imported late: it loads NumPy, without which an agent is registered 60 ms sooner.
-    from snapshots.mapping import seal_blob
-
-    return seal_blob(path, ref, label=label, keyring=keyring)
-
-
-def _begin_fill(keyring: KeyRing, limit_bytes_per_s: float, path: Path, ref: BlobRef, label: str) -> FillingFile:
-    from snapshots.filling import FillingBlob  # as above: NumPy
-
-    return FillingBlob(path, ref, label=label, keyring=keyring, limit_bytes_per_s=limit_bytes_per_s)
-
-
-def _verify_file(keyring: KeyRing, path: Path, ref: BlobRef, label: str) -> None:
-    verify_blob(path, ref, label, keyring=keyring)
-
-
-def _verify_sealed(fd: int, ref: BlobRef) -> None:
-    from snapshots.mapping import verify_sealed  # as above: NumPy
-
-    verify_sealed(fd, ref)
-
-
-def _load_sealing() -> None:
-    import snapshots.filling  # noqa: F401
-    import worker.jobs  # noqa: F401  # likewise: for the end of the first worker
-
-
-async def run_agent(settings: AgentSettings, keyring: KeyRing, zygote: ZygoteProcess | None = None) -> None:
-    """Run a node agent until SIGTERM or SIGINT; a second signal ends it without draining."""
-    redis = connect(settings.process.redis_url)
-    agent = NodeAgent(settings, keyring, redis, zygote)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, agent.stop)
-    try:
-        await agent.run()
-    finally:
-        await redis.aclose()
-
-
-def main(zygote: ZygoteProcess | None = None) -> int:
-    """Entry point of ``python -m worker agent``; exit code. Takes over ``zygote``, if one was started already."""
-    try:
-        settings = read_agent_settings(read_memory_total_bytes())
-        configure_logging(
-            component="agent",
-            level=settings.process.log_level,
-            log_format=settings.process.log_format,
-            log_dir=settings.process.log_dir,
-        )
-        keyring = load_keyring(settings.process.state_dir)
-    except (SettingsError, KeyRingError) as error:
-        print(f"glowplug agent: {error}", file=sys.stderr)
-        return EXIT_SETTINGS
-    uvloop.run(run_agent(settings, keyring, zygote))
-    return 0

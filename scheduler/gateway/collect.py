@@ -13,7 +13,8 @@ from scheduler.contract.messages import StepFrame, TokenLogprob, Trace
 from scheduler.contract.states import FinishReason
 from scheduler.contract.telemetry import Mark
 from scheduler.gateway.anthropic_events import build_finished_message
-from scheduler.gateway.exchange import Exchange, OnStep, OnVector, Part, as_exception
+from scheduler.gateway.exchange import Exchange, OnStep, OnVector, as_exception
+from scheduler.gateway.exchange_part import Part
 from scheduler.gateway.request_schema import Call, Endpoint
 from scheduler.gateway.responses import (
     ChatChoice,

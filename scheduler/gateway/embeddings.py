@@ -15,7 +15,8 @@ from aiohttp import web
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import VectorFrame
 from scheduler.gateway.collect import build_headers, wait_answer
-from scheduler.gateway.exchange import Exchange, Part, as_exception
+from scheduler.gateway.exchange import Exchange, as_exception
+from scheduler.gateway.exchange_part import Part
 
 NUMBER_BYTES = 4  # of float32
 

@@ -24,13 +24,13 @@ from scheduler.contract.messages import (
     StepFrame,
     TerminalFrame,
     Trace,
-    Usage,
     VectorFrame,
 )
 from scheduler.contract.states import Priority
 from scheduler.contract.telemetry import Mark
-from scheduler.dispatch import QueueFull, estimate_tokens
+from scheduler.dispatch import QueueFull
 from scheduler.gateway.errors import redis_within
+from scheduler.gateway.exchange_part import Part
 from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.identity import ANONYMOUS, Identity
 from scheduler.gateway.request_ids import create_request_id
@@ -59,29 +59,6 @@ LOST: Final = ErrorInfo(
     retry_after_s=1,
 )
 TRACE_WAIT_S: Final = 0.25
-
-
-class Part:
-    """One generate request of an exchange. ``terminal`` is set once, by its last frame."""
-
-    __slots__ = ("choice_offset", "index", "marks", "may_be_queued", "num_streamed_tokens", "request", "terminal")
-
-    def __init__(self, request: GenerateRequest, index: int) -> None:
-        self.request = request
-        self.index = index
-        self.choice_offset = index * request.num_choices
-        self.marks: dict[str, int] = dict(request.marks)
-        self.terminal: TerminalFrame | None = None
-        self.may_be_queued = False
-        self.num_streamed_tokens = 0
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens used, as told at the end; until then, or where the end never came, what has been seen of them."""
-        if self.terminal is not None and self.terminal.usage.prompt_tokens:
-            return self.terminal.usage
-        prompt_tokens = estimate_tokens(self.request.prompt) if self.num_streamed_tokens else 0
-        return Usage(prompt_tokens, self.num_streamed_tokens)
 
 
 #: Called on the event loop for each step: which request, and what the step added.

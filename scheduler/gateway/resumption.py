@@ -20,7 +20,8 @@ from scheduler.contract.messages import GenerateRequest, ModelCard, RequestRecor
 from scheduler.contract.states import Priority
 from scheduler.gateway.errors import HttpError, redis_within
 from scheduler.gateway.event_ids import HEADER, read_event_id
-from scheduler.gateway.exchange import LOST, Exchange, OnStep, OnVector, Part
+from scheduler.gateway.exchange import LOST, Exchange, OnStep, OnVector
+from scheduler.gateway.exchange_part import Part
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.request_ids import is_request_id

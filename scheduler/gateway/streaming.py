@@ -15,7 +15,8 @@ from scheduler.gateway import sse
 from scheduler.gateway.chunks import make_chunk_writer
 from scheduler.gateway.event_ids import EventIds
 from scheduler.gateway.event_stream import EventStream
-from scheduler.gateway.exchange import Exchange, Part
+from scheduler.gateway.exchange import Exchange
+from scheduler.gateway.exchange_part import Part
 from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.responses import build_usage
 from scheduler.gateway.traces import COLD_START_NAMES, format_server_timing

@@ -17,7 +17,8 @@ from scheduler.contract.states import Priority
 from scheduler.gateway.anthropic_request import read_message_call
 from scheduler.gateway.collect import build_headers, wait_answer
 from scheduler.gateway.errors import bad_field
-from scheduler.gateway.exchange import Exchange, Part
+from scheduler.gateway.exchange import Exchange
+from scheduler.gateway.exchange_part import Part
 from scheduler.gateway.field_reader import FieldReader
 from scheduler.gateway.request_schema import (
     UNLIMITED_TOKENS,

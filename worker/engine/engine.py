@@ -32,7 +32,7 @@ from worker.backends.protocol import KV_BLOCK_TOKENS, BackendLost, BoundModel
 from worker.engine.batch import SequenceView, decide_step
 from worker.engine.batch_share import BatchShare
 from worker.engine.engine_statistics import EngineStatistics
-from worker.engine.failures import describe_error
+from worker.engine.failures import EngineIntegrityError, describe_error
 from worker.engine.fairness import ServiceOrder
 from worker.engine.grammar import Grammars
 from worker.engine.intake import attach_grammar, prepare_request
@@ -48,10 +48,6 @@ from worker.engine.types import AnyRequest, RequestStep, TextRequest
 from worker.loaded_model import LoadedModel
 
 _log = structlog.get_logger()
-
-
-class EngineIntegrityError(Exception):
-    """The engine's books do not agree; the message says where."""
 
 
 class Engine:

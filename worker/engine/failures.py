@@ -1,4 +1,4 @@
-"""What a client is told about an exception in its own request."""
+"""What goes wrong in an engine, and what a client is told about an exception in its own request."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
 from worker.engine.sampling import SamplingError
 
 _log = structlog.get_logger()
+
+
+class EngineIntegrityError(Exception):
+    """The engine's books do not agree; the message says where."""
 
 
 def describe_error(error: Exception) -> ErrorInfo:

@@ -1,0 +1,53 @@
+"""The process of a node agent: from settings and keys to a running agent, and its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import Final
+
+import uvloop
+
+from scheduler.contract.connection import connect
+from scheduler.contract.environment import SettingsError
+from scheduler.contract.telemetry import configure_logging
+from snapshots.errors import KeyRingError
+from snapshots.keyring import KeyRing
+from worker.agent import NodeAgent
+from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
+from worker.reports import read_memory_total_bytes
+from worker.zygote_process import ZygoteProcess
+
+EXIT_SETTINGS: Final = 78  # EX_CONFIG
+
+
+async def run_agent(settings: AgentSettings, keyring: KeyRing, zygote: ZygoteProcess | None = None) -> None:
+    """Run a node agent until SIGTERM or SIGINT; a second signal ends it without draining."""
+    redis = connect(settings.process.redis_url)
+    agent = NodeAgent(settings, keyring, redis, zygote)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.stop)
+    try:
+        await agent.run()
+    finally:
+        await redis.aclose()
+
+
+def main(zygote: ZygoteProcess | None = None) -> int:
+    """Entry point of ``python -m worker agent``; exit code. Takes over ``zygote``, if one was started already."""
+    try:
+        settings = read_agent_settings(read_memory_total_bytes())
+        configure_logging(
+            component="agent",
+            level=settings.process.log_level,
+            log_format=settings.process.log_format,
+            log_dir=settings.process.log_dir,
+        )
+        keyring = load_keyring(settings.process.state_dir)
+    except (SettingsError, KeyRingError) as error:
+        print(f"glowplug agent: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    uvloop.run(run_agent(settings, keyring, zygote))
+    return 0
