@@ -22,6 +22,8 @@ from scheduler.gateway.identity import Identity
 from scheduler.gateway.traces import compute_ttft_ms
 
 REFRESH_EVERY_S: Final = 0.5
+#: No card at all, where there were some: for so long the known ones count.
+FORGOTTEN_GRACE_S: Final = 5.0
 #: A server that has been away this long is not waited for: a restart is over sooner.
 AWAY_S: Final = 1.0
 AWAY_RETRY_AFTER_S: Final = 2
@@ -52,6 +54,7 @@ class ModelDirectory:
         self._status_by_model: dict[str, ModelStatus] = {}
         self._wake_ms: dict[str, float] = {}
         self._refreshed_mono_s = -REFRESH_EVERY_S
+        self._seen_cards_mono_s = -FORGOTTEN_GRACE_S
         self._refreshing = asyncio.Lock()
         self._log = structlog.get_logger()
 
@@ -148,6 +151,11 @@ class ModelDirectory:
         self._refreshed_mono_s = time.monotonic()
 
     def _take_cards(self, raw_cards: dict[bytes, bytes]) -> None:
+        now_mono_s = time.monotonic()
+        if raw_cards:
+            self._seen_cards_mono_s = now_mono_s
+        elif now_mono_s - self._seen_cards_mono_s < FORGOTTEN_GRACE_S:
+            return  # a server that restarted without its data; the agents publish again with their next heartbeat
         if raw_cards == self._raw_cards:
             return
         cards = {}

@@ -18,7 +18,7 @@ def test_prefix_cache_benchmark_counts_hits(tmp_path: Path) -> None:
     assert prefix_cache.main(["--source", TINY, *options, "--kv-budget-mib", "4", "--json", str(target)]) == 0
     figures = json.loads(target.read_text())
     assert figures["hit_rate"] == figures["hit_rate_of_an_endless_cache"] > 0.5
-    assert figures["num_equal_answers"] == 24
+    assert figures["num_equal_first_tokens"] == 24
     assert set(figures["ttft_p50_ms"]) == {"with", "without"}
 
 
