@@ -18,6 +18,7 @@ from worker.backends.cpu_program import CpuProgram
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
 from worker.backends.host_sampling import sample_rows
 from worker.backends.kv_blocks import KvBlocks, skip_tokens
+from worker.backends.kv_blocks_model import KvBlocksModel
 from worker.backends.numkong_encoder import NumKongEncoder
 from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
 from worker.backends.sampling_rows import SampledToken, SamplingRow
@@ -69,7 +70,7 @@ class NumKongBackend:
         return NumKongEncoder(plan, self._num_threads)
 
 
-class NumKongModel:
+class NumKongModel(KvBlocksModel):
     """A model on the CPU backend. Engine thread only."""
 
     def __init__(self, plan: ModelPlan, num_threads: int) -> None:
@@ -96,29 +97,10 @@ class NumKongModel:
         self._num_steps = 0
         self._num_tokens = 0
 
-    @property
-    def kv_block_bytes(self) -> int:
-        return self._blocks.block_bytes
-
     def prepare_step(self, num_tokens: int) -> None:
         """Bind the program to that many rows (5 ms for 30 layers). No memory of activations or weights is touched."""
         kind = ProgramKind.DECODE if num_tokens == 1 else ProgramKind.PREFILL
         self._programs[kind].prepare(num_tokens)
-
-    def open_kv(self, num_blocks: int) -> None:
-        self._blocks.open(num_blocks)
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        self._blocks.copy_blocks(pairs)
-
-    def release_blocks(self, blocks: Sequence[int]) -> None:
-        self._blocks.release(blocks)
-
-    def capture_prefix(self, block_table: Sequence[int], num_tokens: int) -> FloatArray:
-        return self._blocks.capture_prefix(block_table, num_tokens)
-
-    def restore_prefix(self, block_table: Sequence[int], keys_values: FloatArray) -> None:
-        self._blocks.restore_prefix(block_table, keys_values)
 
     def step(self, inputs: tuple[SequenceInput, ...]) -> None:
         """See :class:`~worker.backends.protocol.BoundModel`."""

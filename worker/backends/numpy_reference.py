@@ -19,6 +19,7 @@ from guests.program import Operation, Program
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan, TokenSpan, lay_out
 from worker.backends.host_sampling import sample_rows
 from worker.backends.kv_blocks import KvBlocks, Runs
+from worker.backends.kv_blocks_model import KvBlocksModel
 from worker.backends.numpy_encoder import ENCODER_FUNCTIONS
 from worker.backends.program_shapes import infer_shapes
 from worker.backends.protocol import (
@@ -86,7 +87,7 @@ class NumpyBackend:
         return NumpyEncoder(plan)
 
 
-class NumpyModel:
+class NumpyModel(KvBlocksModel):
     """A model on the reference backend. Engine thread only."""
 
     def __init__(self, plan: ModelPlan) -> None:
@@ -101,27 +102,8 @@ class NumpyModel:
         self._num_steps = 0
         self._num_tokens = 0
 
-    @property
-    def kv_block_bytes(self) -> int:
-        return self._blocks.block_bytes
-
     def prepare_step(self, num_tokens: int) -> None:
         """Nothing: steps of every size are the same code."""
-
-    def open_kv(self, num_blocks: int) -> None:
-        self._blocks.open(num_blocks)
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        self._blocks.copy_blocks(pairs)
-
-    def release_blocks(self, blocks: Sequence[int]) -> None:
-        self._blocks.release(blocks)
-
-    def capture_prefix(self, block_table: Sequence[int], num_tokens: int) -> FloatArray:
-        return self._blocks.capture_prefix(block_table, num_tokens)
-
-    def restore_prefix(self, block_table: Sequence[int], keys_values: FloatArray) -> None:
-        self._blocks.restore_prefix(block_table, keys_values)
 
     def step(self, inputs: tuple[SequenceInput, ...]) -> None:
         """See :class:`~worker.backends.protocol.BoundModel`."""
