@@ -122,6 +122,14 @@ class Host:
         assert found is not None
         return found
 
+    async def wait_queue_empty(self) -> None:
+        """Wait until no request is queued or claimed: a worker gives its claim back just after the terminal frame."""
+
+        async def empty() -> bool:
+            return await self.dispatcher.queue_depth(MODEL) == 0
+
+        await eventually(empty, what="the queue is empty")
+
     async def wait_logged(self, event: str) -> None:
         """Wait for a line of that event in the agent's log."""
         await eventually(lambda: f'"event": "{event}"' in self.log.read_text(), what=f"log line {event}")

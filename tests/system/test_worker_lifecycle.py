@@ -53,7 +53,7 @@ async def test_cold_request_is_streamed_then_the_model_goes_to_zero_and_wakes_ag
         assert gone.error is None
         await wait_gone(pid)
         assert not await host.redis.exists(keys.worker(worker_id))
-        assert await host.dispatcher.queue_depth(MODEL) == 0
+        await host.wait_queue_empty()
     assert texts[0] == texts[1]
     report = await host.wait_registered()
     assert report.sealed_bytes.keys() <= {MODEL}
@@ -176,7 +176,7 @@ async def test_client_that_goes_away_ends_its_request(host: Host) -> None:
     assert len(await host.frames("r1")) < 100
     _, after = await host.ask("r2")
     assert after.error is None
-    assert await host.dispatcher.queue_depth(MODEL) == 0
+    await host.wait_queue_empty()
 
 
 async def test_killed_zygote_is_replaced_and_its_workers_reported(host: Host) -> None:
