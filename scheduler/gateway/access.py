@@ -32,7 +32,8 @@ from aiohttp.typedefs import Handler
 
 from scheduler.api_keys import ApiKey, ApiKeyError, ApiKeySet, Scope, load_keys
 from scheduler.contract.environment import SettingsError
-from scheduler.gateway.errors import HttpError
+from scheduler.contract.errors import GlowplugError
+from scheduler.gateway.errors import HttpError, describe_refusal
 from scheduler.gateway.gateway import GATEWAY
 from scheduler.gateway.identity import ANONYMOUS, IDENTITY, Identity
 from scheduler.gateway.response_headers import is_preflight, preflight_response
@@ -53,6 +54,9 @@ SCOPES_BY_PREFIX: Final = (
     ("/tokenize", Scope.INFER),
     ("/detokenize", Scope.INFER),
 )
+#: In the audit log, of an order that was cut off or crashed before it had an answer.
+UNANSWERED_STATUS: Final = 500
+MAX_AUDITED_PATH_CHARS: Final = 200
 HOW_TO_SEND: Final = "send it as `Authorization: Bearer KEY` (or x-api-key)"
 
 _log = structlog.get_logger()
@@ -111,6 +115,8 @@ class AccessControl:
         self._reloading = asyncio.Lock()
         self._failures_unlogged = 0
         self._failure_logged_mono_s = 0.0
+        self._beyond_scope_unlogged = 0
+        self._beyond_scope_logged_mono_s = 0.0
 
     @property
     def requires_keys(self) -> bool:
@@ -148,6 +154,8 @@ class AccessControl:
         key = self._authenticate(request)
         scope = scope_of(path_of_route(request))
         if scope is not None and scope not in key.scopes:
+            if scope is Scope.ADMIN:
+                self._note_beyond_scope(request, key)
             raise HttpError(
                 403,
                 f'this key may not do that: {request.path[:100]} needs scope "{scope}", it has {", ".join(key.scopes)}',
@@ -179,6 +187,16 @@ class AccessControl:
         if state != "active":
             raise self._refuse(request, state, f"this API key is {state}: ask for a new one")
         return key
+
+    def _note_beyond_scope(self, request: web.Request, key: ApiKey) -> None:
+        """A key that is for less tried an admin path: a line of the audit log, at most one a second."""
+        self._beyond_scope_unlogged += 1
+        now_mono_s = time.monotonic()
+        if now_mono_s - self._beyond_scope_logged_mono_s >= FAILURE_LOG_EVERY_S:
+            path = request.path[:MAX_AUDITED_PATH_CHARS]
+            facts = {"method": request.method, "path": path, "num_refused": self._beyond_scope_unlogged}
+            request.app[GATEWAY].audit_nowait(key.id, "admin_refused", status=403, code="insufficient_scope", **facts)
+            self._beyond_scope_unlogged, self._beyond_scope_logged_mono_s = 0, now_mono_s
 
     def _refuse(self, request: web.Request, reason: str, message: str) -> HttpError:
         """A 401; in the log at most once a second, so that who guesses cannot fill the disk."""
@@ -295,8 +313,17 @@ async def check_access(request: web.Request, handler: Handler) -> web.StreamResp
         return preflight_response()  # a preflight carries no key, and learns nothing
     identity = await gateway.access.identify(request)
     request[IDENTITY] = identity
-    response = await handler(request)
-    if request.method not in ("GET", "HEAD") and scope_of(path_of_route(request)) is Scope.ADMIN:
+    if request.method in ("GET", "HEAD") or scope_of(path_of_route(request)) is not Scope.ADMIN:
+        return await handler(request)
+    status, code = UNANSWERED_STATUS, None
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    except (GlowplugError, HttpError, web.HTTPException) as error:
+        status, code = describe_refusal(error)
+        raise
+    finally:  # refused orders and crashes too: what was tried is as telling as what was done
         actor = identity.key_id or "loopback"
-        gateway.audit_nowait(actor, "admin_request", method=request.method, path=request.path, status=response.status)
-    return response
+        path = request.path[:MAX_AUDITED_PATH_CHARS]
+        gateway.audit_nowait(actor, "admin_request", method=request.method, path=path, status=status, code=code)

@@ -110,6 +110,17 @@ def describe_framework_error(error: web.HTTPException, request: web.Request, max
             return HttpError(error.status, error.reason or "request refused", code="http_error")
 
 
+def describe_refusal(error: GlowplugError | HttpError | web.HTTPException) -> tuple[int, str]:
+    """Status and code of the answer that ``error`` becomes."""
+    match error:
+        case GlowplugError():
+            return error.info.disposition.status, error.info.code.value
+        case HttpError():
+            return error.status, error.code
+        case _:
+            return error.status, "http_error"
+
+
 def bad_field(param: str, message: str) -> GlowplugError:
     """A 400 that names the field at fault."""
     return GlowplugError(ErrorCode.INVALID_REQUEST, f"{param}: {message}", param=param)

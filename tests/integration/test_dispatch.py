@@ -101,16 +101,6 @@ async def claim(redis: Redis, room: int) -> list[str]:
     return [request_id.decode() for request_id in found[::3]]
 
 
-async def test_a_flood_of_one_tenant_does_not_hold_up_another(redis: Redis, dispatcher: Dispatcher) -> None:
-    """Who has sent a hundred stands behind them; who sends one is served next, in mid-flood too."""
-    for i in range(100):
-        await dispatcher.enqueue(make_request(f"a{i}", tenant="a"))
-    assert await claim(redis, 10) == [f"a{i}" for i in range(10)]
-    await dispatcher.enqueue(make_request("b0", tenant="b"))
-    await dispatcher.enqueue(make_request("b1", tenant="b"))
-    assert await claim(redis, 5) == ["b0", "a10", "b1", "a11", "a12"]
-
-
 async def test_tenants_share_by_weight_and_classes_do_not_mix(redis: Redis, dispatcher: Dispatcher) -> None:
     """Weight 3 gets three of four places; a batch request of an idle tenant still waits for all interactive ones."""
     await dispatcher.enqueue(make_request("batch", tenant="c", priority=Priority.BATCH))

@@ -15,11 +15,10 @@ from scheduler.api_keys import Scope, change_keys, create_key, key_file_path
 from scheduler.config import SchedulerConfig
 from scheduler.contract import keys
 from scheduler.contract.messages import GenerateRequest
-from scheduler.contract.states import Tier
 from scheduler.gateway.admission import Admission
 from scheduler.tenants import TenantPolicy
 from tests.eventually import eventually
-from tests.gateway_fixtures import MODEL, GatewayHarness, chat_body, end, make_card, make_status, run_gateway, say
+from tests.gateway_fixtures import MODEL, GatewayHarness, chat_body, end, run_gateway, say
 
 CHAT = "/v1/chat/completions"
 
@@ -167,27 +166,6 @@ async def test_the_usage_verb_prints_a_table(gateway: GatewayHarness, monkeypatc
     assert shown.exit_code == 0
     assert "acme" in shown.output
     assert json.loads(CliRunner().invoke(usage, ["--url", gateway.url, "--json"]).output)[0]["requests"] == 3
-
-
-async def test_a_queue_that_would_take_too_long_is_refused_at_once(redis_url: str, tmp_path: Path) -> None:
-    """By the measured time of service: 503 with how long; a batch job is taken all the same."""
-
-    async def slow(request: GenerateRequest, publish: Any) -> None:
-        await asyncio.Event().wait()
-
-    async with run_gateway(redis_url, tmp_path, slow, max_wait_s=10.0) as gateway:
-        await gateway.publish(make_card(), status=make_status(Tier.HOT, state="ready"))
-        admission = gateway.server.gateway.admission
-        admission.on_served(MODEL, 640.0)  # 64 at once: one ends each 10 s, so one may wait
-        redis: Any = gateway.redis
-        await redis.zadd(keys.queue(MODEL), {f"r{i}": i for i in range(65)})
-        status, headers, body = await gateway.post(CHAT, chat_body())
-        assert (status, body["error"]["code"]) == (503, "overloaded")
-        assert "20 s of work" in body["error"]["message"]
-        assert headers["Retry-After"] == "10"
-        batch = asyncio.create_task(gateway.post(CHAT, chat_body(priority="batch")))
-        await eventually(lambda: gateway.worker.seen)
-        batch.cancel()
 
 
 async def test_a_tenants_weight_reaches_the_queue(gateway: GatewayHarness, tmp_path: Path) -> None:

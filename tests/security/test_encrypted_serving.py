@@ -36,9 +36,7 @@ def ask(server: Server) -> tuple[int, Any]:
     return answer.status, json.loads(answer.error) if answer.status != 200 else answer.text
 
 
-def test_encrypted_model_serves_and_an_old_manifest_does_not(
-    short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threat_old_snapshot(short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cold start from ciphertext; then the manifest of the build before (plain, authentic) is refused with 403."""
     state_dir = short_tmp_path / "state"
     key_file = state_dir / "keys" / "snapshot.keys"

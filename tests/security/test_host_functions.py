@@ -100,7 +100,7 @@ def prepare(instance: GuestInstance, signature: Signature, arguments: list[int])
 
 
 @pytest.mark.parametrize(("name", "number"), RANGES)
-def test_every_pointer_and_length_is_checked(caller: GuestModule, name: str, number: int) -> None:
+def test_threat_guest_pointers(caller: GuestModule, name: str, number: int) -> None:
     """Each range of each import: everything that leaves memory is refused as such, whatever the other arguments."""
     pointer, length = IMPORTS[name].ranges[number]
     num_refused = 0

@@ -44,7 +44,7 @@ def expected() -> list[int]:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_prompt_that_springs_an_attack_fails_alone(attack: str, expected: list[int]) -> None:
+def test_threat_prompt_springs_an_attack(attack: str, expected: list[int]) -> None:
     """The tokeniser attacks while another request runs: that one goes on, and the next one is right."""
     with harness_of(hostile_guest("gp_tokenize", ATTACKS[attack][0])) as harness:
         honest = greedy(NUM_TOKENS, logit_bias=AVOID_ATTACK)

@@ -68,7 +68,7 @@ def assert_serves(text: GuestText) -> None:
 
 @pytest.mark.parametrize("export", ATTACKED)
 @pytest.mark.parametrize("attack", TRAPS)
-def test_an_attack_in_any_export_ends_that_request_only(export: str, attack: str) -> None:
+def test_threat_hostile_guest(export: str, attack: str) -> None:
     """Every attack in every export of the tokeniser: a clear error, and the same text side serves on."""
     code, reason = TRAPS[attack]
     with loaded(hostile_guest(export, code)) as module:
@@ -85,7 +85,7 @@ def test_an_attack_in_any_export_ends_that_request_only(export: str, attack: str
     "export", ["gp_tokenize", "gp_detokenize", "gp_token_bytes", "gp_sequence_push", "gp_sequence_flush"]
 )
 @pytest.mark.parametrize("lie", LIES)
-def test_results_that_lie_are_refused(export: str, lie: str) -> None:
+def test_threat_hostile_guest_lies(export: str, lie: str) -> None:
     """Pointers and lengths outside of memory, or beyond what a result may be, cost the host no copy and no crash."""
     with loaded(hostile_guest(export, f"(i64.const {LIES[lie]})")) as module:
         text = GuestText(module, 1, LIMITS)

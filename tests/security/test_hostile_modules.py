@@ -102,7 +102,7 @@ INIT_ATTACKS: dict[str, tuple[str, str, WorkLimits, type[GuestError], str]] = {
 
 
 @pytest.mark.parametrize("name", INIT_ATTACKS)
-def test_an_init_that_attacks_is_a_clear_error(name: str) -> None:
+def test_threat_hostile_module(name: str) -> None:
     """Loops, bombs and floods at init end as errors that name the limit; this process is not touched by them."""
     declarations, init, limits, kind, reason = INIT_ATTACKS[name]
     with pytest.raises(kind, match=reason):

@@ -53,7 +53,7 @@ def test_good_inputs_reach_the_parser(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_any_bytes_give_a_value_or_our_own_error(target: str) -> None:
+def test_threat_any_bytes_in_a_parser(target: str) -> None:
     """Arbitrary bytes and changes of good ones, within 2 s each."""
 
     @settings(max_examples=120, deadline=2000, suppress_health_check=list(HealthCheck), database=None)

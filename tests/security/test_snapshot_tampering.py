@@ -181,7 +181,7 @@ def test_reference_with_exchanged_chunk_digests_does_not_parse(snapshot: Synthet
         seal_manifest(msgspec.structs.replace(snapshot.manifest, blobs=blobs), snapshot.keyring)
 
 
-def test_manifest_signed_by_a_stranger_is_refused(snapshot: SyntheticSnapshot) -> None:
+def test_threat_strangers_signature(snapshot: SyntheticSnapshot) -> None:
     """With another key under another id, and with another key that claims our id."""
     for stranger in (make_key("stranger", 1), make_key("test-1", 1)):
         snapshot.manifest_path.write_bytes(seal_manifest(snapshot.manifest, KeyRing([stranger])))
@@ -204,7 +204,7 @@ def test_revoked_key_no_longer_verifies(snapshot: SyntheticSnapshot) -> None:
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_names_cannot_leave_the_store(snapshot: SyntheticSnapshot, name: str) -> None:
+def test_threat_path_traversal_in_the_store(snapshot: SyntheticSnapshot, name: str) -> None:
     """Every operation refuses a bad name before it touches a path."""
     store, keyring = snapshot.store, snapshot.keyring
     for call in (
@@ -248,7 +248,7 @@ def test_symlinked_folders_of_a_store_are_refused(tmp_path: Path, folder: str) -
         SnapshotStore(tmp_path / "store")
 
 
-def test_swapping_a_file_under_a_reader_gives_the_old_bytes_or_a_refusal(snapshot: SyntheticSnapshot) -> None:
+def test_threat_file_swapped_while_read(snapshot: SyntheticSnapshot) -> None:
     """Bytes that passed are in sealed memory: a change afterwards does not reach those who hold it."""
     ref, path = snapshot.manifest.guest_cwasm, snapshot.path_of("guest_cwasm")
     before = path.read_bytes()

@@ -389,7 +389,7 @@ def test_there_are_at_least_2000_attacks() -> None:
 
 
 @pytest.mark.parametrize("attack", [name for name in ATTACKS if name not in IMPORTED])
-def test_every_attack_is_refused_or_harmless(host: Host, tally: Counter[tuple[str, str]], attack: str) -> None:
+def test_threat_changed_snapshot(host: Host, tally: Counter[tuple[str, str]], attack: str) -> None:
     """None is served, none ends in anything but our own errors."""
     num_attacks, perform = ATTACKS[attack]
     chance = random.Random(f"{SEED} {attack}")
@@ -404,7 +404,7 @@ def test_every_attack_is_refused_or_harmless(host: Host, tally: Counter[tuple[st
 
 
 @pytest.mark.parametrize("attack", IMPORTED)
-def test_changed_transport_files_are_refused_or_harmless(
+def test_threat_hostile_transport_file(
     host: Host, tally: Counter[tuple[str, str]], tmp_path: Path, attack: str
 ) -> None:
     """Flips, cuts, extensions and exchanged parts of an exported file: the store stays empty, or whole and equal."""

@@ -54,7 +54,7 @@ def tampered_file(state_dir: Path, kind: str) -> Path:
         ("guest_wasm", 500, "snapshot_corrupt"),  # no worker uses it
     ],
 )
-def test_a_flipped_bit_is_refused_and_never_served(state_dir: Path, kind: str, status: int, code: str) -> None:
+def test_threat_changed_snapshot_served(state_dir: Path, kind: str, status: int, code: str) -> None:
     """The documented status and code, a critical security event in the log, a counter, and no worker process."""
     path = tampered_file(state_dir, kind)
     flip_one_bit(path, path.stat().st_size // 2)

@@ -336,7 +336,7 @@ async def test_threat_secrets_in_logs(gateway: GatewayHarness, token: str, capfd
 
 
 async def test_threat_admin_acts_unseen(gateway: GatewayHarness, tmp_path: Path, token: str) -> None:
-    """Keys made and revoked, and writing admin requests, are lines of an append-only file, with who did it."""
+    """Keys made and revoked, and admin orders, are lines of an append-only file, with who did it; refused ones too."""
     from click.testing import CliRunner
 
     from scheduler.api_keys_command import api
@@ -346,19 +346,35 @@ async def test_threat_admin_acts_unseen(gateway: GatewayHarness, tmp_path: Path,
     assert made.exit_code == 0, made.output
     new_id = made.output.split("_")[1]
     assert runner.invoke(api, ["revoke", f"gp_{new_id}", "--state-dir", str(tmp_path)]).exit_code == 0
-    await status_of(gateway, "POST", "/admin/status", headers=bearer(token))
+    orders = [(f"/admin/models/{MODEL}:wake", 202, None), ("/admin/models/none:pin", 404, "model_not_found")]
+    orders += [(f"/admin/models/{MODEL}:park", 409, "park_unsupported"), ("/admin/status", 405, "http_error")]
+    for path, expected, _ in orders:
+        assert await status_of(gateway, "POST", path, headers=bearer(token)) == expected
+    limited = add_key(tmp_path, scopes=(Scope.INFER,))
+    await eventually(lambda: known_to(gateway, limited), what="the new key")
+    for _ in range(3):
+        assert await status_of(gateway, "POST", f"/admin/models/{MODEL}:unload", headers=bearer(limited)) == 403
     path = tmp_path / "log" / "audit.jsonl"
 
     def lines() -> Any:
         found = [json.loads(line) for line in path.read_text().splitlines()]
-        return found if len(found) >= 2 else None
+        return found if len({line.get("path") for line in found}) == 2 + len(orders) else None
 
     found = await eventually(lines)
     assert [line["event"] for line in found[:2]] == ["api_key_created", "api_key_revoked"]
     assert all(line["actor"] == "command-line" and line["timestamp"] for line in found[:2])
+    told = {line["path"]: (line["status"], line["code"], line["actor"]) for line in found[2:]}
+    assert told == {
+        **{order: (status, code, token.split("_")[1]) for order, status, code in orders},
+        f"/admin/models/{MODEL}:unload": (403, "insufficient_scope", limited.split("_")[1]),
+    }
     assert path.stat().st_mode & 0o777 == 0o600
     assert made.output.split("_", 2)[2][:30] not in path.read_text()
     assert os.environ.get("GLOWPLUG_API_KEYS") is None
+
+
+async def known_to(gateway: GatewayHarness, token: str) -> bool:
+    return await status_of(gateway, "GET", "/v1/models", headers=bearer(token)) == 200
 
 
 def test_keys_are_listed_without_secrets(tmp_path: Path) -> None:

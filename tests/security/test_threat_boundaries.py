@@ -47,7 +47,7 @@ def test_threat_prefix_cache_of_another_tenant() -> None:
     assert outcomes[0].token_ids() == outcomes[1].token_ids() == outcomes[2].token_ids()
 
 
-def test_threat_place_held_by_who_left() -> None:
+def test_threat_client_gone_holds_a_place() -> None:
     """A cancelled request leaves the batch with the next step, and gives its memory back."""
     harness = EngineHarness()
     harness.submit(make_request("gone", (3, 4, 5), greedy(500)))
@@ -108,7 +108,7 @@ SAFE_YAML = frozenset(
 )
 
 
-def test_threat_code_in_data() -> None:
+def test_threat_code_in_the_queue_or_files() -> None:
     """No module of ours imports what turns data into code: pickle, marshal, shelve, or yaml's unsafe loaders."""
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -219,7 +219,7 @@ def add_key(state_dir: Path) -> tuple[str, dict[str, str]]:
     return key.id, {"Authorization": f"Bearer {token}"}
 
 
-def test_threat_started_open_to_the_network(tmp_path: Path, redis_url: str) -> None:
+def test_threat_open_to_the_network_at_start(tmp_path: Path, redis_url: str) -> None:
     """The process itself refuses to listen on 0.0.0.0 without keys: exit code of settings, remedy on stderr."""
     environment = {**os.environ, "REDIS_URL": redis_url, "GLOWPLUG_STATE_DIR": str(tmp_path)}
     environment |= {"GLOWPLUG_HOST": "0.0.0.0", "GLOWPLUG_PORT": "0"}

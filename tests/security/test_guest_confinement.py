@@ -72,7 +72,7 @@ LAYER_OF: dict[str, str | None] = {
 }
 
 
-def test_a_confined_process_can_do_nothing_but_compute() -> None:
+def test_threat_hostile_module_confined() -> None:
     """Files, sockets, processes, signals, memory and descriptors beyond the limits are refused; threads are not."""
     done = subprocess.run([sys.executable, "-c", ATTEMPTS], capture_output=True, text=True, timeout=60, check=True)
     outcomes = json.loads(done.stdout)
