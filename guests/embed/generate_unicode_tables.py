@@ -10,7 +10,6 @@ marks, which never change, serve as yardsticks for those of all others.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +19,11 @@ from typing import Any, Final
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
+from guests.c_header import c_array, write_or_check
+
 HEADER_PATH: Final = Path(__file__).with_name("unicode_tables.h")
 SEPARATOR: Final = "0"  # nothing maps to it, and it is neither space, punctuation nor mark
 BATCH: Final = 20_000  # code points in one call
-LINE_CHARS: Final = 112
 FLAG_BITS: Final = 8
 MOST_MAPPED: Final = 4
 HANGUL: Final = range(0xAC00, 0xAC00 + 11_172)  # decomposed by arithmetic
@@ -138,13 +138,6 @@ def flag_runs(flags_of: Callable[[int], int]) -> list[str]:
     return entries
 
 
-def array(kind: str, name: str, entries: list[str]) -> list[str]:
-    """Lines of a C array."""
-    per_line = LINE_CHARS // (max(map(len, entries)) + 2)
-    lines = [", ".join(entries[i : i + per_line]) + "," for i in range(0, len(entries), per_line)]
-    return [f"static const {kind} {name}[{len(entries)}] = {{", *(f"    {line}" for line in lines), "};", ""]
-
-
 def mapping_arrays(name: str, changed: Mapping[int, str]) -> list[str]:
     """The two arrays of a mapping: entries sorted by code point, and the code points that they become."""
     entries: list[str] = []
@@ -154,7 +147,7 @@ def mapping_arrays(name: str, changed: Mapping[int, str]) -> list[str]:
             raise SystemExit(f"U+{point:04X} becomes {len(text)} code points: raise MOST_MAPPED")
         entries.append(f"{{0x{point:05X}, {len(results)}, {len(text)}}}")
         results += [f"0x{ord(character):05X}" for character in text]
-    return array("mapping", name, entries) + array("uint32_t", f"{name}_results", results)
+    return c_array(f"mapping {name}", entries) + c_array(f"uint32_t {name}_results", results)
 
 
 def render() -> str:
@@ -177,8 +170,8 @@ def render() -> str:
             "",
             "#include <stdint.h>",
             "",
-            *array("uint32_t", "unicode_flag_runs", flag_runs(classify(stripped, levels))),
-            *array("uint32_t", "unicode_combining", [f"0x{p << 8 | v:08X}" for p, v in sorted(survivors.items())]),
+            *c_array("uint32_t unicode_flag_runs", flag_runs(classify(stripped, levels))),
+            *c_array("uint32_t unicode_combining", [f"0x{p << 8 | v:08X}" for p, v in sorted(survivors.items())]),
             *mapping_arrays("unicode_stripped", left),
             *mapping_arrays("unicode_lowered", lowered),
             "#endif",
@@ -187,18 +180,5 @@ def render() -> str:
     )
 
 
-def main() -> int:
-    """Write or check the header."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--check", action="store_true", help="only compare with the committed header")
-    if parser.parse_args().check:
-        if HEADER_PATH.read_text() == render():
-            return 0
-        print(f"{HEADER_PATH} is out of date: run {Path(__file__).name}", file=sys.stderr)
-        return 1
-    HEADER_PATH.write_text(render())
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(HEADER_PATH, render()))

@@ -2,6 +2,7 @@
 
 #include "asset_reader.h"
 #include "glowplug.h"
+#include "lifecycle.h"
 #include "memory.h"
 #include "merges.h"
 #include "report.h"

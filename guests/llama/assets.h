@@ -109,12 +109,9 @@ typedef struct {
     const uint8_t *token_text;
 } tokenizer_tables;
 
+/* Filled by assets_load, which also builds the lookup tables of vocabulary.h, merges.h and special_tokens.h. */
 extern config_asset config;
 extern tokenizer_tables tokenizer;
-
-/* Read and check both assets and build the lookup tables of vocabulary.h, merges.h and special_tokens.h.
- * False: the log says why. */
-bool assets_load(void);
 
 static inline bool tokenizer_has(enum tokenizer_flag flag) {
     return (tokenizer.header.flags & flag) != 0;

@@ -1,6 +1,7 @@
 """Write ``nfc_tables.h``: canonical decompositions, compositions and combining classes of Python's ``unicodedata``.
 
-    python guests/llama/generate_nfc_tables.py
+    python guests/llama/generate_nfc_tables.py           # rewrite the header
+    python guests/llama/generate_nfc_tables.py --check   # exit 1 if it would change
 
 Unicode never changes the normal form of a character that it has assigned, so tables of any version are right for all
 text of that version, and leave newer characters as they are.
@@ -8,12 +9,14 @@ text of that version, and leave newer characters as they are.
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Final
 
+from guests.c_header import c_array, write_or_check
+
 HEADER_PATH: Final = Path(__file__).with_name("nfc_tables.h")
-PER_LINE: Final = 9
 CLASS_BITS: Final = 8
 HANGUL: Final = range(0xAC00, 0xD7A4)  # computed, not listed
 
@@ -55,11 +58,6 @@ def class_runs() -> list[int]:
     return runs
 
 
-def _array(declaration: str, entries: list[str]) -> list[str]:
-    lines = ["    " + ", ".join(entries[i : i + PER_LINE]) + "," for i in range(0, len(entries), PER_LINE)]
-    return [f"static const {declaration}[{len(entries)}] = {{", *lines, "};", ""]
-
-
 def render() -> str:
     """The header's text."""
     pairs = decompositions()
@@ -78,11 +76,11 @@ def render() -> str:
             "    uint32_t code_point, first, second; /* second 0: none */",
             "} nfc_pair;",
             "",
-            *_array("nfc_pair nfc_pairs", [f"{{0x{a:X}, 0x{b:X}, 0x{c:X}}}" for a, b, c in pairs]),
+            *c_array("nfc_pair nfc_pairs", [f"{{0x{a:X}, 0x{b:X}, 0x{c:X}}}" for a, b, c in pairs]),
             "/* Those of nfc_pairs that compose again, sorted by first, then second. */",
-            *_array("uint16_t nfc_compositions", [str(index) for index in compositions(pairs)]),
+            *c_array("uint16_t nfc_compositions", [str(index) for index in compositions(pairs)]),
             "/* Each entry starts a run of code points: first << NFC_CLASS_BITS | combining class. */",
-            *_array("uint32_t nfc_classes", [f"0x{run:X}" for run in class_runs()]),
+            *c_array("uint32_t nfc_classes", [f"0x{run:X}" for run in class_runs()]),
             "#endif",
             "",
         ]
@@ -90,4 +88,4 @@ def render() -> str:
 
 
 if __name__ == "__main__":
-    HEADER_PATH.write_text(render())
+    sys.exit(write_or_check(HEADER_PATH, render()))

@@ -3,44 +3,16 @@
 #include "bpe.h"
 #include "detokenize.h"
 #include "glowplug.h"
+#include "lifecycle.h"
 #include "memory.h"
-#include "programs.h"
 #include "report.h"
 #include "sequences.h"
 #include "tokenize.h"
 #include "vocabulary.h"
 
-enum { FAILED = -1, ERROR_ASSETS = 1, ERROR_PROGRAMS = 2 };
-
-static bool is_ready; /* gp_init has succeeded */
-
-GP_EXPORT("gp_abi") int32_t gp_abi(void) {
-    return GP_ABI_VERSION;
-}
-
-GP_EXPORT("gp_init") int32_t gp_init(void) {
-    if (!assets_load())
-        return ERROR_ASSETS;
-    if (!programs_record())
-        return ERROR_PROGRAMS;
-    is_ready = true;
-    return 0;
-}
-
-/* Nothing here is random and no host handle is kept, so a restored instance is ready as it is. */
-GP_EXPORT("gp_resume") int32_t gp_resume(int64_t seed) {
-    (void)seed;
-    return is_ready ? 0 : FAILED;
-}
-
-GP_EXPORT("gp_buffer") void *gp_buffer(int32_t size) {
-    static buffer input;
-    return buffer_reserve(&input, 0, (uint32_t)size | 1) ? input.data : NULL;
-}
-
 GP_EXPORT("gp_tokenize") int64_t gp_tokenize(const uint8_t *text, int32_t length, int32_t flags) {
     static token_list ids;
-    if (!is_ready)
+    if (!guest_is_ready())
         return FAILED;
     if ((uint32_t)length > BPE_LONGEST_WORD_BYTES) {
         report_error("a text may have 67108864 bytes, this one has ", (uint32_t)length, "");
@@ -57,7 +29,7 @@ GP_EXPORT("gp_detokenize") int64_t gp_detokenize(const uint32_t *ids, int32_t co
     static buffer text;
     uint64_t room = UTF8_REPLACEMENT_BYTES;
     for (uint32_t i = 0; i < (uint32_t)count; i++) {
-        if (!is_ready || !detokenize_accepts(ids[i])) {
+        if (!guest_is_ready() || !detokenize_accepts(ids[i])) {
             report_error("token id outside the vocabulary: ", ids[i], "");
             return FAILED;
         }
@@ -77,7 +49,7 @@ GP_EXPORT("gp_detokenize") int64_t gp_detokenize(const uint32_t *ids, int32_t co
 }
 
 GP_EXPORT("gp_token_bytes") int64_t gp_token_bytes(int32_t token) {
-    if (!is_ready || !detokenize_accepts((uint32_t)token))
+    if (!guest_is_ready() || !detokenize_accepts((uint32_t)token))
         return FAILED;
     if ((uint32_t)token >= tokenizer.header.num_tokens)
         return gp_pack(tokenizer.token_text, 0); /* padding rows of the vocabulary have no text */
@@ -85,7 +57,7 @@ GP_EXPORT("gp_token_bytes") int64_t gp_token_bytes(int32_t token) {
 }
 
 GP_EXPORT("gp_sequence_open") int32_t gp_sequence_open(const uint8_t *stop, int32_t length, int32_t flags) {
-    return is_ready ? sequence_open(stop, (uint32_t)length, (uint32_t)flags) : FAILED;
+    return guest_is_ready() ? sequence_open(stop, (uint32_t)length, (uint32_t)flags) : FAILED;
 }
 
 GP_EXPORT("gp_sequence_push") int64_t gp_sequence_push(int32_t sequence, int32_t token) {

@@ -1,13 +1,11 @@
-#include "programs.h"
-
 #include <stdint.h>
 
 #include "assets.h"
 #include "glowplug.h"
-#include "memory.h"
-#include "report.h"
+#include "lifecycle.h"
+#include "program_recorder.h"
 
-enum { MOST_OPERATIONS = 65536, OPERATIONS_OUTSIDE_LAYERS = 6, OPERATIONS_PER_LAYER = 16 };
+enum { OPERATIONS_OUTSIDE_LAYERS = 6, OPERATIONS_PER_LAYER = 16 };
 
 /* Activations. Every layer uses the same ones, so a backend needs one buffer for each, whatever the depth. */
 enum value {
@@ -24,55 +22,18 @@ enum value {
     NUM_VALUES,
 };
 
-static gp_operation *operations;
-static uint32_t num_operations;
-static bool missing_weight; /* reported; recording runs on to name every missing weight at once */
-
-static gp_operation *add(enum gp_opcode opcode, uint32_t out, uint32_t in) {
-    gp_operation *operation = &operations[num_operations++];
-    *operation = (gp_operation){
-        .opcode = (uint16_t)opcode,
-        .out = out,
-        .in = {in, GP_NO_VALUE},
-        .tensors = {GP_NO_TENSOR, GP_NO_TENSOR, GP_NO_TENSOR},
-    };
-    return operation;
-}
-
-static uint32_t weight(const message *name) {
-    int32_t handle = gp_tensor(name->text, name->length);
-    if (handle >= 0)
-        return (uint32_t)handle;
-    message line = {.length = 0};
-    message_text(message_text(message_text(&line, "the model has no weight \""), name->text), "\"");
-    message_log(&line, GP_LOG_ERROR);
-    missing_weight = true;
-    return GP_NO_TENSOR;
-}
-
-static uint32_t model_weight(const char *name) {
-    message line = {.length = 0};
-    return weight(message_text(&line, name));
-}
-
-static uint32_t layer_weight(uint32_t layer, const char *name) {
-    message line = {.length = 0};
-    message_text(message_number(message_text(&line, "layers."), layer), ".");
-    return weight(message_text(&line, name));
-}
-
 static bool has(enum config_flag flag) {
     return (config.flags & flag) != 0;
 }
 
 static void rms_norm(uint32_t out, uint32_t in, uint32_t norm) {
-    gp_operation *operation = add(GP_RMS_NORM, out, in);
+    gp_operation *operation = recorder_add(GP_RMS_NORM, out, in);
     operation->tensors[0] = norm;
     operation->floats[0] = config.rms_norm_eps;
 }
 
 static void linear(uint32_t out, uint32_t in, uint32_t width, uint32_t matrix, uint32_t bias) {
-    gp_operation *operation = add(GP_LINEAR, out, in);
+    gp_operation *operation = recorder_add(GP_LINEAR, out, in);
     operation->tensors[0] = matrix;
     operation->tensors[1] = bias;
     operation->ints[0] = (int32_t)width;
@@ -85,11 +46,11 @@ static void layer_linear(uint32_t layer, uint32_t out, uint32_t in, uint32_t wid
 }
 
 static void add_to_stream(void) {
-    add(GP_ADD, HIDDEN, HIDDEN)->in[1] = PROJECTED;
+    recorder_add(GP_ADD, HIDDEN, HIDDEN)->in[1] = PROJECTED;
 }
 
 static void head_norm(uint32_t column, uint32_t num_heads, uint32_t norm) {
-    gp_operation *operation = add(GP_HEAD_RMS_NORM, QKV, QKV);
+    gp_operation *operation = recorder_add(GP_HEAD_RMS_NORM, QKV, QKV);
     operation->tensors[0] = norm;
     operation->ints[0] = (int32_t)column;
     operation->ints[1] = (int32_t)num_heads;
@@ -99,7 +60,7 @@ static void head_norm(uint32_t column, uint32_t num_heads, uint32_t norm) {
 
 /* Queries and keys lie side by side, so one operation turns both. */
 static void rope(void) {
-    gp_operation *operation = add(GP_ROPE, QKV, QKV);
+    gp_operation *operation = recorder_add(GP_ROPE, QKV, QKV);
     operation->tensors[0] = model_weight("rope.inv_freq");
     operation->ints[0] = 0;
     operation->ints[1] = (int32_t)(config.num_heads + config.num_kv_heads);
@@ -108,7 +69,7 @@ static void rope(void) {
 }
 
 static void keep_keys_and_values(uint32_t layer) {
-    gp_operation *operation = add(GP_KV_APPEND, GP_NO_VALUE, QKV);
+    gp_operation *operation = recorder_add(GP_KV_APPEND, GP_NO_VALUE, QKV);
     operation->ints[0] = (int32_t)layer;
     operation->ints[1] = (int32_t)(config.num_heads * config.head_dim);
     operation->ints[2] = (int32_t)((config.num_heads + config.num_kv_heads) * config.head_dim);
@@ -117,7 +78,7 @@ static void keep_keys_and_values(uint32_t layer) {
 }
 
 static void attend(uint32_t layer) {
-    gp_operation *operation = add(GP_ATTENTION, ATTENDED, QKV);
+    gp_operation *operation = recorder_add(GP_ATTENTION, ATTENDED, QKV);
     operation->ints[0] = (int32_t)layer;
     operation->ints[1] = (int32_t)config.num_heads;
     operation->ints[2] = (int32_t)config.num_kv_heads;
@@ -145,7 +106,7 @@ static void mlp_block(uint32_t layer) {
     uint32_t width = config.intermediate_size;
     rms_norm(NORMED, HIDDEN, layer_weight(layer, "mlp_norm.weight"));
     layer_linear(layer, GATE_UP, NORMED, 2 * width, "gate_up.weight", has(CONFIG_MLP_BIAS) ? "gate_up.bias" : 0);
-    add(GP_SILU_MUL, ACTIVATED, GATE_UP)->ints[0] = (int32_t)width;
+    recorder_add(GP_SILU_MUL, ACTIVATED, GATE_UP)->ints[0] = (int32_t)width;
     layer_linear(layer, PROJECTED, ACTIVATED, config.hidden_size, "down.weight", has(CONFIG_MLP_BIAS) ? "down.bias" : 0);
     add_to_stream();
 }
@@ -154,45 +115,27 @@ static void mlp_block(uint32_t layer) {
  * token). A backend is free to bind the two differently. */
 static void forward_pass(void) {
     uint32_t embedding = model_weight("embed.weight");
-    add(GP_EMBED, HIDDEN, GP_NO_VALUE)->tensors[0] = embedding;
+    recorder_add(GP_EMBED, HIDDEN, GP_NO_VALUE)->tensors[0] = embedding;
     for (uint32_t layer = 0; layer < config.num_layers; layer++) {
         attention_block(layer);
         mlp_block(layer);
     }
-    add(GP_LAST_ROWS, LAST, HIDDEN);
+    recorder_add(GP_LAST_ROWS, LAST, HIDDEN);
     rms_norm(LAST_NORMED, LAST, model_weight("norm.weight"));
     uint32_t head = has(CONFIG_TIE_EMBEDDINGS) ? embedding : model_weight("lm_head.weight");
     linear(LOGITS, LAST_NORMED, config.vocab_size, head, GP_NO_TENSOR);
-    add(GP_OUTPUT, GP_NO_VALUE, LOGITS);
+    recorder_add(GP_OUTPUT, GP_NO_VALUE, LOGITS);
 }
 
-static bool record(gp_program_header *program, enum gp_program_kind kind) {
-    num_operations = 0;
+static bool record(enum gp_program_kind kind) {
     forward_pass();
-    if (missing_weight)
-        return false;
-    *program = (gp_program_header){{'G', 'P', 'R', 'G'}, GP_PROGRAM_VERSION, (uint16_t)kind, num_operations, NUM_VALUES};
-    if (gp_program(program, sizeof *program + num_operations * (uint32_t)sizeof(gp_operation)) == 0)
-        return true;
-    report_error("the host refused the program of kind ", kind, "");
-    return false;
+    return recorder_submit(kind, NUM_VALUES);
 }
 
 bool programs_record(void) {
-    if (config.num_layers > (MOST_OPERATIONS - OPERATIONS_OUTSIDE_LAYERS) / OPERATIONS_PER_LAYER) {
-        report_error("too many layers for one program: ", config.num_layers, "");
+    if (!recorder_open(config.num_layers, OPERATIONS_PER_LAYER, OPERATIONS_OUTSIDE_LAYERS))
         return false;
-    }
-    uint64_t most = (uint64_t)config.num_layers * OPERATIONS_PER_LAYER + OPERATIONS_OUTSIDE_LAYERS;
-    uint64_t size = sizeof(gp_program_header) + most * sizeof(gp_operation);
-    gp_program_header *program = memory_take(size);
-    if (!program) {
-        report_error("out of memory: program bytes: ", size, "");
-        return false;
-    }
-    operations = (gp_operation *)(program + 1);
-    bool recorded = record(program, GP_PREFILL) && record(program, GP_DECODE);
-    memset(program, 0, (size_t)size); /* a snapshot holds no leftovers */
-    memory_give(program);
+    bool recorded = record(GP_PREFILL) && record(GP_DECODE);
+    recorder_close();
     return recorded;
 }
