@@ -8,6 +8,7 @@ state      on                        action
 asleep     demand                    spawn one worker (single-flight: further demand adds none)
 waking     worker ready              serve
 waking     worker failed             retry after a back-off; after MAX_FAILURES refuse the queue
+serving    workers die in a row      each next one later (crash_streak.py); at its limit refuse the queue
 serving    queue over all batches    spawn another, up to ``max_workers``
 serving    no request for idle time  drain every worker
 asleep     asked for, or pinned      spawn one worker, as on demand
@@ -25,6 +26,7 @@ from typing import Final
 from scheduler.config import ModelPolicy
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.states import CLAIMING_STATES, SlotState
+from scheduler.crash_streak import REFUSED_FROM, describe_held_back
 
 MAX_FAILURES: Final = 3  # wakes in a row that failed before the queue is refused
 FAILURE_BACKOFF_S: Final = (0.2, 1.0, 5.0)  # wait before the next wake, by failures in a row
@@ -62,6 +64,9 @@ class ModelView:
     pinned: bool = False
     wake_asked: bool = False  # by an operator, and not there yet
     unloading: frozenset[str] = frozenset()  # workers that an operator wants gone
+    retry_at_s: float = 0.0  # no worker before this: those before it died one after the other
+    deaths: int = 0  # of workers in a row, while they ran requests
+    death_error: ErrorInfo | None = None  # of the last one
 
     @property
     def is_wanted(self) -> bool:
@@ -216,6 +221,12 @@ def _decide_wake(model: ModelView, fleet: FleetView, reservations: _Reservations
     live = model.live_workers
     if live and not _wants_another(model, live):
         return []
+    if now_s < model.retry_at_s:
+        if live or model.deaths < REFUSED_FROM:
+            return []
+        wait_s = model.retry_at_s - now_s
+        error = describe_held_back(model.name, model.deaths, model.death_error, wait_s)
+        return [RefuseQueue(model.name, error)]
     if not live and (waiting := _decide_failing(model, now_s)) is not None:
         return waiting
     node_id = _choose_node(model, reservations)

@@ -5,6 +5,8 @@ Times are seconds of the scheduler's monotonic clock, passed in by the caller.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,6 +15,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import ModelCard, ModelStatus, NodeReport, WorkerChanged, WorkerReport
 from scheduler.contract.states import CLAIMING_STATES, SlotState, Tier
+from scheduler.crash_streak import DEATHS_AT_ONCE, CrashStreak
 
 NODE_BUDGET_FRACTION: Final = 0.8
 SILENT_S: Final = 1.0
@@ -35,6 +38,7 @@ class _Model:
     wake_asked_s: float | None = None
     unloading: frozenset[str] = frozenset()
     forget_asked: bool = False
+    crashes: CrashStreak = field(default_factory=CrashStreak)
 
     def count_awake(self, now_s: float) -> None:
         """Add the worker-seconds since the last count; call before the set of workers changes, and to read."""
@@ -45,8 +49,9 @@ class _Model:
 class Fleet:
     """Models, their workers and the nodes, as last heard of."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, draw_jitter: Callable[[], float] = random.random) -> None:
         self._config = config
+        self._draw_jitter = draw_jitter
         self._models: dict[str, _Model] = {}
         self._nodes: dict[str, NodeReport] = {}
         self._reporting: frozenset[str] = frozenset()
@@ -65,6 +70,7 @@ class Fleet:
                 self._models[card.name] = _Model(card, last_active_s=now_s, known_since_s=now_s, counted_s=now_s)
             elif known.card != card:
                 known.card, known.failures = card, 0
+                known.crashes.forgive()
         for name in [name for name, model in self._models.items() if name not in present and not model.workers]:
             del self._models[name]
 
@@ -135,6 +141,9 @@ class Fleet:
             if change.error is not None and (removed is not None or change.state is SlotState.FAILED):
                 counted = removed is not None and not change.had_requests
                 self._on_failure(model, change.error, now_s, counted=counted)
+                if removed is not None and change.had_requests:
+                    model.crashes.on_death(change.worker_id, change.error, now_s, self._draw_jitter())
+            model.crashes.on_gone(change.worker_id)
             return
         if known is None:
             model.workers[change.worker_id] = WorkerView(
@@ -143,6 +152,7 @@ class Fleet:
         elif known.state is not SlotState.DRAINING:
             self._set_state(change.model, change.worker_id, change.state)
         if change.state is SlotState.READY and not was_ready:
+            model.crashes.on_ready(change.worker_id, now_s)
             model.failures = 0
             model.last_active_s = now_s
             model.wake_asked_s = None
@@ -153,8 +163,18 @@ class Fleet:
         if model is None:
             return
         model.count_awake(now_s)
+        model.crashes.on_gone(worker.worker_id)
         if model.workers.pop(worker.worker_id, None) is not None:
             self._on_failure(model, error, now_s, counted=True)
+
+    def crash_streak(self, name: str) -> tuple[int, float]:
+        """How many of the model's workers have died in a row, and when the next one may start."""
+        crashes = self._models[name].crashes if name in self._models else CrashStreak()
+        return crashes.num_deaths, crashes.retry_at_s
+
+    def take_recovered(self, now_s: float) -> list[str]:
+        """Models that were held back for their workers' deaths and have one now that stays up; told once."""
+        return [name for name, model in self._models.items() if model.crashes.end_if_steady(now_s)]
 
     def _on_failure(self, model: _Model, error: ErrorInfo, now_s: float, *, counted: bool) -> None:
         model.last_error = error
@@ -181,6 +201,7 @@ class Fleet:
         """A worker is wanted without a request: until it is there, or :data:`WAKE_ASKED_S` have passed."""
         if (model := self._models.get(name)) is not None:
             model.wake_asked_s, model.failures = now_s, 0
+            model.crashes.forgive()
             model.last_active_s = now_s
 
     def on_unload_asked(self, name: str) -> None:
@@ -235,6 +256,9 @@ class Fleet:
                 pinned=self._is_pinned(name),
                 wake_asked=model.wake_asked_s is not None,
                 unloading=model.unloading,
+                retry_at_s=model.crashes.retry_at_s,
+                deaths=model.crashes.num_deaths,
+                death_error=model.crashes.last_error,
             )
             for name, model in self._models.items()
         )
@@ -280,6 +304,7 @@ class Fleet:
             worker_bytes=sum(report.private_bytes for report in own),
             state="refused" if refused else ",".join(states),
             error=refused.message if refused else _wake_error(model),
+            deaths=model.crashes.num_deaths,
             proportional_bytes=sum(report.proportional_bytes for report in own),
             awake_s=round(model.awake_s, 3),
             known_s=round(now_s - model.known_since_s, 3),
@@ -288,5 +313,8 @@ class Fleet:
 
 
 def _wake_error(model: _Model) -> str | None:
-    """Why the last wake failed, where none has worked since."""
+    """Why the last wake failed, or worker died, where none has worked since."""
+    crashes = model.crashes
+    if crashes.num_deaths > DEATHS_AT_ONCE and crashes.last_error:
+        return f"{crashes.num_deaths} workers in a row died; last cause: {crashes.last_error.message}"
     return model.last_error.message if model.failures and model.last_error else None

@@ -181,6 +181,8 @@ class Scheduler:
         if time.monotonic() - self._nodes_s > NODES_EVERY_S:
             await self._read_nodes()
         self._fleet.expire_wishes(time.monotonic())
+        for model in self._fleet.take_recovered(time.monotonic()):
+            self._log.info("model_steady_again", model=model)
         await self._act(seen_mono_ns)
         for model, node_id in self._fleet.take_forgettable():
             await self._order(node_id, ForgetModel(model, self._leadership.fencing_token))
@@ -215,6 +217,8 @@ class Scheduler:
                     self._fleet.on_demand(model, now_s)
             case WorkerChanged(error=cause):
                 self._fleet.on_worker_changed(message, now_s)
+                if message.exited and message.had_requests:
+                    await self._tell_deaths(message, now_s)
                 if cause is not None and cause.code in REFUSALS:
                     await self._read_cards()  # its agent has published why; the queue is refused with that
             case ModelsChanged():  # also an agent's first word: its node may be new
@@ -228,6 +232,18 @@ class Scheduler:
                 if reload_config:
                     self.reload_config()
         return isinstance(message, Demand)
+
+    async def _tell_deaths(self, change: WorkerChanged, now_s: float) -> None:
+        """Log a worker's death while it ran requests; if the next one has to wait for it, tell clients who wait too."""
+        deaths, retry_at_s = self._fleet.crash_streak(change.model)
+        if change.error is None or deaths == 0:
+            return
+        wait_s = max(0.0, retry_at_s - now_s)
+        facts = {"worker_id": change.worker_id, "deaths": deaths, "wait_s": round(wait_s, 2)}
+        self._log.error("worker_died_running", model=change.model, error=change.error.message, **facts)
+        if wait_s > 0:
+            stage = StageEvent(change.model, "held-back", int(wait_s * 1000))
+            await self._redis.publish(keys.EVENTS, codec.encode(stage))
 
     async def _on_order(self, model: str, act: ModelAct, now_s: float) -> None:
         """An operator wants something of ``model``."""

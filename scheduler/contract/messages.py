@@ -339,6 +339,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     awake_s: float = 0.0  # worker-seconds since the scheduler knows the model
     known_s: float = 0.0  # how long that is
     pinned: bool = False  # never scaled to zero
+    deaths: int = 0  # of its workers in a row, while they ran requests; from the third on, the next one waits
 
 
 class StatusReport(msgspec.Struct, frozen=True):

@@ -99,6 +99,7 @@ class Metric(StrEnum):
     SWEPT_TOTAL = "glowplug_swept_total"  # labels: kind
     IN_FLIGHT = "glowplug_requests_in_flight"  # labels: model
     QUEUE_DEPTH = "glowplug_queue_depth"  # labels: model
+    DEATHS = "glowplug_worker_deaths_in_a_row"  # labels: model
     WORKERS = "glowplug_workers"  # labels: model, state
     SEALED_BYTES = "glowplug_sealed_bytes"  # labels: model
     KV_BYTES = "glowplug_kv_bytes"  # labels: model, kind (used|cached|budget)

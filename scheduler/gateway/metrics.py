@@ -117,6 +117,7 @@ class _Instruments:
         self.in_flight = gauge(Metric.IN_FLIGHT, "Requests this gateway holds.", "model")
         self.queue_depth = gauge(Metric.QUEUE_DEPTH, "Requests queued or running.", "model")
         self.swept = gauge(Metric.SWEPT_TOTAL, "What the sweeper found and dealt with, since this leader.", "kind")
+        self.deaths = gauge(Metric.DEATHS, "Workers of a model that died one after the other.", "model")
         self.workers = gauge(Metric.WORKERS, "Workers by slot state.", "model", "state")
         self.sealed_bytes = gauge(Metric.SEALED_BYTES, "Verified snapshot bytes in host memory.", "model")
         self.kv_bytes = gauge(Metric.KV_BYTES, "KV memory of running workers, by what it holds.", "model", "kind")
@@ -137,13 +138,14 @@ class _Instruments:
 
     def set_fleet(self, status: StatusReport | None) -> None:
         """Replace the fleet's gauges; a model or worker that is gone leaves no series behind."""
-        fleet = (self.queue_depth, self.workers, self.sealed_bytes, self.swept, self.kv_bytes, self.prefix_tokens)
-        for gauge in fleet:
+        fleet = (self.queue_depth, self.deaths, self.workers, self.sealed_bytes, self.swept)
+        for gauge in (*fleet, self.kv_bytes, self.prefix_tokens):
             gauge.clear()
         if status is None:
             return
         for model in status.models:
             self.queue_depth.labels(model.name).set(model.queued)
+            self.deaths.labels(model.name).set(model.deaths)
             self.sealed_bytes.labels(model.name).set(model.sealed_bytes)
         for kind, count in status.swept.items():
             self.swept.labels(kind).set(count)

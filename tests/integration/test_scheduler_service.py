@@ -145,6 +145,47 @@ async def test_a_failed_wake_is_tried_again(stage: Stage) -> None:
     await eventually(spawned_again, what="a second spawn")
 
 
+async def test_a_model_whose_workers_die_is_held_back_and_tried_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the limit its queue is refused with why and when; after the wait one more worker is ordered."""
+    monkeypatch.setattr("scheduler.autoscaler.REFUSED_FROM", 3)
+    monkeypatch.setattr("scheduler.crash_streak.FIRST_DELAY_S", 2.0)  # so long that the refusal comes within it
+    error = ErrorInfo(ErrorCode.WORKER_FAILED, "killed by signal SIGSEGV")
+
+    async def orders() -> list[SpawnWorker]:
+        return [command for command in await stage.commands() if isinstance(command, SpawnWorker)]
+
+    async def ordered(number: int) -> bool:
+        return len(await orders()) == number
+
+    await stage.enqueue("r1")
+    for number in (1, 2, 3):
+        await eventually(lambda number=number: ordered(number), what=f"worker {number}")  # type: ignore[misc]
+        worker_id = (await orders())[-1].worker_id
+        await stage.tell(WorkerChanged(NODE, worker_id, MODEL, SlotState.READY))
+        await stage.tell(WorkerChanged(NODE, worker_id, MODEL, SlotState.FAILED, True, error, True))
+
+    async def ended() -> Any:
+        return await stage.redis.lrange(keys.token_log("r1"), 0, -1)
+
+    decoded = codec.decode_frame((await eventually(ended, what="a terminal frame"))[0])
+    assert isinstance(decoded, TerminalFrame)
+    assert decoded.error is not None
+    assert decoded.error.code is ErrorCode.WAKE_FAILED
+    assert decoded.error.retry_after_s in (1, 2, 3)
+    assert "SIGSEGV" in decoded.error.message
+    asked = 1
+
+    async def tried_again() -> bool:
+        nonlocal asked
+        asked += 1
+        await stage.enqueue(f"r{asked}")
+        return len(await orders()) > 3
+
+    await eventually(tried_again, what="another try")
+
+
 async def test_a_standby_takes_over_with_a_newer_token(stage: Stage) -> None:
     """When the leader stops, the other one leads, and its token is higher."""
     before = int(await stage.redis.get(keys.LEADER_TOKEN) or 0)

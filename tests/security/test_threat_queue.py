@@ -14,8 +14,10 @@ from redis.asyncio import Redis
 
 from scheduler.api_keys import Scope, change_keys, create_key, key_file_path
 from scheduler.contract import codec, job_queue, keys
+from scheduler.contract.errors import ErrorCode
 from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame
 from scheduler.contract.states import Tier
+from scheduler.crash_streak import REFUSED_FROM
 from scheduler.dispatch import Dispatcher
 from tests.eventually import eventually
 from tests.gateway_fixtures import MODEL as GATEWAY_MODEL
@@ -153,3 +155,32 @@ async def test_threat_other_tenants_files(redis_url: str, tmp_path: Path) -> Non
         for path in ("/v1/files", "/v1/batches"):
             assert (await call(gateway, "GET", path, headers=other))[1]["data"] == []
             assert len((await call(gateway, "GET", path, headers=acme))[1]["data"]) == 1
+
+
+async def test_threat_poison_request(redis: Redis) -> None:
+    """A request under which workers die is parked with an error that says so; the next one runs, and neither closes
+    the model: what one request can cause stays below the deaths at which a model is held back."""
+    dispatcher, ran = Dispatcher(redis), []
+    await dispatcher.enqueue(make_request("poison"))
+    for death in range(job_queue.MAX_CRASHES):
+        assert await claim(redis, 1, f"dying-{death}") == ["poison"]
+        assert await release_worker(redis, MODEL, f"dying-{death}", crashed=True) == 1
+
+    async def run(request: GenerateRequest, attempt: int) -> None:
+        ran.append(request.request_id)
+
+    async with serving_worker(redis, run, worker_id="last"):
+        await dispatcher.enqueue(make_request("harmless"))
+        await eventually(lambda: dispatcher_is_empty(dispatcher))
+    assert ran == ["harmless"]
+    (raw,) = await redis.lrange(keys.token_log("poison"), 0, -1)  # type: ignore[misc]
+    frame = codec.decode_frame(raw)
+    assert isinstance(frame, TerminalFrame)
+    assert frame.error is not None
+    assert frame.error.code is ErrorCode.WORKER_FAILED
+    assert "do not send it again" in frame.error.message
+    assert job_queue.MAX_CRASHES * 2 <= REFUSED_FROM
+
+
+async def dispatcher_is_empty(dispatcher: Dispatcher) -> bool:
+    return await dispatcher.queue_depth(MODEL) == 0
