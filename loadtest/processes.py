@@ -60,7 +60,12 @@ class Server:
         self._log = log.open("wb") if log else None
         env = {k: v for k, v in os.environ.items() if k != "REDIS_URL"}
         self.process = subprocess.Popen(
-            command, stderr=self._log or None, stdout=subprocess.DEVNULL, env=env, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,  # a terminal there would turn SIGHUP from a reload into a stop
+            stdout=subprocess.DEVNULL,
+            stderr=self._log or None,
+            env=env,
+            start_new_session=True,
         )
         self._url = ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(
             f"{count} browser tests left out: install the packages chromium and chromium-driver"
         )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hang_up_is_heard() -> Iterator[None]:
+    """Under ``nohup`` SIGHUP is ignored, and every child would inherit that; a handler is not inherited."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    yield
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)

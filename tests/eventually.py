@@ -9,9 +9,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 POLL_INTERVAL_S = 0.005
+#: Only a failing test waits this long: a loaded machine is no reason to fail.
+WITHIN_S = 30.0
 
 
-async def eventually(predicate: Callable[[], Any | Awaitable[Any]], *, within_s: float = 10.0, what: str = "") -> Any:
+async def eventually(
+    predicate: Callable[[], Any | Awaitable[Any]], *, within_s: float = WITHIN_S, what: str = ""
+) -> Any:
     """The first truthy value of ``predicate`` (plain or async), polled until ``within_s`` have passed.
 
     Raises:
@@ -29,7 +33,7 @@ async def eventually(predicate: Callable[[], Any | Awaitable[Any]], *, within_s:
         await asyncio.sleep(POLL_INTERVAL_S)
 
 
-def eventually_sync(predicate: Callable[[], Any], *, within_s: float = 10.0, what: str = "") -> Any:
+def eventually_sync(predicate: Callable[[], Any], *, within_s: float = WITHIN_S, what: str = "") -> Any:
     """Like :func:`eventually`, for tests without a loop."""
     deadline_mono_s = time.monotonic() + within_s
     while not (value := predicate()):

@@ -53,7 +53,7 @@ class RedisProcess:
         base = ["--port", "0", "--unixsocket", str(self.path), "--dir", str(self.folder), "--save", ""]
         command = [find_server_binary(), *base, *self.options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 30
         while not self.answers():
             assert self.process.poll() is None, "the server ended"
             assert time.monotonic() < deadline_s, "the server does not answer"
@@ -130,7 +130,7 @@ class Fleet:
                 process.send_signal(signal.SIGTERM)
         for name, process in self.parts.items():
             try:
-                await asyncio.to_thread(process.wait, 15)
+                await asyncio.to_thread(process.wait, 30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -191,10 +191,10 @@ class Fleet:
                         return False
             return True
 
-        await eventually(ready, within_s=20, what="every gateway ready")
+        await eventually(ready, what="every gateway ready")
 
     async def status(self) -> StatusReport:
-        data: bytes = await eventually(lambda: self.redis.get(keys.STATUS), within_s=15, what="a status report")
+        data: bytes = await eventually(lambda: self.redis.get(keys.STATUS), what="a status report")
         return codec.decode(data, StatusReport)
 
     async def leader(self) -> str:
@@ -209,7 +209,7 @@ class Fleet:
                         return name
             return None
 
-        return str(await eventually(find, within_s=15, what="a leader"))
+        return str(await eventually(find, what="a leader"))
 
     def find_workers(self) -> list[int]:
         """Pids of the worker processes, by the name that they give themselves."""
@@ -223,7 +223,7 @@ class Fleet:
         async def enough() -> bool:
             return bool(await self.redis.llen(keys.token_log(request_id)) >= at_least)  # type: ignore[misc]
 
-        await eventually(enough, within_s=20, what=f"{at_least} frames of {request_id}")
+        await eventually(enough, what=f"{at_least} frames of {request_id}")
 
     async def check(self, answer: Answer, num_tokens: int) -> None:
         """The answer is whole: every event once and in order, one good end, and its text is that of the log.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import os
@@ -11,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from scheduler.contract.messages import (
 from scheduler.dispatch import Dispatcher
 from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
-from tests.eventually import eventually
+from tests.eventually import WITHIN_S, eventually
 from worker.build.model_sources import open_located
 from worker.build.snapshot_builder import build_snapshot
 
@@ -108,7 +108,7 @@ class Host:
     async def __aexit__(self, *_: object) -> None:
         if self.agent.poll() is None:
             self.agent.send_signal(signal.SIGTERM)
-            await eventually(lambda: self.agent.poll() is not None, within_s=20, what="agent's end")
+            await eventually(lambda: self.agent.poll() is not None, what="agent's end")
         await self.redis.aclose()
 
     async def wait_registered(self) -> NodeReport:
@@ -117,7 +117,7 @@ class Host:
             found = await self.node_report()
             return found is not None and found.pid == self.agent.pid and found.zygote_pid != 0
 
-        await eventually(report, within_s=20, what="agent registered")
+        await eventually(report, what="agent registered")
         found = await self.node_report()
         assert found is not None
         return found
@@ -166,7 +166,7 @@ class Host:
             matching = [c for c in await self.changes(worker_id) if c.state == state and c.exited == exited]
             return matching[-1] if matching else None
 
-        change: WorkerChanged = await eventually(found, within_s=15, what=f"{worker_id} {state} (exited={exited})")
+        change: WorkerChanged = await eventually(found, what=f"{worker_id} {state} (exited={exited})")
         return change
 
     async def worker_report(self, worker_id: str) -> WorkerReport:
@@ -181,6 +181,15 @@ class Host:
         data = await self.redis.get(keys.node(NODE))
         return codec.decode(data, NodeReport) if data else None
 
+    async def wait_security_counts(self, **expected: int) -> None:
+        """Wait until exactly these events were counted: whoever sees a refused card may be quicker than its count."""
+
+        async def found() -> bool:
+            counts = await self.redis.hgetall(keys.SECURITY_COUNTS)  # type: ignore[misc]
+            return {kind.decode(): int(count) for kind, count in counts.items()} == expected
+
+        await eventually(found, what=f"security events {expected}")
+
     async def card(self, model: str = MODEL) -> ModelCard | None:
         data = await self.redis.hget(keys.MODELS, model)  # type: ignore[misc]
         return codec.decode(data, ModelCard) if data else None
@@ -190,7 +199,7 @@ class Host:
     async def frames(self, request_id: str) -> list[StepFrame | TerminalFrame]:
         return [codec.decode_frame(f) for f in await self.redis.lrange(keys.token_log(request_id), 0, -1)]  # type: ignore[misc]
 
-    async def wait_answer(self, request_id: str, within_s: float = 20) -> tuple[list[str], TerminalFrame]:
+    async def wait_answer(self, request_id: str, within_s: float = WITHIN_S) -> tuple[list[str], TerminalFrame]:
         """Text of every choice and the terminal frame; checks that the log has exactly one, at its end."""
 
         async def ended() -> bool:
@@ -211,11 +220,13 @@ class Host:
         await self.dispatcher.enqueue(make_request(request_id, **fields))
         return await self.wait_answer(request_id)
 
-    async def stop_in_mid_stream(self, pid: int, **fields: Any) -> str:
+    async def stop_in_mid_stream(
+        self, pid: int, make: Callable[..., GenerateRequest] = make_request, **fields: Any
+    ) -> str:
         """SIGSTOP a worker while it runs a request that has some frames and no end; that request's id."""
         for number in range(20):
             request_id = f"storm-{number}"
-            await self.dispatcher.enqueue(make_request(request_id, **fields))
+            await self.dispatcher.enqueue(make(request_id, **fields))
             await self.wait_frames(request_id, 2)
             os.kill(pid, signal.SIGSTOP)
             if all(isinstance(frame, StepFrame) for frame in await self.frames(request_id)):
@@ -235,4 +246,4 @@ async def wait_gone(*pids: int) -> None:
     await eventually(lambda: not any(is_running(pid) for pid in pids), what=f"processes {pids} gone")
 
 
-__all__ = ["GATEWAY", "MODEL", "NODE", "Host", "asyncio", "copy_state_dir", "is_running", "make_request", "wait_gone"]
+__all__ = ["GATEWAY", "MODEL", "NODE", "Host", "copy_state_dir", "is_running", "make_request", "wait_gone"]

@@ -61,7 +61,7 @@ async def wait_status(client: openai.AsyncOpenAI, batch: Batch, *statuses: str) 
         found = await client.batches.retrieve(batch.id)
         return found if found.status in (statuses or ENDED) else None
 
-    found: Batch = await eventually(reached, within_s=20, what=f"{batch.id} {statuses or ENDED}")
+    found: Batch = await eventually(reached, what=f"{batch.id} {statuses or ENDED}")
     return found
 
 
@@ -267,7 +267,7 @@ async def test_a_batch_that_may_not_wake_waits_until_somebody_else_did(gateway: 
     async def waits_for() -> str | None:
         return (await client.batches.retrieve(batch.id)).to_dict().get("waits_for")  # type: ignore[return-value]
 
-    await eventually(lambda: waits_for(), within_s=10, what="a reason to wait")
+    await eventually(lambda: waits_for(), what="a reason to wait")
     assert (await waits_for(), gateway.worker.seen) == ("wake", [])
     await gateway.publish(make_card(), status=make_status(Tier.HOT, state="ready"))
     done = await wait_status(client, batch)

@@ -15,6 +15,7 @@ from scheduler.contract import codec, keys
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import TokenLogprob
 from scheduler.contract.states import Priority, Tier
+from tests.eventually import eventually
 from tests.gateway_fixtures import (
     MODEL,
     GatewayHarness,
@@ -253,6 +254,7 @@ async def test_readiness_needs_a_fresh_report_and_a_node(gateway: GatewayHarness
         await gateway.publish(make_card(), status=status)
         if status is None:
             await gateway.redis.delete(keys.STATUS)
+            gateway.server.gateway.directory.invalidate()
         found, headers, body = await gateway.get("/readyz")
         assert found == 503
         assert word in body["reasons"][0]
@@ -284,14 +286,22 @@ async def test_metrics_count_what_happened(gateway: GatewayHarness) -> None:
     await redis.hset(keys.SECURITY_COUNTS, "snapshot_corrupt", 3)
     await gateway.post(CHAT, chat_body())
     await gateway.post(CHAT, chat_body(model=secrets.token_hex(4)))
-    async with gateway.client.get(gateway.url + "/metrics") as response:
-        assert response.headers["Content-Type"].startswith("text/plain")
-        text = await response.text()
-    assert 'glowplug_requests_total{endpoint="chat",model="tiny",status="200"} 1.0' in text
-    assert 'glowplug_requests_total{endpoint="chat",model="unknown",status="404"} 1.0' in text
-    assert 'glowplug_cold_starts_total{model="tiny",tier="snapshot"} 1.0' in text
-    assert 'glowplug_security_events_total{kind="snapshot_corrupt"} 3.0' in text
-    assert 'glowplug_requests_in_flight{model="tiny"} 0.0' in text
+    expected = {
+        'glowplug_requests_total{endpoint="chat",model="tiny",status="200"} 1.0',
+        'glowplug_requests_total{endpoint="chat",model="unknown",status="404"} 1.0',
+        'glowplug_cold_starts_total{model="tiny",tier="snapshot"} 1.0',
+        'glowplug_security_events_total{kind="snapshot_corrupt"} 3.0',
+        'glowplug_requests_in_flight{model="tiny"} 0.0',
+    }
+    missing = set(expected)
+
+    async def are_counted() -> bool:
+        async with gateway.client.get(gateway.url + "/metrics") as response:
+            assert response.headers["Content-Type"].startswith("text/plain")
+            missing.difference_update((await response.text()).splitlines())
+        return not missing
+
+    await eventually(are_counted, what=f"all of {expected}")
 
 
 async def test_no_prompt_reaches_the_log(gateway: GatewayHarness, capfd: pytest.CaptureFixture[str]) -> None:

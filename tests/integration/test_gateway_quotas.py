@@ -97,7 +97,7 @@ async def test_tokens_are_reserved_and_then_corrected(gateway: GatewayHarness, t
             await response.read()
             return int(response.headers["x-ratelimit-remaining-tokens"])
 
-    assert 850 < await remaining() <= 900
+    assert 850 < await remaining() < 990  # 900, and what a minute's share gives back meanwhile; 500 before
     status, told, body = await gateway.post(CHAT, chat_body(max_tokens=1000), headers=headers)
     assert (status, body["error"]["code"]) == (429, "tokens_quota_exceeded")
     assert int(told["Retry-After"]) >= 1
@@ -140,9 +140,10 @@ async def test_usage_is_recorded_by_tenant_key_and_model(gateway: GatewayHarness
 
     async def rows() -> Any:
         async with gateway.client.get(gateway.url + "/admin/usage?days=2", headers=headers) as response:
-            return (await response.json())["data"]
+            found = [row for row in (await response.json())["data"] if row["tenant"] == "acme"]
+            return found if found and found[0]["requests"] >= 3 else None
 
-    (row,) = [row for row in await eventually(rows) if row["tenant"] == "acme"]
+    (row,) = await eventually(rows, what="three requests of the tenant")
     assert (row["model"], row["requests"], row["prompt_tokens"], row["completion_tokens"]) == (MODEL, 3, 15, 6)
     assert row["key_id"] == headers["Authorization"].split("_")[1]
     redis: Any = gateway.redis

@@ -136,8 +136,12 @@ async def test_a_worker_error_after_the_headers_is_an_event_and_then_the_end(gat
         "error": {"message": "it broke", "type": "server_error", "param": None, "code": "worker_failed"}
     }
     assert "data: [DONE]" not in blocks
-    async with gateway.client.get(gateway.url + "/metrics") as response:
-        assert 'requests_total{endpoint="chat",model="tiny",status="500"} 1.0' in await response.text()
+
+    async def is_counted() -> bool:
+        async with gateway.client.get(gateway.url + "/metrics") as response:
+            return 'requests_total{endpoint="chat",model="tiny",status="500"} 1.0' in await response.text()
+
+    await eventually(is_counted, what="one failure")
     _, _, trace = await gateway.get("/admin/traces/last")
     assert trace["error"] == "worker_failed"
 
@@ -185,7 +189,7 @@ async def test_a_client_that_goes_away_frees_its_request(redis_url: str, tmp_pat
         else:
             posting.cancel()
         await eventually(lambda: all_cancelled(gateway, 1))
-        assert gateway.server.gateway.hub.statistics().open_streams == 0
+        await eventually(lambda: gateway.server.gateway.hub.statistics().open_streams == 0)
 
 
 async def flood(request: GenerateRequest, publish: Any) -> None:

@@ -154,7 +154,7 @@ async def test_cancel_ends_a_run_and_the_request(redis: Redis, dispatcher: Dispa
     async with serving_worker(redis, handler) as worker:
         await dispatcher.enqueue(make_request("r1"))
         await eventually(lambda: handler.started)
-        await eventually(lambda: redis.pubsub_numsub(keys.control_channel(MODEL)))
+        await eventually(lambda: _is_listened_to(redis), what="a worker that hears of cancellations")
         assert await dispatcher.cancel("r1", MODEL) is False
         await eventually(lambda: handler.cancelled == ["r1"] and worker.num_running == 0)
         assert await dispatcher.queue_depth(MODEL) == 0
@@ -353,7 +353,7 @@ async def test_killed_worker_process_is_replaced_at_once(redis: Redis, dispatche
     async with serving_worker(redis, standby, worker_id="standby"):
         assert standby.started == []
         assert await release_worker(redis, MODEL, "doomed") == 3
-        await eventually(lambda: len(standby.ended) == 3, within_s=5.0)
+        await eventually(lambda: len(standby.ended) == 3, within_s=12.0)  # a lease lasts 15 s
     assert sorted(standby.started) == [(f"r{i}", 2) for i in range(3)]
     assert await release_worker(redis, MODEL, "doomed") == 0
 
@@ -415,6 +415,11 @@ async def test_request_that_has_a_terminal_frame_stays_ended(redis: Redis, dispa
     await publisher.aclose()
     assert await redis.llen(keys.token_log("r1")) == 2
     assert codec.is_terminal((await redis.lrange(keys.token_log("r1"), -1, -1))[0])
+
+
+async def _is_listened_to(redis: Redis) -> bool:
+    ((_, num_listeners),) = await redis.pubsub_numsub(keys.control_channel(MODEL))
+    return bool(num_listeners)
 
 
 async def _is_empty(dispatcher: Dispatcher) -> bool:

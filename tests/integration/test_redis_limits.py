@@ -76,7 +76,7 @@ async def test_a_server_at_its_client_limit_is_a_503_and_passes(
     """No connection is left for the gateway: refused within its limit, served when there is one."""
     server, client = small
     async with run_gateway(server.url, tmp_path, redis_limit_s=0.5) as gateway:
-        assert (await post(gateway))[0] == 200
+        await eventually(lambda: is_served(gateway), what="an answer within that limit")
         await gateway.server.gateway.redis.connection_pool.disconnect()
         await client.config_set("maxclients", 1)
         gateway.server.gateway.directory.invalidate()

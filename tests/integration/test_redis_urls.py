@@ -137,7 +137,7 @@ async def test_sentinels_name_the_master_and_its_successor(tmp_path: Path) -> No
     master, replica, sentinel = free_port(), free_port(), free_port()
     config = tmp_path / "sentinel.conf"
     config.write_text(
-        f"sentinel monitor main 127.0.0.1 {master} 1\nsentinel down-after-milliseconds main 300\n"
+        f"sentinel monitor main 127.0.0.1 {master} 1\nsentinel down-after-milliseconds main 1000\n"
         "sentinel failover-timeout main 2000\n"
     )
     with (
@@ -146,7 +146,7 @@ async def test_sentinels_name_the_master_and_its_successor(tmp_path: Path) -> No
     ):
         await wait_listening(replica)
         async with connected(f"redis://127.0.0.1:{replica}") as follower:
-            await eventually(lambda: is_linked(follower), within_s=20, what="the replica follows")
+            await eventually(lambda: is_linked(follower), what="the replica follows")
         with server(tmp_path / "s", sentinel, str(config), "--sentinel"):
             await wait_listening(sentinel)
             await wait_knows_replica(f"redis://127.0.0.1:{sentinel}")
@@ -154,7 +154,7 @@ async def test_sentinels_name_the_master_and_its_successor(tmp_path: Path) -> No
             await deliver(url, "r1")
             async with connected(url) as redis:
                 first.kill()
-                await eventually(lambda: enqueues(redis), within_s=20, what="the promoted replica")
+                await eventually(lambda: enqueues(redis), what="the promoted replica")
             await deliver(url, "r3")
 
 
@@ -167,7 +167,7 @@ async def wait_knows_replica(url: str) -> None:
         found = await asked.execute_command("SENTINEL", "REPLICAS", "main")
         return len(found) == 1
 
-    await eventually(knows, within_s=20, what="the sentinel knows the replica")
+    await eventually(knows, what="the sentinel knows the replica")
     await asked.aclose()
 
 

@@ -234,11 +234,13 @@ async def test_client_that_leaves_while_the_end_is_being_written_changes_nothing
     await bench.wait_submitted()
     bench.steps(step(5))
     await eventually(lambda: bench.publisher.statistics().frames_logged == 1)
-    await bench.redis.execute_command("CLIENT", "PAUSE", 150, "WRITE")
+    await bench.redis.execute_command("CLIENT", "PAUSE", 20_000, "WRITE")
     bench.steps(step(6, finished=True, usage=Usage(3, 2)))
     await eventually(lambda: bench.publisher.statistics().backlog_bytes > 0)
     bench.gone_clients.add("r1")
     run.cancel()
+    await asyncio.sleep(0)  # it is told while nothing can be written
+    await bench.redis.execute_command("CLIENT", "UNPAUSE")
     with pytest.raises(asyncio.CancelledError):
         await run
     await bench.runner.aclose()

@@ -58,7 +58,7 @@ def server(short_tmp_path: Path) -> Iterator[KillableServer]:
 async def test_frames_arrive_once_in_order_and_are_logged(redis: Redis, publisher: TokenPublisher) -> None:
     """Undisturbed, every frame comes as a live message, and the log holds the same."""
     recorder = Recorder()
-    async with started_hub(redis) as hub:
+    async with started_hub(redis, silence_s=60.0) as hub:
         hub.open("r1", recorder)
         run = await publisher.begin(make_request("r1"), 1)
         for i in range(50):
@@ -223,7 +223,7 @@ async def test_gateway_gives_back_what_its_client_has_seen(redis: Redis, publish
         publisher.end(run)
         await redis.ltrim(keys.token_log("r1"), 0, 2)
         await eventually(lambda: _has_length(redis, "r1", 6))
-        assert hub.statistics().repaired == 1
+        await eventually(lambda: hub.statistics().repaired == 1)
     assert len((await publisher.begin(make_request("r1"), 2)).frames) == 6
 
 
@@ -332,7 +332,7 @@ async def test_hub_subscribes_over_tcp_with_password_and_database(server: Killab
         await admin.config_set("requirepass", "secret")
     recorder = Recorder()
     url = f"redis://:secret@127.0.0.1:{port}/2?decode_responses=true&protocol=3"
-    async with connected(url) as redis, started_hub(redis) as hub:
+    async with connected(url) as redis, started_hub(redis, silence_s=60.0) as hub:
         publisher = TokenPublisher(redis)
         hub.open("r1", recorder)
         await publisher.begin(make_request("r1"), 1)
@@ -408,9 +408,9 @@ async def test_chaos(server: KillableServer) -> None:
         await _until_frames(recorders, 500)
         await leaving.aclose()  # its requests run again on the other worker
         await redis.client_kill_filter(_type="pubsub")
-        await eventually(lambda: all(recorder.terminals for recorder in recorders.values()), within_s=30.0)
+        await eventually(lambda: all(recorder.terminals for recorder in recorders.values()))
         await eventually(lambda: _is_drained(dispatcher))
-        statistics = hub.statistics()
+        await eventually(lambda: hub.statistics().reconnects >= 2)
         logs = {rid: await redis.lrange(keys.token_log(rid), 0, -1) for rid in recorders}
     await first.publisher.aclose()
     await second.publisher.aclose()
@@ -418,7 +418,6 @@ async def test_chaos(server: KillableServer) -> None:
         assert recorder.numbers == list(range(60))
         assert len(recorder.terminals) == 1
         assert recorder.frames == [codec.decode_frame(data) for data in logs[request_id]]
-    assert statistics.reconnects >= 2
     assert first.attempts
     assert any(attempt > 1 for _, attempt in second.attempts)
 

@@ -14,6 +14,7 @@ from loadtest.processes import Server, glowplug_command
 from loadtest.streaming_client import chat_body, get_text, post_stream
 from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
+from tests.eventually import eventually_sync
 
 MODEL = "smollm2"
 
@@ -70,9 +71,10 @@ def test_threat_changed_snapshot_served(state_dir: Path, kind: str, status: int,
         streamed = post_stream(server.url, chat_body(MODEL, max_tokens=4))
         assert streamed.error
         assert streamed.text == ""
-        assert server.worker_pids() == []
-        metrics = get_text(server.url, "/metrics")[1]
-        assert any(line.startswith("glowplug_security_events_total{") for line in metrics.splitlines())
+        eventually_sync(lambda: server.worker_pids() == [], what="the end of a worker that began while it was verified")
+        eventually_sync(
+            lambda: "\nglowplug_security_events_total{" in get_text(server.url, "/metrics")[1], what="a counted event"
+        )
     events = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     assert [e for e in events if e.get("event") == "security" and e.get("level") == "critical"]
     verify = subprocess.run(

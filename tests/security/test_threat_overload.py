@@ -54,13 +54,20 @@ async def assert_serves(gateway: GatewayHarness) -> None:
     assert status == 200
 
 
+async def is_answered(gateway: GatewayHarness, rest: bytes) -> bool:
+    """Whether a whole header got its answer; on a loaded machine it may come later than such a small limit."""
+    answer = await send(gateway, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + rest)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 200")
+    return bool(answer)
+
+
 async def test_threat_slow_headers(redis_url: str, tmp_path: Path) -> None:
     """A connection that sends no whole header, or nothing, is ended; so is one that idles after an answer."""
     async with run_gateway(redis_url, tmp_path, header_limit_s=0.1, keepalive_s=0.1) as gateway:
         assert await send(gateway, b"") == b""
         assert await send(gateway, b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ") == b""
-        assert (await send(gateway, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")).startswith(b"HTTP/1.1 200")
-        assert (await send(gateway, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /")).startswith(b"HTTP/1.1 200")
+        for rest in (b"", b"GET /"):
+            await eventually(lambda rest=rest: is_answered(gateway, rest), what="an answer in time, then an end")
         await assert_serves(gateway)
 
 
@@ -219,7 +226,7 @@ async def test_threat_client_gone(redis_url: str, tmp_path: Path) -> None:
             await eventually(lambda: gateway.worker.seen)
             writer.close()
             await eventually(lambda: is_cancelled(gateway))
-        assert gateway.server.gateway.hub.statistics().open_streams == 0
+        await eventually(lambda: gateway.server.gateway.hub.statistics().open_streams == 0)
 
 
 async def test_threat_quota_by_many_keys(redis_url: str, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def find_serious_violations(browser: webdriver.Chrome) -> list[str]:
 def test_a_person_wakes_a_model_and_sees_it_rise_and_sink(browser: webdriver.Chrome, server: Server) -> None:
     """The chat box answers, the card climbs to T4, the waterfall appears, and the idle timer takes it down again."""
     open_page(browser, server)
-    assert tier_of(browser) in ("T1", "T2")
+    wait_for(browser, lambda: tier_of(browser) in ("T1", "T2"))
     prompt = browser.find_element(By.ID, "prompt")
     prompt.clear()
     prompt.send_keys("What is the capital of France?")
@@ -106,11 +106,11 @@ def test_a_person_wakes_a_model_and_sees_it_rise_and_sink(browser: webdriver.Chr
     keep_screenshot(browser, "waking-light")
     wait_for(browser, lambda: len(browser.find_element(By.ID, "answer").text) > 3)  # sampled: any words
     wait_for(browser, lambda: "Cold start from" in browser.find_element(By.ID, "waterfall").text)
-    assert "prefill" in browser.find_element(By.ID, "waterfall").text
+    wait_for(browser, lambda: "prefill" in browser.find_element(By.ID, "waterfall").text)
     keep_screenshot(browser, "hot-light")
     wait_for(browser, lambda: tier_of(browser) == "T2")
-    assert "None: every model is at zero" in browser.find_element(By.ID, "workers").text
-    assert "of worker time not spent" in browser.find_element(By.ID, "savings").text
+    wait_for(browser, lambda: "None: every model is at zero" in browser.find_element(By.ID, "workers").text)
+    wait_for(browser, lambda: "of worker time not spent" in browser.find_element(By.ID, "savings").text)
 
 
 @pytest.mark.parametrize(("theme", "width"), [("light", 1360), ("dark", 1360), ("light", 390), ("dark", 390)])

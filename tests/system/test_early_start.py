@@ -13,10 +13,11 @@ from loadtest.streaming_client import chat_body, post_stream
 from snapshots.keyring import KeyRing
 from snapshots.manifest import WEIGHTS
 from snapshots.store import SnapshotStore
+from tests.eventually import eventually_sync
 
 MODEL = "smollm2"
-#: Slow enough that the worker always comes before the last weight, on any machine: 0.7 s for all of them.
-PACE_BYTES_PER_S = "400e6"
+#: Slow enough that the worker always comes before the last weight, on a loaded machine too: 1.8 s for all of them.
+PACE_BYTES_PER_S = "150e6"
 
 
 @pytest.fixture
@@ -73,5 +74,5 @@ def test_an_early_worker_of_wrong_weights_says_nothing(
         assert answer.text == ""
         again = post_stream(server.url, {**chat_body(MODEL, max_tokens=4), "stream": False, "stream_options": None})
         assert json.loads(again.error)["error"]["code"] == "snapshot_corrupt"
-        assert server.worker_pids() == []
+        eventually_sync(lambda: server.worker_pids() == [], what="the end of the worker that began too early")
     assert "security" in read_events(log)

@@ -20,7 +20,9 @@ from loadtest.streaming_client import get_json
 from tests.checkpoint_files import DATA
 from tests.embedding_texts import TEXTS
 from tests.encoder_fixtures import MINILM
+from tests.eventually import eventually_sync
 from tests.model_fixtures import BuiltState
+from tests.worker_fixtures import is_running
 
 LIMIT_S = 60.0
 
@@ -36,7 +38,7 @@ def server(minilm_built: BuiltState, short_tmp_path: Path) -> Iterator[Server]:
         yield running
         everything = descendants(running.process.pid)
         assert running.stop() == 0
-    assert [pid for pid in everything if Path(f"/proc/{pid}").exists()] == []
+    eventually_sync(lambda: not any(map(is_running, everything)), what="the end of every process")
 
 
 def _link_blobs(source: str, target: str) -> None:

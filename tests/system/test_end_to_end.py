@@ -13,6 +13,8 @@ import pytest
 
 from loadtest.processes import Server, descendants, wait_until
 from loadtest.streaming_client import StreamedAnswer, chat_body, get_json, get_text, post_stream
+from tests.eventually import eventually_sync
+from tests.worker_fixtures import is_running
 
 MODEL = "smollm2"
 
@@ -41,7 +43,7 @@ def server(state_dir: Path) -> Iterator[Server]:
         yield running
         everything = descendants(running.process.pid)
         assert running.stop() == 0
-    assert [pid for pid in everything if Path(f"/proc/{pid}").exists()] == []
+    eventually_sync(lambda: not any(map(is_running, everything)), what="the end of every process")
     assert list(state_dir.rglob("*.sock")) == []
 
 
@@ -97,7 +99,7 @@ def test_a_worker_killed_in_mid_stream_is_replaced_without_gap_or_repeat(server:
     assert undisturbed.completion_tokens == 80
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running = pool.submit(ask, server, **fields)
-        victim = wait_until(lambda: _busy_worker(server), within_s=20, what="a busy worker", every_s=0.002)
+        victim = wait_until(lambda: _busy_worker(server), within_s=30, what="a busy worker", every_s=0.002)
         os.kill(victim, signal.SIGKILL)
         disturbed = running.result(timeout=60)
     assert disturbed.error == ""
@@ -126,7 +128,7 @@ def test_a_client_that_goes_away_frees_its_sequence(server: Server) -> None:
         pass
     connection.close()
     response.close()
-    server.wait_asleep(MODEL, within_s=20)
+    server.wait_asleep(MODEL, within_s=30)
 
 
 def test_a_second_server_on_the_same_state_folder_is_refused(server: Server) -> None:

@@ -36,7 +36,7 @@ def begin(fleet: Fleet, first: str = "gateway-0", tokens: int = TOKENS) -> tuple
 
 
 async def in_mid_stream(answer: Answer) -> None:
-    await eventually(lambda: len(answer.ids) >= 4, within_s=30, what="a stream that has begun")
+    await eventually(lambda: len(answer.ids) >= 4, what="a stream that has begun")
 
 
 async def test_parts_that_stand_still_or_die_in_pairs_lose_nothing(fleet: Fleet) -> None:
@@ -69,7 +69,7 @@ async def test_parts_that_stand_still_or_die_in_pairs_lose_nothing(fleet: Fleet)
     fleet.send(leader, signal.SIGSTOP)
     standby = next(name for name in fleet.names if name.startswith("scheduler") and name != leader)
     before = len(fleet.log_events(standby, "leading"))
-    await eventually(lambda: len(fleet.log_events(standby, "leading")) > before, within_s=10, what="a new leader")
+    await eventually(lambda: len(fleet.log_events(standby, "leading")) > before, what="a new leader")
     print(f"leader stopped: standby leads after {time.monotonic() - since_s:.2f} s")
     fleet.send(leader, signal.SIGCONT)
     await finish(answer, asking, "leader stopped", since_s)
@@ -100,13 +100,18 @@ async def test_parts_that_stand_still_or_die_in_pairs_lose_nothing(fleet: Fleet)
     fleet.send("agent", signal.SIGCONT)
 
     # The gateway stands still: its client goes on elsewhere, and the sleeper's late clean-up cancels nothing.
-    answer, asking = begin(fleet, tokens=3 * TOKENS)
-    await in_mid_stream(answer)
-    fleet.send("gateway-0", signal.SIGSTOP)
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
+    is_caught = False
+    while not is_caught:
+        answer, asking = begin(fleet, tokens=3 * TOKENS)
+        await in_mid_stream(answer)
+        fleet.send("gateway-0", signal.SIGSTOP)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        is_caught = not answer.is_done
+        if not is_caught:  # the stream was quicker than this process
+            fleet.send("gateway-0", signal.SIGCONT)
     again = asyncio.create_task(fleet.ask(answer, "gateway-1"))
-    await eventually(lambda: answer.num_resumes == 1 and len(answer.ids) > 8, within_s=20, what="the rest")
+    await eventually(lambda: answer.num_resumes >= 1 and len(answer.ids) > 8, what="the rest")
     fleet.send("gateway-0", signal.SIGCONT)
     await again
     await fleet.check(answer, 3 * TOKENS)
@@ -129,7 +134,7 @@ async def test_restarting_every_part_in_turn_under_load_loses_nothing(fleet: Fle
         fleet.send(name, signal.SIGTERM)
         assert await asyncio.to_thread(fleet.parts[name].wait, 30) == 0, fleet.log(name)[-2000:]
         fleet.mend()
-        await eventually(lambda n=num_answers: len(ledger) > n + 1, within_s=30, what=f"answers after {name}")
+        await eventually(lambda n=num_answers: len(ledger) > n + 1, what=f"answers after {name}")
     is_over.set()
     await asyncio.wait_for(asyncio.gather(*clients), 60)
     print(f"rolling restart: {len(ledger)} requests, {sum(a.num_resumes for a in ledger)} resumed elsewhere")
@@ -147,7 +152,7 @@ async def test_requests_that_nobody_hears_are_cancelled_after_the_grace(fleet: F
     async def is_gone() -> bool:
         return not await fleet.redis.exists(keys.job(answer.request_id))
 
-    await eventually(is_gone, within_s=20, what="the request cancelled")
+    await eventually(is_gone, what="the request cancelled")
     await fleet.ask(answer, "gateway-1")
     assert answer.error is not None
     assert answer.error["code"] == "cancelled"

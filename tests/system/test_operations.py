@@ -31,8 +31,13 @@ def verb(state_dir: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def row_of(server: Server) -> dict[str, Any]:
     """The model's row in the status report."""
-    row: dict[str, Any] = get_json(server.url, "/admin/status")["models"][0]
-    return row
+    return dict(eventually_sync(lambda: server.model_status(MODEL), what="the model in the status report"))
+
+
+def audited_acts(state_dir: Path) -> list[tuple[str, int]]:
+    """Orders and their answers in the audit log, which is written behind the answers."""
+    lines = [json.loads(line) for line in (state_dir / "log" / "audit.jsonl").read_text().splitlines()]
+    return [(line["path"].rpartition(":")[2], line["status"]) for line in lines if line["event"] == "admin_request"]
 
 
 @pytest.fixture
@@ -72,9 +77,8 @@ def test_prefetch_wake_unload_and_park(server: Server, state_dir: Path) -> None:
     answer = post_stream(server.url, chat_body(MODEL, max_tokens=2))
     assert not answer.error
     assert get_json(server.url, f"/admin/traces/{answer.request_id}")["cold_tier"] == "T1"
-    lines = [json.loads(line) for line in (state_dir / "log" / "audit.jsonl").read_text().splitlines()]
-    acts = [line["path"].rpartition(":")[2] for line in lines if line["event"] == "admin_request"]
-    assert acts == ["prefetch", "wake", "unload"]  # what was refused is not there
+    expected = [("prefetch", 202), ("wake", 202), ("park", 409), ("unload", 202)]
+    eventually_sync(lambda: audited_acts(state_dir) == expected, what=f"lines of {expected}")
     unknown = verb(state_dir, "wake", "nobody")
     assert (unknown.returncode, "glowplug ps" in unknown.stderr) == (1, True)
 
@@ -108,7 +112,7 @@ def test_a_drained_node_takes_no_worker_and_works_again_when_undrained(server: S
     done = verb(state_dir, "drain", node)
     assert done.returncode == 0, done.stderr
     eventually_sync(lambda: server.worker_pids() == [], what="the worker's end")
-    assert get_json(server.url, "/admin/status")["drained_nodes"] == [node]
+    eventually_sync(lambda: get_json(server.url, "/admin/status")["drained_nodes"] == [node], what="the drained node")
     assert verb(state_dir, "wake", MODEL, "--wait-s", "0").returncode == 0
     assert server.worker_pids() == []
     assert verb(state_dir, "undrain", node).returncode == 0

@@ -37,7 +37,7 @@ async def spawn(host: Host, worker_id: str, model: str) -> WorkerReport:
     await host.order_spawn(worker_id, model=model)
     await host.wait_change(worker_id, "ready")
     report = await host.worker_report(worker_id)
-    await eventually(lambda: resident_bytes(report.pid) > 260 * MEBIBYTE, within_s=30, what="mapped weights")
+    await eventually(lambda: resident_bytes(report.pid) > 260 * MEBIBYTE, what="mapped weights")
     return report
 
 
@@ -74,6 +74,6 @@ async def test_a_worker_reports_its_share_of_memory(host: Host) -> None:
         reports = [await host.worker_report(worker_id) for worker_id in ("w1", "w2")]
         return all(report.proportional_bytes > 0 for report in reports)
 
-    await eventually(is_measured, within_s=30, what="measured shares")
+    await eventually(is_measured, what="measured shares")
     reports = [await host.worker_report(worker_id) for worker_id in ("w1", "w2")]
     assert sum(report.proportional_bytes for report in reports) < 1.5 * 270 * MEBIBYTE

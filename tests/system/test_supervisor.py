@@ -88,11 +88,16 @@ class Serve:
         )
 
     def wait_ready(self) -> dict[str, Any]:
-        """The content of serve.json once it is there."""
-        path = self.state_dir / "run" / "serve.json"
-        eventually_sync(lambda: path.exists() or self.process.poll() is not None, what="serve.json")
-        ready: dict[str, Any] = json.loads(path.read_text())
+        """The content of this process's serve.json once it is there, and every part has its signals in hand."""
+        ready = dict(eventually_sync(self._read_ready, what="serve.json"))
+        eventually_sync(lambda: len({part for part, _ in self.events("start")}) == 3, what="the start of every part")
         return ready
+
+    def _read_ready(self) -> dict[str, Any] | None:
+        assert self.process.poll() is None, "the supervisor ended"
+        path = self.state_dir / "run" / "serve.json"
+        found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        return found if found and found["pid"] == self.process.pid else None
 
     @property
     def journal(self) -> list[dict[str, Any]]:
@@ -284,5 +289,6 @@ def test_given_server_is_used_and_left_alone(serve: Callable[..., Serve], redis_
 def _find_other_server(data_dir: Path, pid: int) -> int | None:
     if not socket_path(data_dir).exists() or is_alive(pid):
         return None
-    found = (data_dir / "server.pid").read_text()
+    pid_file = data_dir / "server.pid"
+    found = pid_file.read_text() if pid_file.exists() else ""
     return int(found) if found and int(found) != pid and ensure_server(data_dir).pid == int(found) else None

@@ -21,7 +21,7 @@ from scheduler.contract.telemetry import COLD_PHASES, Mark
 from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
 from tests.eventually import eventually
-from tests.worker_fixtures import MODEL, NODE, Host, copy_state_dir, is_running, make_request, wait_gone
+from tests.worker_fixtures import MODEL, NODE, Host, copy_state_dir, make_request, wait_gone
 
 
 @pytest.fixture
@@ -166,14 +166,14 @@ async def test_worker_past_its_grace_is_killed_and_its_request_handed_on(host: H
 
 async def test_client_that_goes_away_ends_its_request(host: Host) -> None:
     """A cancelled request gets exactly one terminal frame, with error cancelled, and frees its sequence."""
-    await host.spawn("w1")
-    await host.dispatcher.enqueue(make_request("r1", max_tokens=100, num_choices=8))
-    await host.wait_frames("r1", 2)
-    await host.dispatcher.cancel("r1", MODEL)
-    _, terminal = await host.wait_answer("r1")
+    worker = await host.spawn("w1")
+    left = await host.stop_in_mid_stream(worker.pid, max_tokens=100, num_choices=8)
+    await host.dispatcher.cancel(left, MODEL)
+    os.kill(worker.pid, signal.SIGCONT)
+    _, terminal = await host.wait_answer(left)
     assert terminal.error is not None
     assert terminal.error.code is ErrorCode.CANCELLED
-    assert len(await host.frames("r1")) < 100
+    assert len(await host.frames(left)) < 100
     _, after = await host.ask("r2")
     assert after.error is None
     await host.wait_queue_empty()
@@ -219,20 +219,22 @@ async def test_sigterm_drains_and_unregisters(host: Host) -> None:
     assert terminal.error is None
     await eventually(lambda: host.agent.poll() is not None, what="agent's end")
     assert host.agent.returncode == 0
-    assert not any(map(is_running, (worker.pid, node.zygote_pid)))
+    await wait_gone(worker.pid, node.zygote_pid)
     assert await host.node_report() is None
 
 
-async def test_second_sigterm_ends_at_once(host: Host) -> None:
+async def test_second_sigterm_ends_at_once(redis_url: str, short_tmp_path: Path) -> None:
     """An agent whose drain hangs (a stopped worker) ends on the second signal, and takes everything with it."""
-    worker = await host.spawn("w1")
-    node = await host.wait_registered()
-    os.kill(worker.pid, signal.SIGSTOP)
-    host.agent.send_signal(signal.SIGTERM)
-    await host.wait_logged("worker_drain_ordered")
-    host.agent.send_signal(signal.SIGTERM)
-    await eventually(lambda: host.agent.poll() is not None, within_s=4, what="agent's end")
-    await wait_gone(worker.pid, node.zygote_pid)
+    endless = {"GLOWPLUG_DRAIN_GRACE_S": "600", "GLOWPLUG_STOPPED_LIMIT_S": "600"}
+    async with Host(redis_url, copy_state_dir(short_tmp_path / "state"), **endless) as host:
+        worker = await host.spawn("w1")
+        node = await host.wait_registered()
+        os.kill(worker.pid, signal.SIGSTOP)
+        host.agent.send_signal(signal.SIGTERM)
+        await host.wait_logged("worker_drain_ordered")
+        host.agent.send_signal(signal.SIGTERM)
+        await eventually(lambda: host.agent.poll() is not None, what="agent's end")
+        await wait_gone(worker.pid, node.zygote_pid)
 
 
 async def test_forgotten_model_wakes_from_disk_again(host: Host) -> None:
@@ -278,7 +280,7 @@ async def test_corrupt_chunk_is_refused_until_the_file_is_repaired(host: Host) -
     card = await host.card()
     assert card is not None
     assert card.refused == refused.error
-    assert await host.redis.hgetall(keys.SECURITY_COUNTS) == {b"blob_corrupt": b"1"}  # type: ignore[misc]
+    await host.wait_security_counts(blob_corrupt=1)
     assert '"event": "security"' in host.log.read_text()
     assert "worker_started" not in host.log.read_text()
     path.write_bytes(good)
@@ -302,7 +304,7 @@ async def test_bad_signature_is_refused_before_anything_is_sealed(host: Host) ->
     refused = await host.wait_change("w1", "failed", exited=True)
     assert refused.error is not None
     assert refused.error.code is ErrorCode.SNAPSHOT_SIGNATURE_INVALID
-    assert await host.redis.hgetall(keys.SECURITY_COUNTS) == {b"signature_invalid": b"1"}  # type: ignore[misc]
+    await host.wait_security_counts(signature_invalid=1)
     report = await host.node_report()
     assert report is not None
     assert report.sealed_bytes == {}

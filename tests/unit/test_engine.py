@@ -349,7 +349,7 @@ async def test_engine_thread_serves_submissions_and_stops() -> None:
             request = make_request(f"r{round_number}", "5 6 7", greedy(12))
             outcome = harness.outcomes[request.request_id] = Outcome()
             harness.engine.submit(request)
-            await eventually(lambda outcome=outcome: outcome.final is not None, within_s=10)
+            await eventually(lambda outcome=outcome: outcome.final is not None)
             assert outcome.token_ids() == SOLO_TOKENS[0]
     finally:
         harness.engine.stop()
