@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from worker.backends.cuda.device import Device, Place, align
 from worker.backends.cuda_kernels import Launch
 from worker.backends.kernels.emulation.emulator import KernelEmulator, ThreadOrder, build_emulator
 
@@ -25,9 +28,56 @@ TOLERANCE = {"f32": 3e-6, "bf16": 4.5e-3, "f16": 6e-4}
 ACTIVATIONS = tuple(DTYPES)
 
 
+#: ``cuda``: the same tests run the kernels on a GPU instead.
+KERNELS_ON = "GLOWPLUG_KERNELS_ON"
+
+
+class DeviceKernels:
+    """Kernels on a device, launched as the emulator launches them: arrays go there before and come back after."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._stream, self._done = device.make_stream(), device.make_event()
+        self._pinned = device.pin(1 << 24)
+
+    def launch(self, launch: Launch, order: ThreadOrder = ThreadOrder.ASCENDING) -> None:
+        """Run ``launch``; array arguments hold the result afterwards. A device has an order of its own."""
+        places: dict[int, tuple[Place, Array]] = {}
+        arguments = [self._move(argument, places) for argument in launch.arguments]
+        self._device.launch(replace(launch, arguments=tuple(arguments)), self._stream)
+        for place, array in places.values():
+            pinned = self._pinned[: array.nbytes]
+            self._device.copy_out(pinned, place, self._stream)
+            self._wait()
+            if array.flags.writeable:
+                array.reshape(-1).view(np.uint8)[:] = pinned
+            self._device.free(place)
+
+    def _move(self, argument: Any, places: dict[int, tuple[Place, Array]]) -> Any:
+        if not isinstance(argument, np.ndarray):
+            return argument
+        start = argument.ctypes.data
+        if start not in places:  # an array that is passed twice stays one
+            place = self._device.allocate(align(argument.nbytes)).part(0, argument.nbytes)
+            pinned = self._pinned[: argument.nbytes]
+            pinned[:] = argument.reshape(-1).view(np.uint8)
+            self._device.copy_in(place, pinned, self._stream)
+            self._wait()
+            places[start] = (place, argument)
+        return places[start][0]
+
+    def _wait(self) -> None:
+        self._device.record(self._done, self._stream)
+        self._device.synchronise(self._done)
+
+
 @functools.cache
-def emulator() -> KernelEmulator:
-    """The shipped kernels, compiled once for each content of the sources."""
+def emulator() -> KernelEmulator | DeviceKernels:
+    """The shipped kernels, compiled once for each content of the sources; on a GPU where the environment says so."""
+    if os.environ.get(KERNELS_ON) == "cuda":
+        from worker.backends.cuda.opening import open_device
+
+        return DeviceKernels(open_device(0))
     return build_emulator(CACHE_FOLDER)
 
 

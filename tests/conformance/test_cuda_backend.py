@@ -15,7 +15,7 @@ from loadtest.gpu_check import format_table
 from snapshots.errors import BlobCorrupt
 from worker.backends.cuda.cuda_backend import CudaBackend
 from worker.backends.cuda.cuda_model import CudaModel
-from worker.backends.cuda.device import DeviceLost, OutOfDeviceMemory, Place
+from worker.backends.cuda.device import CaptureRefused, DeviceLost, OutOfDeviceMemory, Place
 from worker.backends.cuda.emulated_device import EmulatedDevice, StreamOrderError
 from worker.backends.cuda.weight_stream import StreamSettings, WeightStream
 from worker.backends.host_sampling import sample_rows
@@ -176,6 +176,28 @@ def test_graphs_and_single_commands_give_the_same_bits() -> None:
     assert found["num_graph_replays"] == len(steps)
     assert found["num_graphs"] == 3  # buckets 1, 2 and 4
     assert models[1].statistics()["num_graph_replays"] == 0
+
+
+def test_refused_capture_leaves_single_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that makes no graph of a step still serves it, and is not asked again for that shape."""
+    device, asked = make_device(), []
+
+    def refuse(_stream: object, _enqueue: object) -> None:
+        asked.append(1)
+        raise CaptureRefused("no")
+
+    monkeypatch.setattr(device, "capture", refuse)
+    plan = random_plan(TINY)
+    model, reference = bind(plan, device), NumpyBackend().bind(plan)
+    reference.open_kv(16)
+    for one in (model, reference):
+        one.step((PROMPT_AT_ZERO,))
+    model.wait_weights()
+    for position in (20, 21):
+        step = SequenceInput((0, 1), position, (1,))
+        np.testing.assert_allclose(compute_logits(model, step), compute_logits(reference, step), atol=1e-3, rtol=0)
+    assert asked == [1]
+    model.close()
 
 
 def test_padding_of_a_bucket_writes_to_no_block() -> None:

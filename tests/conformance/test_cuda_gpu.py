@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import replace
 
 import numpy as np
@@ -9,17 +11,32 @@ import pytest
 from llama_programs import TINY, compute_logits, random_plan
 
 from worker.backends.choice import make_backend
-from worker.backends.detection import detect_backend
 from worker.backends.host_sampling import sample_rows
 from worker.backends.numpy_reference import NumpyBackend
-from worker.backends.protocol import SequenceInput
+from worker.backends.protocol import Backend, SequenceInput
 from worker.backends.sampling_rows import SamplingRow
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(detect_backend() != "cuda", reason="no GPU, or CuPy is not installed"),
-]
-TOLERANCE = {"float32": 1e-2, "bfloat16": 0.35, "int8": 0.35}  # products of float32 may use TF32
+
+def has_gpu() -> bool:
+    """Whether CuPy is installed and sees a device."""
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    from cupy.cuda import runtime
+
+    try:
+        return bool(runtime.getDeviceCount())
+    except runtime.CUDARuntimeError:
+        return False
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="no GPU, or CuPy is not installed")]
+TOLERANCE = {"float32": 1e-2, "bfloat16": 0.35, "int8": 0.35}
+
+
+@functools.cache
+def device_backend() -> Backend:
+    """One for the run: a worker has one."""
+    return make_backend("cuda", 1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -28,7 +45,7 @@ def test_logits_on_the_device_agree_with_the_reference(dtype: str, head_dim: int
     """Prefill, a second chunk and decodes, eager and by graph, against float32 NumPy."""
     config = replace(TINY, head_dim=head_dim, qkv_bias=True, qk_norm=True)
     plan = random_plan(config, dtype=dtype)
-    models = [make_backend("cuda", 1).bind(plan), NumpyBackend().bind(plan)]
+    models = [device_backend().bind(plan), NumpyBackend().bind(plan)]
     for model in models:
         model.open_kv(16)
     start = 0
@@ -37,11 +54,45 @@ def test_logits_on_the_device_agree_with_the_reference(dtype: str, head_dim: int
         found, wanted = (compute_logits(model, step) for model in models)
         np.testing.assert_allclose(found, wanted, atol=TOLERANCE[dtype], rtol=0)
         start += count
+    for model in models:
+        model.close()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_batched_decodes_go_through_graphs(dtype: str) -> None:
+    """Twelve sequences: prefills in one step, then decodes whose products are the vendor's, captured and replayed."""
+    plan = random_plan(replace(TINY, head_dim=64), dtype=dtype)
+    models = [device_backend().bind(plan), NumpyBackend().bind(plan)]
+    prompts = [tuple((7 * index + i) % 96 for i in range(1 + index)) for index in range(12)]
+    for model in models:
+        model.open_kv(12)
+        model.step(tuple(SequenceInput((index,), 0, prompt) for index, prompt in enumerate(prompts)))
+    models[0].wait_weights()  # graphs are for models that are all there
+    for step in range(3):
+        inputs = tuple(SequenceInput((i,), len(prompt) + step, (step,)) for i, prompt in enumerate(prompts))
+        found, wanted = (compute_logits(model, *inputs) for model in models)
+        np.testing.assert_allclose(found, wanted, atol=TOLERANCE[dtype], rtol=0)
+    assert models[0].statistics()["num_graph_replays"] == 3
+    for model in models:
+        model.close()
+
+
+def test_parked_model_comes_back() -> None:
+    """Its memory goes to the driver meanwhile, and the same logits follow."""
+    model = device_backend().bind(random_plan(TINY, dtype="bfloat16"))
+    first = SequenceInput((0,), 0, (1, 2, 3))
+    model.open_kv(4)
+    before = compute_logits(model, first)
+    model.park()
+    model.unpark()
+    model.open_kv(4)
+    np.testing.assert_array_equal(compute_logits(model, first), before)
+    model.close()
 
 
 def test_device_draws_what_the_host_draws() -> None:
     """Greedy and seeded draws from the logits that the device gave."""
-    model = make_backend("cuda", 1).bind(random_plan(TINY))
+    model = device_backend().bind(random_plan(TINY))
     model.open_kv(4)
     logits = compute_logits(model, SequenceInput((0,), 0, (1, 2, 3)))
     rows = [SamplingRow(0), SamplingRow(0, 0.7, 0.9, top_k=20, top_p=0.9), SamplingRow(0, 0.2, 1.1, min_p=0.05)]

@@ -25,7 +25,7 @@ from worker.backends.kernels.nvrtc import KernelBuildError, Nvrtc
 from worker.backends.kernels.sources import KERNELS_FOLDER, compute_source_digest
 
 FATBIN_MAGIC = 0xBA55ED50
-LARGEST_FATBIN_BYTES = 1 << 20
+LARGEST_FATBIN_BYTES = 5 << 18
 
 
 def compiler_or_none() -> str | None:

@@ -74,13 +74,14 @@ def make_stored(rng: np.random.Generator, name: str, rows: int, width: int) -> S
 
 def group_of(width: int) -> int:
     """Group size of int4 rows."""
-    return 32 if width % 32 == 0 else 16
+    return 64 if width % 64 == 0 else 32
 
 
 def widths_of(name: str) -> tuple[int, ...]:
     """Narrow, ragged over the warp, and wide enough for several rounds; for plain types also odd."""
     multiple = FORMATS[name].width_multiple
-    return (multiple, 1, 37, 520) if multiple == 1 else (multiple, 3 * multiple, -(-1100 // multiple) * multiple)
+    widest = -(-2600 // max(multiple, 8)) * max(multiple, 8)
+    return (multiple, 1, 37, 520, widest) if multiple == 1 else (multiple, 3 * multiple, widest)
 
 
 @pytest.mark.parametrize(("name", "activation"), CASES)
@@ -182,6 +183,6 @@ def test_what_no_kernel_reads_is_refused() -> None:
     with pytest.raises(BackendError, match="width 40: it must be a multiple of 32"):
         kernels.gemv("q4_0", "bf16", 0, 0, 0, 0, 0, width=40, **sizes)
     with pytest.raises(BackendError, match="groups of 24"):
-        kernels.gemv("int4", "bf16", 0, 0, 0, 0, 0, width=48, group_size=24, **sizes)
+        kernels.gemv("int4", "bf16", 0, 0, 0, 0, 0, width=96, group_size=24, **sizes)
     with pytest.raises(BackendError, match="bf16 weights with f16"):
         kernels.gemv("bf16", "f16", 0, 0, 0, 0, 0, width=32, **sizes)

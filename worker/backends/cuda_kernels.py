@@ -78,7 +78,7 @@ FORMATS: Final = {
     "f16": StoredFormat(1, 1, 2, is_quantised=False),
     "int8": StoredFormat(8, 1, 1),
     "e4m3": StoredFormat(8, 1, 1),
-    "int4": StoredFormat(16, 2, 1),
+    "int4": StoredFormat(32, 2, 1),
     "q8_0": StoredFormat(32, 32, 34),
     "q4_0": StoredFormat(32, 32, 18),
     "q4_1": StoredFormat(32, 32, 20),
@@ -289,8 +289,8 @@ def _format_of(name: str, width: int, group_size: int) -> StoredFormat:
         raise BackendError(f"weight format {name}: the kernels read {', '.join(FORMATS)}")
     if width % found.width_multiple != 0:
         raise BackendError(f"{name} weights of width {width}: it must be a multiple of {found.width_multiple}")
-    if name == "int4" and (group_size <= 0 or group_size % 16 or width % group_size):
-        raise BackendError(f"int4 groups of {group_size} weights in rows of {width}: expected a multiple of 16")
+    if name == "int4" and (group_size <= 0 or group_size % 32 or width % group_size):
+        raise BackendError(f"int4 groups of {group_size} weights in rows of {width}: expected a multiple of 32")
     return found
 
 

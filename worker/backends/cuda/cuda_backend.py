@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from worker.backends.cuda.cuda_model import CudaModel, CudaResources
 from worker.backends.cuda.device import ACTIVATION_BYTES, Device, MatrixProduct
-from worker.backends.cuda.sample_model import TINY, make_sample_plan
+from worker.backends.cuda.sample_model import TINY, SampleShape, make_sample_plan
 from worker.backends.cuda.weight_stream import PinnedRing, StreamSettings
 from worker.backends.cuda_kernels import Activation
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
@@ -52,8 +53,9 @@ class CudaBackend:
         ring = PinnedRing(device, self._settings)
         resources = CudaResources(device, ring, self._settings, self._quantised_activation, self._uses_graphs)
         _warm_products(device)
-        for activation in ("bf16", "f32", "f16", "int8"):
-            _warm_kernels(resources, activation)
+        for stored in ("bf16", "f32", "f16", "int8"):
+            _warm_kernels(resources, TINY, stored)
+        _warm_kernels(resources, replace(TINY, head_dim=128), "bf16")  # attention of the larger models
         self._resources = resources
 
     def bind(self, plan: ModelPlan) -> BoundModel:
@@ -79,10 +81,10 @@ class CudaBackend:
         return self._bind_encoder(plan)
 
 
-def _warm_kernels(resources: CudaResources, stored: str) -> None:
+def _warm_kernels(resources: CudaResources, shape: SampleShape, stored: str) -> None:
     """A prefill, a decode and a draw of each kind with a model of a few kilobytes, so that no module loads lazily in a
     request (lazy loading makes a first inference 6 to 7 times slower)."""
-    model = CudaModel(make_sample_plan(TINY, stored, chunk_bytes=resources.settings.slot_bytes), resources)
+    model = CudaModel(make_sample_plan(shape, stored, chunk_bytes=resources.settings.slot_bytes), resources)
     try:
         model.open_kv(4)
         model.step((SequenceInput((0, 1), 0, tuple(range(20))), SequenceInput((2,), 0, (1,), num_logits=0)))

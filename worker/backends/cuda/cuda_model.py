@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import structlog
 
 from guests.abi import Opcode, ProgramKind
 from worker.backends.cuda.cuda_program import CudaProgram
-from worker.backends.cuda.device import ByteArray, Device, Event, Graph, MatrixProduct, Place
+from worker.backends.cuda.device import ByteArray, CaptureRefused, Device, Event, Graph, MatrixProduct, Place
 from worker.backends.cuda.device_sampling import DeviceSampler
 from worker.backends.cuda.kv_pool import KvPool
 from worker.backends.cuda.step_layout import StepShape, check_inputs, choose_shape, fill_step, place_step
@@ -66,6 +67,7 @@ class CudaModel:
         self._workspace = Workspace(device, self._on_growth)
         self._sampler = DeviceSampler(device, self._compute, self._transfers, self._synchronise, plan.vocab_size)
         self._graphs: dict[StepShape, tuple[Graph, Place]] = {}
+        self._uncaptured: set[StepShape] = set()  # whose capture the device refused: they run command by command
         self._num_growths = self._num_steps = self._num_tokens = self._num_replays = 0
         self._num_rows = 0  # of the latest step
         self._blob: ByteArray | None = None if plan.blob is None else plan.blob.data
@@ -254,6 +256,8 @@ class CudaModel:
         """The graph of a decode's shape, captured when it is first wanted; None: run it command by command."""
         if not (shape.is_decode and self._resources.uses_graphs and self._weights is not None):
             return None
+        if shape in self._uncaptured:
+            return None
         if not self._weights.is_queued:
             return None  # each command still has to wait for its own weights
         found = self._graphs.get(shape)
@@ -268,7 +272,13 @@ class CudaModel:
             if len(self._graphs) >= MAX_GRAPHS:
                 self._synchronise()
                 self._graphs.clear()
-            found = self._graphs[shape] = (self._device.capture(self._compute, enqueue), logits)
+            try:
+                found = self._graphs[shape] = (self._device.capture(self._compute, enqueue), logits)
+            except CaptureRefused as error:
+                self._uncaptured.add(shape)
+                structlog.get_logger().warning(
+                    "decode_graph_refused", num_sequences=shape.num_sequences, error=str(error)
+                )
         return found
 
     def _queue(self, command: Command) -> None:

@@ -207,6 +207,13 @@ class _Emitter:
         if self._shape.is_decode and attention.has_decode_kernel(activation, head_dim):
             yield from self._split_attention(paged, out, queries, kv_layer)
             return
+        if self._shape.num_tiles and attention.has_prefill_kernel(activation, head_dim):
+            rows = (step.block_tables, step.tiles, step.first_rows, step.num_queries, step.context_tokens)
+            num_tiles = self._shape.num_tiles
+            yield Command(
+                attention.prefill_attention(activation, paged, out, queries, kv_layer, *rows, num_tiles=num_tiles)
+            )
+            return
         launch = attention.row_attention(
             activation,
             paged,

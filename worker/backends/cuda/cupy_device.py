@@ -1,6 +1,6 @@
 """The one file that imports CuPy: the device protocol on the CUDA runtime.
 
-Only CuPy's thin wrappers are used (runtime, driver, cuBLAS): they release the interpreter's lock and compile nothing.
+Only CuPy's thin wrappers are used (runtime, driver): they release the interpreter's lock and compile nothing.
 No CuPy array, elementwise operation or reduction: those go through NVRTC when they are first used. Memory comes from
 ``cudaMalloc`` directly, so that what is freed is free to every process.
 """
@@ -18,6 +18,7 @@ from cupy.cuda import function, runtime
 
 from worker.backends.cuda.device import (
     ByteArray,
+    CaptureRefused,
     DeviceError,
     DeviceLost,
     DeviceMemory,
@@ -26,6 +27,7 @@ from worker.backends.cuda.device import (
     Place,
     align,
 )
+from worker.backends.cuda.matrix_library import MatrixLibrary, MatrixLibraryError, load_library
 from worker.backends.cuda_kernels import Launch
 
 _HOST_TO_DEVICE: Final = 1  # cudaMemcpyKind
@@ -35,14 +37,12 @@ _HOST_REGISTER_READ_ONLY: Final = 8
 _NON_BLOCKING: Final = 1  # cudaStreamNonBlocking
 _DISABLE_TIMING: Final = 2  # cudaEventDisableTiming
 _OUT_OF_MEMORY: Final = 2  # cudaErrorMemoryAllocation
+#: What cuBLAS asks for. Source: cuBLAS documentation, section 2.4.8.
+_WORKSPACE_BYTES: Final = {True: 32 << 20, False: 8 << 20}  # by: Hopper or newer
+#: cublasStatus_t as CUDA's codes: ALLOC_FAILED is out of memory, EXECUTION_FAILED what ran before has failed.
+_CUBLAS_CODES: Final = {3: _OUT_OF_MEMORY, 13: 719}
 #: cudaError codes after which a context answers nothing else. Source: CUDA Runtime API, "Data types", cudaError.
 STICKY_CODES: Final = frozenset({214, 700, 702, 708, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999})
-#: cublasOperation_t, cublasGemmAlgo_t and cudaDataType_t.
-_OP_N, _OP_T, _GEMM_DEFAULT = 0, 1, -1
-#: float32 as cublasComputeType_t, and as the cudaDataType_t that cuBLAS took before version 11: which of them CuPy
-#: hands on depends on its version, so the first product finds out.
-_COMPUTE_FLOAT32: Final = (68, 0)
-_DATA_TYPES: Final = {"f32": 0, "f16": 2, "bf16": 14}
 
 
 class CupyMemory:
@@ -79,17 +79,11 @@ class CupyDevice:
             self.name = properties["name"].decode()
             self._module = function.Module()
             self._module.load(load_kernels(self.architecture))
-            from cupy_backends.cuda.libs import cublas  # loads libcublas: 100 ms that only such a worker takes
-
-            self._cublas = cublas
-            self._handle = cublas.create()
+            self._matrices = self._open_matrix_library()
         except DeviceError:
             raise
         except Exception as error:
             raise DeviceError(f"GPU {number} cannot be used: {type(error).__name__}: {error}") from error
-        self._scalars = (ctypes.c_float * 2)(0.0, 1.0)  # alpha and beta, which cuBLAS reads by address
-        self._multiplying = threading.Lock()  # a handle serves one thread at a time
-        self._compute_type = self._find_compute_type()
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
@@ -185,32 +179,39 @@ class CupyDevice:
             self._raise(error, f"kernel {launch.kernel}")
 
     def multiply(self, product: MatrixProduct, stream: Any) -> None:
-        """cuBLAS counts columns first: ``out.T [N, R] = weights [N, K] @ x.T``."""
         self._enter()
-        stored = _DATA_TYPES[product.activation]
-        out = _DATA_TYPES["f32" if product.out_is_float32 else product.activation]
-        one, beta = self._scalar(1), self._scalar(1 if product.adds else 0)
-        with self._multiplying, stream:
-            self._call(
-                self._cublas.gemmEx,
-                *(self._handle, _OP_T, _OP_N, product.num_outputs, product.num_rows, product.width, one),
-                *(_address(product.weights), stored, product.width, _address(product.x), stored, product.width),
-                *(beta, _address(product.out), out, product.out_stride, self._compute_type, _GEMM_DEFAULT),
+        try:
+            self._matrices.multiply(
+                stored=product.activation,
+                out_type="f32" if product.out_is_float32 else product.activation,
+                sizes=(product.num_rows, product.num_outputs, product.width),
+                addresses=(_address(product.out), _address(product.x), _address(product.weights)),
+                out_stride=product.out_stride,
+                adds=product.adds,
+                stream=stream.ptr,
             )
+        except MatrixLibraryError as error:
+            self._raise(error, f"product of {product.num_rows} rows of {product.width} by {product.num_outputs}")
 
     def capture(self, stream: Any, enqueue: Callable[[], None]) -> Any:
         """In relaxed mode: other threads may allocate meanwhile."""
-        self._enter()
-        stream.begin_capture()
+        self._call(stream.begin_capture)
         try:
             enqueue()
-        except BaseException:
+        except BaseException as error:
             try:
                 stream.end_capture()
             except Exception:  # an invalidated capture; what led to it is what is raised
                 pass
+            if isinstance(error, DeviceError) and not isinstance(error, DeviceLost):
+                raise CaptureRefused(str(error)) from error
             raise
-        return self._call(stream.end_capture)
+        try:
+            return self._call(stream.end_capture)
+        except DeviceLost:
+            raise
+        except DeviceError as error:
+            raise CaptureRefused(str(error)) from error
 
     def replay(self, graph: Any, stream: Any) -> None:
         self._call(runtime.graphLaunch, graph.graphExec, stream.ptr)
@@ -220,13 +221,13 @@ class CupyDevice:
             return
         self._is_closed = True
         self._call(runtime.deviceSynchronize)
+        self._call(self._matrices.close)
         for memory in self._memories:
             self._call(runtime.free, memory.address)
         for address in self._pinned:
             self._call(runtime.freeHost, address)
         self._memories.clear()
         self._pinned.clear()
-        self._call(self._cublas.destroy, self._handle)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -247,28 +248,11 @@ class CupyDevice:
         except Exception as error:  # CUDARuntimeError, CUDADriverError, CUBLASError
             self._raise(error, getattr(called, "__name__", "a call"))
 
-    def _find_compute_type(self) -> int:
-        """The number for float32 arithmetic that this CuPy understands, by a product of a few bytes."""
-        place, stream = self.allocate(4096), self.make_stream()
-        self.fill(place, 0, stream)
-        out, x, weights = (place.part(i * 1024, 1024) for i in range(3))
-        product = MatrixProduct("f32", out, x, weights, num_rows=16, num_outputs=16, width=16, out_stride=16)
-        for self._compute_type in _COMPUTE_FLOAT32:
-            try:
-                self.multiply(product, stream)
-                break
-            except DeviceLost:
-                raise
-            except DeviceError as error:
-                refused = error
-        else:
-            raise refused
-        self._call(runtime.streamSynchronize, stream.ptr)
-        self.free(place)
-        return self._compute_type
-
-    def _scalar(self, value: int) -> int:
-        return ctypes.addressof(self._scalars) + ctypes.sizeof(ctypes.c_float) * value
+    def _open_matrix_library(self) -> MatrixLibrary:
+        """The handle's first product would load code and take a workspace: warm-up makes one of each type."""
+        workspace = self.allocate(_WORKSPACE_BYTES[self.architecture >= 90])
+        library = load_library(runtime.runtimeGetVersion() // 1000)
+        return MatrixLibrary(library, _address(workspace), workspace.num_bytes)
 
     def _raise(self, error: Exception, what: str) -> NoReturn:
         raise classify(error, f"GPU {self._number}: {what}") from error
@@ -277,6 +261,8 @@ class CupyDevice:
 def classify(error: Exception, what: str) -> DeviceError:
     """The error of our own for one of CuPy's, by its CUDA code."""
     status = getattr(error, "status", 0)
+    if isinstance(error, MatrixLibraryError):
+        status = _CUBLAS_CODES.get(error.code, 0)
     if status == _OUT_OF_MEMORY:
         return OutOfDeviceMemory(f"{what}: {error}")
     if status in STICKY_CODES:

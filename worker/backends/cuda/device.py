@@ -44,6 +44,10 @@ class DeviceLost(DeviceError, BackendLost):
     """A *sticky* error: every later call of this process fails too. Only a new process helps."""
 
 
+class CaptureRefused(DeviceError):
+    """A graph could not be made of what was queued; the device goes on, and so do single commands."""
+
+
 class Memory(Protocol):
     """An allocation of device memory."""
 
@@ -167,7 +171,11 @@ class Device(Protocol):
         """Queue a matrix product of the vendor's library."""
 
     def capture(self, stream: Stream, enqueue: Callable[[], None]) -> Graph:
-        """What ``enqueue`` queues on ``stream``, as a graph instead; nothing of it runs, and it allocates nothing."""
+        """What ``enqueue`` queues on ``stream``, as a graph instead; nothing of it runs, and it allocates nothing.
+
+        Raises:
+            CaptureRefused: no graph can be made of it.
+        """
 
     def replay(self, graph: Graph, stream: Stream) -> None:
         """Queue all that was captured, with the addresses that it had."""

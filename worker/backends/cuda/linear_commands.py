@@ -13,8 +13,9 @@ from worker.backends.cuda.step_values import Command, StepValues
 from worker.backends.cuda.weight_image import TABLE_TYPES, ImageTensor
 from worker.backends.cuda_kernels import FORMATS, OUTPUT_MODES
 
-#: Up to so many rows the own kernels read weights as they are stored; beyond, the vendor's matrix product.
-GEMV_MAX_ROWS: Final = 8
+#: Up to so many rows the own kernels read weights as they are stored; beyond, the vendor's matrix product. They read
+#: them once for every four rows; before quantised ones are widened, they may be read twice.
+GEMV_MAX_ROWS: Final = {False: 4, True: 8}  # by: quantised
 #: Quantised weights are widened for a matrix product in pieces of so many bytes.
 WIDENED_BYTES: Final = 64 * 1024 * 1024
 
@@ -34,7 +35,7 @@ class LinearCommands:
         yield from self._values.as_type(source, self._values.activation)
         out, mode = self._target(index, operation, bias)
         x, num_rows = self._values.converted(source, self._values.activation), self._values.num_rows_of(source)
-        if num_rows > GEMV_MAX_ROWS:
+        if num_rows > GEMV_MAX_ROWS[FORMATS[weight.format].is_quantised]:
             yield from self._multiply(weight, x, out, num_rows, mode)
             if bias is not None:
                 kind = self._program.values.types[operation.out]

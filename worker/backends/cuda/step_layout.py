@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.backends.cuda.device import Place
+from worker.backends.cuda_attention_kernels import list_prefill_tiles
 from worker.backends.protocol import KV_BLOCK_TOKENS, BackendError, SequenceInput
 
 IntArray = npt.NDArray[np.int32]
@@ -28,11 +29,12 @@ class StepShape:
     num_rows: int  # R, rows of logits
     table_width: int
     is_decode: bool  # one token in each sequence
+    num_tiles: int = 0  # of prefill attention; a decode has none
 
     @property
     def num_ints(self) -> int:
         """Numbers in the step's array."""
-        return 4 * self.num_tokens + self.num_sequences * (self.table_width + 2) + self.num_rows
+        return sum(_counts(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class StepPlaces:
     block_tables: Place  # [S, table_width]
     first_rows: Place  # [S]
     context_tokens: Place  # [S]
+    num_queries: Place  # [S], tokens of each
+    tiles: Place  # [num_tiles, 2]: see list_prefill_tiles
     logits_rows: Place  # [R]
 
 
@@ -56,7 +60,8 @@ def choose_shape(inputs: Sequence[SequenceInput]) -> StepShape:
     num_blocks = max(-(-(item.start + len(item.token_ids)) // KV_BLOCK_TOKENS) for item in inputs)
     width = max(_MIN_TABLE_WIDTH, 1 << (num_blocks - 1).bit_length())
     if num_tokens > len(inputs):
-        return StepShape(num_tokens, len(inputs), num_rows, width, False)
+        num_tiles = len(list_prefill_tiles([len(item.token_ids) for item in inputs]))
+        return StepShape(num_tokens, len(inputs), num_rows, width, False, num_tiles)
     bucket = next((size for size in BATCH_BUCKETS if size >= len(inputs)), len(inputs))
     return StepShape(bucket, bucket, bucket if num_rows else 0, width, True)
 
@@ -64,7 +69,9 @@ def choose_shape(inputs: Sequence[SequenceInput]) -> StepShape:
 def fill_step(target: IntArray, shape: StepShape, inputs: Sequence[SequenceInput]) -> None:
     """Write the step's numbers to ``target [shape.num_ints]``; padding is what the kernels skip."""
     target[:] = 0
-    tokens, positions, slots, owners, tables, first_rows, contexts, logits_rows = _split(target, shape)
+    tokens, positions, slots, owners, tables, first_rows, contexts, num_queries, tiles, logits_rows = _split(
+        target, shape
+    )
     slots[:] = -1
     owners[:] = -1
     row = num_rows = 0
@@ -80,10 +87,12 @@ def fill_step(target: IntArray, shape: StepShape, inputs: Sequence[SequenceInput
         slots[span] = tables[index, places // KV_BLOCK_TOKENS] * KV_BLOCK_TOKENS + places % KV_BLOCK_TOKENS
         owners[span] = index
         first_rows[index] = row
-        contexts[index] = end
+        contexts[index], num_queries[index] = end, count
         row += count
         logits_rows[num_rows : num_rows + item.num_logits] = np.arange(row - item.num_logits, row)
         num_rows += item.num_logits
+    if shape.num_tiles:
+        tiles[:] = list_prefill_tiles([len(item.token_ids) for item in inputs])
     if shape.is_decode:  # padding has rows of its own: what two sequences write to one row would race
         first_rows[len(inputs) :] = np.arange(len(inputs), shape.num_sequences)
 
@@ -133,10 +142,12 @@ def check_room(block_table: Sequence[int], num_tokens: int) -> None:
 
 def _counts(shape: StepShape) -> tuple[int, ...]:
     sequences = shape.num_sequences
-    return (*(shape.num_tokens,) * 4, sequences * shape.table_width, sequences, sequences, shape.num_rows)
+    tables, tiles = sequences * shape.table_width, 2 * shape.num_tiles
+    return (*(shape.num_tokens,) * 4, tables, *(sequences,) * 3, tiles, shape.num_rows)
 
 
 def _split(target: IntArray, shape: StepShape) -> tuple[IntArray, ...]:
     parts = np.split(target, np.cumsum(_counts(shape))[:-1])
     parts[4] = parts[4].reshape(shape.num_sequences, shape.table_width)
+    parts[8] = parts[8].reshape(shape.num_tiles, 2)
     return tuple(parts)

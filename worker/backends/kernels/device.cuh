@@ -14,6 +14,7 @@ extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
 
 #define DEVICE static __device__ __forceinline__
 #define KERNEL(THREADS) extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#define KERNEL_OF_MANY(THREADS, BLOCKS) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)  // of a processor
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr int WARP_THREADS = 32;
@@ -112,6 +113,20 @@ template <int N> DEVICE void load_words(const void* from, unsigned (&words)[N]) 
             words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
         }
     }
+}
+
+// N words (a multiple of 4) that nobody reads again soon: they take no place in the first cache. Not for what this launch
+// writes.
+template <int N> DEVICE void load_words_once(const void* from, unsigned (&words)[N]) {
+#ifdef CUDA_ON_CPU
+    load_words(from, words);
+#else
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+        asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+            : "l"(static_cast<const uint4*>(from) + i / 4));
+#endif
 }
 
 template <class T> DEVICE T element_of(const unsigned* words, int index);

@@ -25,6 +25,48 @@ DEVICE void accumulate(float (&sums)[BATCH], const ROW& row, const A* const (&in
     }
 }
 
+// The same for one row of x: UNROLL loads of weights are under way before the first is used, because bytes under way are
+// what one row's bandwidth depends on. Each has a sum of its own.
+template <class ROW, class A> DEVICE float accumulate_row(const ROW& row, const A* x, int width) {
+    constexpr int STEP = ROW::STEP, UNROLL = ROW::UNROLL, STRIDE = WARP_THREADS * STEP;
+    constexpr int CHUNK = STEP < 8 ? STEP : 8;
+    float sums[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) sums[u] = 0.0f;
+#pragma unroll 1
+    for (int k = threadIdx.x % WARP_THREADS * STEP; k < width; k += UNROLL * STRIDE) {
+        unsigned words[UNROLL][ROW::WORDS];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++)
+            if (k + u * STRIDE < width) row.fetch(k + u * STRIDE, words[u]);
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            if (k + u * STRIDE >= width) break;
+            float weights[STEP];
+            row.decode(words[u], k + u * STRIDE, weights);
+#pragma unroll
+            for (int c = 0; c < STEP; c += CHUNK) {
+                float elements[CHUNK];
+                load_elements<A, CHUNK>(x + k + u * STRIDE + c, elements);
+#pragma unroll
+                for (int i = 0; i < CHUNK; i++) sums[u] += weights[c + i] * elements[i];
+            }
+        }
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) sum += sums[u];
+    return sum;
+}
+
+template <class ROW, class A, int BATCH>
+DEVICE void accumulate_rows(float (&sums)[BATCH], const ROW& row, const A* const (&inputs)[BATCH], int width) {
+    if constexpr (BATCH == 1 && ROW::WORDS > 0)
+        sums[0] = accumulate_row<ROW, A>(row, inputs[0], width);
+    else
+        accumulate<ROW, A, BATCH>(sums, row, inputs, width);
+}
+
 // x [num_rows, width] of A; grid (outputs / warps of a block, ceil(num_rows / BATCH)). bias may be null.
 template <class ROW, class A, int BATCH>
 DEVICE void gemv(void* out, const A* x, const void* weights, const void* scales, const void* bias, int bias_type,
@@ -41,9 +83,9 @@ DEVICE void gemv(void* out, const A* x, const void* weights, const void* scales,
     }
     ROW row(weights, scales, output, width, group_size);
     if constexpr (!ROW::HAS_SCALAR) {
-        accumulate<ROW, A, BATCH>(sums, row, inputs, width);
+        accumulate_rows<ROW, A, BATCH>(sums, row, inputs, width);
     } else if (width % ROW::STEP == 0) {
-        accumulate<ROW, A, BATCH>(sums, row, inputs, width);
+        accumulate_rows<ROW, A, BATCH>(sums, row, inputs, width);
     } else {
         typename ROW::SCALAR scalar(weights, scales, output, width, group_size);
         accumulate<typename ROW::SCALAR, A, BATCH>(sums, scalar, inputs, width);
@@ -85,10 +127,12 @@ DEVICE void gather_rows(A* out, const void* table, const void* scales, const int
         copy_row(to, typename ROW::SCALAR(table, scales, index, width, group_size), width);
 }
 
+// One row of x: eight blocks of a processor, so that 4096 outputs are one wave on 132 of them.
 #define GEMV_KERNEL(FORMAT, ROW, A, BATCH)                                                                         \
-    KERNEL(128) gemv_##FORMAT##_##A##_x##BATCH(void* out, const A* x, const void* weights, const void* scales,     \
-                                               const void* bias, int bias_type, int num_rows, int num_outputs,     \
-                                               int width, int group_size, int mode) {                              \
+    KERNEL_OF_MANY(128, (BATCH == 1 ? 8 : 1))                                                                      \
+    gemv_##FORMAT##_##A##_x##BATCH(void* out, const A* x, const void* weights, const void* scales,                 \
+                                   const void* bias, int bias_type, int num_rows, int num_outputs, int width,      \
+                                   int group_size, int mode) {                                                     \
         gemv<ROW, A, BATCH>(out, x, weights, scales, bias, bias_type, num_rows, num_outputs, width, group_size,    \
                             mode);                                                                                 \
     }                                                                                                              \

@@ -2,6 +2,8 @@
 //   STEP      weights that one thread takes at a time (width is a multiple of it, or there is SCALAR, the same one by one)
 //   load(k)   weights k .. k + STEP - 1, group scales applied
 //   scale()   factor of the whole row, applied once to its sum
+// and, where WORDS is not 0, the same in two halves, so that several loads are under way before the first is used:
+//   fetch(k, words), decode(words, k, to), UNROLL of them at a time
 #pragma once
 
 #include "device.cuh"
@@ -9,6 +11,8 @@
 // Elements of type T with no scale, or with a float32 scale for each row (SCALED).
 template <class T, int STEP_, bool SCALED> struct PlainRow {
     static constexpr int STEP = STEP_;
+    static constexpr int WORDS = STEP_ > 1 ? STEP_ * (int)sizeof(T) / 4 : 0;
+    static constexpr int UNROLL = 4;
     static constexpr bool HAS_SCALAR = true;
     using SCALAR = PlainRow<T, 1, SCALED>;
     const T* elements;
@@ -18,13 +22,20 @@ template <class T, int STEP_, bool SCALED> struct PlainRow {
         : elements(static_cast<const T*>(weights) + (size_t)row * width),
           row_scale(SCALED ? static_cast<const float*>(scales)[row] : 1.0f) {}
     __device__ void load(int k, float (&to)[STEP]) const { load_elements<T, STEP>(elements + k, to); }
+    template <int N> __device__ void fetch(int k, unsigned (&words)[N]) const { load_words_once(elements + k, words); }
+    template <int N> __device__ void decode(const unsigned (&words)[N], int, float (&to)[STEP]) const {
+#pragma unroll
+        for (int i = 0; i < STEP; i++) to[i] = to_float(element_of<T>(words, i));
+    }
     __device__ float scale() const { return row_scale; }
 };
 
 // Byte j of a row holds weight 2j (low four bits) and 2j + 1; value (bits - 8) * scale of its group of `group_size`
-// neighbouring weights. scales [num_rows, width / group_size] f16; group_size is a multiple of 16.
+// neighbouring weights. scales [num_rows, width / group_size] f16; group_size is a multiple of 32.
 struct Int4Row {
-    static constexpr int STEP = 16;
+    static constexpr int STEP = 32;
+    static constexpr int WORDS = 4;
+    static constexpr int UNROLL = 2;
     static constexpr bool HAS_SCALAR = false;
     const unsigned char* bytes;
     const f16* scales;
@@ -34,8 +45,12 @@ struct Int4Row {
         : bytes(static_cast<const unsigned char*>(weights) + (size_t)row * (width / 2)),
           scales(static_cast<const f16*>(all_scales) + (size_t)row * (width / group)), group_size(group) {}
     __device__ void load(int k, float (&to)[STEP]) const {
-        unsigned words[2];
+        unsigned words[WORDS];
         load_words(bytes + k / 2, words);
+        decode(words, k, to);
+    }
+    __device__ void fetch(int k, unsigned (&words)[WORDS]) const { load_words_once(bytes + k / 2, words); }
+    __device__ void decode(const unsigned (&words)[WORDS], int k, float (&to)[STEP]) const {
         float scale = to_float(scales[k / group_size]);
 #pragma unroll
         for (int i = 0; i < STEP; i++) to[i] = (float)((int)(words[i / 8] >> 4 * (i % 8) & 15u) - 8) * scale;
@@ -54,6 +69,7 @@ template <int N> DEVICE void load_half_words(const unsigned char* from, unsigned
 
 struct Q8_0Row {  // f16 scale, 32 int8
     static constexpr int STEP = 32;
+    static constexpr int WORDS = 0;
     static constexpr int BLOCK_BYTES = 34;
     static constexpr bool HAS_SCALAR = false;
     const unsigned char* blocks;
@@ -72,6 +88,7 @@ struct Q8_0Row {  // f16 scale, 32 int8
 
 struct Q4_0Row {  // f16 scale; byte j holds weight j (low four bits) and j + 16, each minus 8
     static constexpr int STEP = 32;
+    static constexpr int WORDS = 0;
     static constexpr int BLOCK_BYTES = 18;
     static constexpr bool HAS_SCALAR = false;
     const unsigned char* blocks;
@@ -94,6 +111,7 @@ struct Q4_0Row {  // f16 scale; byte j holds weight j (low four bits) and j + 16
 
 struct Q4_1Row {  // f16 scale and lowest value; byte j holds weight j (low four bits) and j + 16
     static constexpr int STEP = 32;
+    static constexpr int WORDS = 0;
     static constexpr int BLOCK_BYTES = 20;
     static constexpr bool HAS_SCALAR = false;
     const unsigned char* blocks;
@@ -119,6 +137,7 @@ struct Q4_1Row {  // f16 scale and lowest value; byte j holds weight j (low four
 // sub-blocks share 32 bytes (low and high four bits). value = d * scale * bits - dmin * minimum
 struct Q4_KRow {
     static constexpr int STEP = 32;
+    static constexpr int WORDS = 0;
     static constexpr int BLOCK_WEIGHTS = 256;
     static constexpr int BLOCK_BYTES = 144;
     static constexpr bool HAS_SCALAR = false;
