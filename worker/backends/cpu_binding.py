@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -118,7 +118,7 @@ class ProgramBinder:
         self._num_rows = num_rows
         self._rows = rows
         self._calls: list[Call] = []
-        self._staged: dict[tuple[str, int], _Staged] = {}  # by weight's class and width
+        self._staged: dict[tuple[Hashable, int], _Staged] = {}  # by kind and width
         self._scratch: dict[tuple[int, ...], FloatArray] = {}  # by shape
         self._rope_tables: dict[tuple[int, float], RopeTable] = {}
         self._table_waits: list[Call] = []  # for the weights that tables are made of
@@ -262,7 +262,7 @@ class ProgramBinder:
     def _stage(self, value: int, weight: LinearWeight) -> Staging:
         """Where ``value`` is staged for ``weight``'s class: once for all products in a row that multiply with it."""
         columns = self._columns(value)
-        key = (type(weight).__name__, len(columns))
+        key = (weight.describe_staging(self._num_rows), len(columns))
         staged = self._staged.get(key)
         if staged is None:
             staged = self._staged[key] = _Staged(weight.make_staging((len(columns), self._num_rows)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+import numkong
 import numpy as np
 import numpy.typing as npt
 
@@ -23,6 +24,8 @@ TILE_ROWS: Final = 16
 _MANY_ROWS: Final = 512
 _BIG_TILE_ROWS: Final = 128
 _TRANSPOSE_COLUMNS: Final = 64
+
+_from_pointer: Final[Any] = numkong.from_pointer  # Any: its stub wants literal dtype names
 
 
 def pad_rows(num_rows: int) -> int:
@@ -100,3 +103,8 @@ def transpose_into(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
     for begin in range(0, num_columns, _TRANSPOSE_COLUMNS):
         end = begin + _TRANSPOSE_COLUMNS
         target[:, begin:end] = source[begin:end].T
+
+
+def wrap_array(array: npt.NDArray[Any]) -> Any:
+    """A NumKong tensor over the memory of a contiguous ``array``, which it keeps alive."""
+    return _from_pointer(array.ctypes.data, array.shape, array.dtype.name, owner=array)

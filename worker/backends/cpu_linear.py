@@ -8,7 +8,7 @@ float32; int8 weights take activations quantised for each token and accumulate i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Final, Protocol
 
 import ml_dtypes
@@ -16,19 +16,18 @@ import numkong
 import numpy as np
 import numpy.typing as npt
 
-from worker.backends.cpu_buffers import transpose_into
+from worker.backends.cpu_buffers import transpose_into, wrap_array
+from worker.backends.cpu_folding import FoldedRows, choose_fold, fold_weight
 from worker.backends.protocol import BackendError, FloatArray, WeightTensor
 from worker.backends.thread_governor import ThreadGovernor, compute_stall_ns
 
 Call = Callable[[], None]
 
-# Any: the stub of dots_packed lacks ``threads``, that of from_pointer wants literal dtype names.
+# Any: the stub of dots_packed lacks ``threads``.
 _dots_packed: Final[Any] = numkong.dots_packed
-_dots_pack: Final[Any] = numkong.dots_pack
 _astype: Final[Any] = numkong.astype
 _minmax: Final[Any] = numkong.minmax
 
-_from_pointer: Final[Any] = numkong.from_pointer
 _clock_ns: Final = time.perf_counter_ns
 _INT8_MAX: Final = 127.0
 _FINE_STEPS: Final = 254.0  # a coarse step's remainder lies in [-0.5, 0.5]
@@ -37,11 +36,6 @@ _TINY: Final = 1e-30
 _BLOCK_ELEMENTS: Final = 32_768
 #: Up to this many tokens the parts of int8 products are put together by a matrix product.
 _RECOMBINED_TOKENS: Final = 8
-
-
-def wrap_array(array: npt.NDArray[Any]) -> Any:
-    """A NumKong tensor over the memory of a contiguous ``array``, which it keeps alive."""
-    return _from_pointer(array.ctypes.data, array.shape, array.dtype.name, owner=array)
 
 
 class Staging(Protocol):
@@ -58,8 +52,11 @@ class Staging(Protocol):
 class LinearWeight(Protocol):
     """A bound weight ``[N, K]``."""
 
+    def describe_staging(self, num_tokens: int) -> Hashable:
+        """Equal for weights of equal ``K`` that can share a staging of that many tokens."""
+
     def make_staging(self, shape: tuple[int, int]) -> Staging:
-        """For activations of ``shape`` ``[K, T]``; it serves every weight of this class."""
+        """For activations of ``shape`` ``[K, T]``; see :meth:`describe_staging` for which weights it serves."""
 
     def bind(self, staging: Any, out: FloatArray) -> Call:
         """A call that writes the product with what is staged to ``out`` ``[N, T]``."""
@@ -85,13 +82,18 @@ def bind_weight(tensor: WeightTensor, governor: ThreadGovernor) -> LinearWeight:
     raise BackendError(f"{tensor.name}: dtype {data.dtype} (this backend runs bfloat16, int8 and float32)")
 
 
-def _bind_product(weight: Any, staging: Any, out: Any, governor: ThreadGovernor) -> Call:
-    """``out`` = ``weight`` times the packed activation (NumKong tensors), timed for the governor."""
-    stall_ns = compute_stall_ns(weight.nbytes, out.shape[1])
+def _bind_product(
+    weight: npt.NDArray[Any], staging: Any, out: npt.NDArray[Any], num_rows: int, governor: ThreadGovernor
+) -> Call:
+    """``out`` = ``weight`` times the packed activation, of so many rows, timed for the governor."""
+    stall_ns = compute_stall_ns(weight.nbytes, num_rows)
+    fold = choose_fold(weight, num_rows, governor.max_threads)
+    left = wrap_array(fold_weight(weight, fold))
+    result = wrap_array(out.reshape(len(left), -1))
 
     def multiply() -> None:
         begin_ns = _clock_ns()
-        _dots_packed(weight, staging.packed, out=out, threads=governor.num_threads)
+        _dots_packed(left, staging.packed, out=result, threads=governor.num_threads)
         governor.observe(_clock_ns() - begin_ns, stall_ns)
 
     return multiply
@@ -112,6 +114,9 @@ class _Float32Weight:
     def __init__(self, data: FloatArray) -> None:
         self._data = data
 
+    def describe_staging(self, num_tokens: int) -> Hashable:
+        return "float32"
+
     def make_staging(self, shape: tuple[int, int]) -> Staging:
         return _Float32Staging()
 
@@ -127,16 +132,18 @@ class _Float32Weight:
 class _Bfloat16Row:
     """Float32 activations of one token, rounded to bf16 and packed."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, fold: int) -> None:
         self.packed: Any = None
-        self._rounded = wrap_array(np.empty((1, width), ml_dtypes.bfloat16))
+        self._folded = FoldedRows((1, width), np.dtype(ml_dtypes.bfloat16), fold)
+        self._rounded = wrap_array(self._folded.rows)
 
     def bind_stage(self, source: FloatArray) -> Call:
         row = wrap_array(source.reshape(1, -1))  # one token: both layouts are the same memory
+        rounded, pack = self._rounded, self._folded.pack
 
         def stage() -> None:
-            _astype(row, "bfloat16", out=self._rounded)
-            self.packed = _dots_pack(self._rounded)
+            _astype(row, "bfloat16", out=rounded)
+            self.packed = pack()
 
         return stage
 
@@ -144,14 +151,13 @@ class _Bfloat16Row:
 class _Bfloat16Columns:
     """Float32 activations ``[K, T]`` of several tokens, rounded to bf16, transposed and packed."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], fold: int) -> None:
         columns = np.empty(shape, ml_dtypes.bfloat16)
-        rows = np.empty(shape[::-1], ml_dtypes.bfloat16)
         self.packed: Any = None
+        self._folded = FoldedRows(shape[::-1], np.dtype(ml_dtypes.bfloat16), fold)
         self._columns = wrap_array(columns)
-        self._rows = wrap_array(rows)
         self._column_bits = columns.view(np.uint16)
-        self._row_bits = rows.view(np.uint16)
+        self._row_bits = self._folded.rows.view(np.uint16)
 
     def bind_stage(self, source: FloatArray) -> Call:
         source_tensor = wrap_array(source)
@@ -159,32 +165,37 @@ class _Bfloat16Columns:
         def stage() -> None:
             _astype(source_tensor, "bfloat16", out=self._columns)
             transpose_into(self._row_bits, self._column_bits)
-            self.packed = _dots_pack(self._rows)
+            self.packed = self._folded.pack()
 
         return stage
 
 
 class _Bfloat16Weight:
     def __init__(self, data: npt.NDArray[Any], governor: ThreadGovernor) -> None:
-        self._tensor = wrap_array(data)
+        self._data = data
         self._governor = governor
 
+    def describe_staging(self, num_tokens: int) -> Hashable:
+        return "bfloat16", choose_fold(self._data, num_tokens, self._governor.max_threads)
+
     def make_staging(self, shape: tuple[int, int]) -> Staging:
-        return _Bfloat16Row(shape[0]) if shape[1] == 1 else _Bfloat16Columns(shape)
+        fold = choose_fold(self._data, shape[1], self._governor.max_threads)
+        return _Bfloat16Row(shape[0], fold) if shape[1] == 1 else _Bfloat16Columns(shape, fold)
 
     def bind(self, staging: Any, out: FloatArray) -> Call:
-        return _bind_product(self._tensor, staging, wrap_array(out), self._governor)
+        return _bind_product(self._data, staging, out, out.shape[1], self._governor)
 
 
 class _Int8Row:
     """One token's activations as two int8 numbers each (see :class:`_Int8Columns`), in the fewest calls."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, fold: int) -> None:
         self.packed: Any = None
         self.scale = 0.0  # value = (coarse + fine / _FINE_STEPS) * scale
         self._parts = np.empty((2, width), np.float32)
         self._parts_tensor = wrap_array(self._parts)
-        self._quantised = wrap_array(np.empty((2, width), np.int8))
+        self._folded = FoldedRows((2, width), np.dtype(np.int8), fold)
+        self._quantised = wrap_array(self._folded.rows)
         self._fine_steps = np.float32(_FINE_STEPS)
         self._results: dict[int, tuple[npt.NDArray[np.int32], FloatArray]] = {}
 
@@ -206,7 +217,7 @@ class _Int8Row:
             np.subtract(fine, coarse, fine)
             np.multiply(fine, fine_steps, fine)
             _astype(self._parts_tensor, "int8", out=self._quantised)  # rounds half to even
-            self.packed = _dots_pack(self._quantised)
+            self.packed = self._folded.pack()
 
         return stage
 
@@ -220,13 +231,14 @@ class _Int8Columns:
     0.11, which is what the int8 weights themselves cost.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], fold: int) -> None:
         width, num_tokens = shape
         self.packed: Any = None
         self.scales = np.empty((2, num_tokens), np.float32)  # value = coarse * scales[0] + fine * scales[1]
         self._parts = np.empty((2, num_tokens, width), np.float32)
         self._parts_tensor = wrap_array(self._parts.reshape(2 * num_tokens, width))
-        self._quantised = wrap_array(np.empty((2 * num_tokens, width), np.int8))
+        self._folded = FoldedRows((2 * num_tokens, width), np.dtype(np.int8), fold)
+        self._quantised = wrap_array(self._folded.rows)
         block_tokens = max(1, _BLOCK_ELEMENTS // width)
         self._blocks = [slice(begin, begin + block_tokens) for begin in range(0, num_tokens, block_tokens)]
         self._factors = np.empty((num_tokens, 1), np.float32)
@@ -265,7 +277,7 @@ class _Int8Columns:
         if scales.size <= 2 * _RECOMBINED_TOKENS:
             self.recombination[self._both_diagonals] = scales.reshape(-1)
         _astype(self._parts_tensor, "int8", out=self._quantised)  # rounds half to even
-        self.packed = _dots_pack(self._quantised)
+        self.packed = self._folded.pack()
 
 
 def _take_results(
@@ -279,21 +291,28 @@ def _take_results(
 
 class _Int8Weight:
     def __init__(self, data: npt.NDArray[np.int8], scale: FloatArray, governor: ThreadGovernor) -> None:
-        self._tensor = wrap_array(data)
+        self._data = data
         self._scale = np.ascontiguousarray(scale, np.float32)
         self._governor = governor
 
+    def describe_staging(self, num_tokens: int) -> Hashable:
+        return "int8", self._choose_fold(num_tokens)
+
     def make_staging(self, shape: tuple[int, int]) -> Staging:
-        return _Int8Row(shape[0]) if shape[1] == 1 else _Int8Columns(shape)
+        fold = self._choose_fold(shape[1])
+        return _Int8Row(shape[0], fold) if shape[1] == 1 else _Int8Columns(shape, fold)
 
     def bind(self, staging: Any, out: FloatArray) -> Call:
         accumulators, _ = staging.results(len(out))
-        accumulate = _bind_product(self._tensor, staging, wrap_array(accumulators), self._governor)
+        accumulate = _bind_product(self._data, staging, accumulators, 2 * out.shape[1], self._governor)
         if out.shape[1] == 1:
             return self._bind_row(staging, out[:, 0], accumulate)
         if out.shape[1] <= _RECOMBINED_TOKENS:
             return self._bind_few(staging, out, accumulate)
         return self._bind_many(staging, out, accumulate)
+
+    def _choose_fold(self, num_tokens: int) -> int:
+        return choose_fold(self._data, 2 * num_tokens, self._governor.max_threads)
 
     def _bind_row(self, staging: _Int8Row, out: FloatArray, accumulate: Call) -> Call:
         accumulators, products = (array.reshape(-1) for array in staging.results(len(out)))

@@ -32,7 +32,7 @@ class ThreadGovernor:
         """``begins_single``: another process is known to be busy now, as it is while weights are being filled in."""
         self.num_threads = 1 if begins_single else max_threads  # read before each product
         self.num_fallbacks = 0
-        self._max_threads = max_threads
+        self.max_threads = max_threads
         self._stalls = 0
         self._calm = 0
         self._single_left = _MIN_SINGLE_PRODUCTS if begins_single else 0
@@ -43,7 +43,7 @@ class ThreadGovernor:
         if self.num_threads == 1:
             self._single_left -= 1
             if self._single_left <= 0:
-                self.num_threads = self._max_threads
+                self.num_threads = self.max_threads
             return
         if elapsed_ns <= stall_ns:
             self._calm += 1

@@ -35,7 +35,15 @@ from worker.engine.types import EngineRequest, RequestStep
 from worker.loaded_model import LoadedModel
 
 #: Modules whose calls into NumPy are a step's own, and what they call NumKong's functions.
-BACKEND_MODULES: Final = ("cpu_attention", "cpu_binding", "cpu_buffers", "cpu_linear", "cpu_operations", "cpu_program")
+BACKEND_MODULES: Final = (
+    "cpu_attention",
+    "cpu_binding",
+    "cpu_buffers",
+    "cpu_folding",
+    "cpu_linear",
+    "cpu_operations",
+    "cpu_program",
+)
 NUMKONG_NAMES: Final = ("_dots_packed", "_dots_pack", "_astype", "_minmax")
 PROMPT_TOKENS: Final = 37
 WARM_UP_STEPS: Final = 8

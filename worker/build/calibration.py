@@ -7,7 +7,7 @@ in float32, the activations of 2,048 tokens in one layer, and the int8 matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -207,6 +207,9 @@ class _CalibratedWeight:
         self.data: FloatArray = tensor.data
         self._name = tensor.name
         self._run = run
+
+    def describe_staging(self, num_tokens: int) -> Hashable:
+        return "columns"
 
     def make_staging(self, shape: tuple[int, int]) -> Staging:
         return _Columns()
