@@ -134,11 +134,15 @@ async def stay_silent(request: GenerateRequest, publish: Publish) -> None:
 
 @dataclass
 class StubWorker:
-    """Takes every request that is announced and runs ``script`` for it. ``seen`` are the requests, in order."""
+    """Takes every request that is announced and runs ``script`` for it. ``seen`` are the requests, in order.
+
+    With ``is_away`` it takes none: requests stay in the queue.
+    """
 
     redis: Redis
     script: Script = field(default_factory=lambda: say("Hello", " world"))
     seen: list[GenerateRequest] = field(default_factory=list)
+    is_away: bool = False
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -152,7 +156,7 @@ class StubWorker:
                 for entry_id, fields in found[0][1] if found else []:
                     last_id = entry_id
                     message = codec.decode(fields[keys.FIELD.encode()], InboxMessage)
-                    if isinstance(message, Demand):
+                    if isinstance(message, Demand) and not self.is_away:
                         tasks.add(asyncio.create_task(self._serve(publisher, message.request_id)))
         finally:
             for task in tasks:
