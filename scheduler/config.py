@@ -15,6 +15,7 @@ from scheduler.contract.config_file import (
     ConfigDocument,
     GatewaySection,
     LoggingSection,
+    TracingSection,
     read_document,
     section_variables,
 )
@@ -68,6 +69,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gateway: GatewaySection = GatewaySection()
     agent: AgentSection = AgentSection()
     logging: LoggingSection = LoggingSection()
+    tracing: TracingSection = TracingSection()
 
     def policy_of(self, model: str) -> ModelPolicy:
         """The defaults with the model's own settings over them. Validated at load."""

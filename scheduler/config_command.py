@@ -40,6 +40,10 @@ DEFAULTS: Final[dict[str, str]] = {
     "logging.format": "auto",
     "logging.folder": "log in the state folder (serve), none (parts started alone)",
     "logging.audit_log": "log/audit.jsonl in the state folder",
+    "tracing.endpoint": "none: no traces",
+    "tracing.sampler": "parentbased_traceidratio",
+    "tracing.sample_ratio": "1",
+    "tracing.service_name": "glowplug",
 }
 #: Variables over values outside of the sections.
 POLICY_VARIABLES: Final[dict[str, str]] = {

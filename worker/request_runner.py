@@ -22,9 +22,11 @@ from typing import Protocol
 import structlog
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo
+from scheduler.contract.host_clock import CLOCK_ID
 from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame
 from scheduler.contract.states import Tier
 from scheduler.contract.telemetry import Mark
+from scheduler.contract.trace_context import parse
 from worker.engine.types import AnyRequest, EncodeRequest, EngineRequest, RequestStep, TextRequest
 from worker.publisher import Fenced, Frame, Run, TokenPublisher
 from worker.vector_frames import collect_encoded, split_vector
@@ -98,6 +100,8 @@ class RequestRunner:
             CancelledError: cancelled from outside.
         """
         marks = {**request.marks, Mark.CLAIMED: time.monotonic_ns()}
+        if (span := parse(request.trace_context)) is not None:  # this task's own context: one job, one task
+            structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
         run = await self._publisher.begin(request, attempt)
         request_id = request.request_id
         running = _Running(request, run, marks, self._loop.create_future())
@@ -199,6 +203,7 @@ class RequestRunner:
             worker_id=wake.worker_id,
             cold_tier=wake.cold_tier if is_cold else None,
             snapshot_id=wake.snapshot_id,
+            clock_id=CLOCK_ID,
         )
 
     def _say_farewell(self, running: _Running) -> None:

@@ -68,10 +68,31 @@ class LoggingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     audit_log: str | None = None  # file; "-": stderr
 
 
+class TracingSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Traces to an OpenTelemetry collector; off without an endpoint. Read when the gateway starts. Headers that hold a
+    secret belong into the environment (OTEL_EXPORTER_OTLP_HEADERS)."""
+
+    endpoint: str | None = None  # e.g. http://127.0.0.1:4318; /v1/traces is appended
+    sampler: (
+        Literal[
+            "always_on",
+            "always_off",
+            "traceidratio",
+            "parentbased_always_on",
+            "parentbased_always_off",
+            "parentbased_traceidratio",
+        ]
+        | None
+    ) = None
+    sample_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    service_name: str | None = None
+
+
 SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "gateway": GatewaySection,
     "agent": AgentSection,
     "logging": LoggingSection,
+    "tracing": TracingSection,
 }
 #: (section, field) -> the variable that it stands for.
 VARIABLES: Final[dict[tuple[str, str], str]] = {
@@ -99,6 +120,10 @@ VARIABLES: Final[dict[tuple[str, str], str]] = {
     ("logging", "format"): "GLOWPLUG_LOG_FORMAT",
     ("logging", "folder"): "GLOWPLUG_LOG_DIR",
     ("logging", "audit_log"): "GLOWPLUG_AUDIT_LOG",
+    ("tracing", "endpoint"): "OTEL_EXPORTER_OTLP_ENDPOINT",
+    ("tracing", "sampler"): "OTEL_TRACES_SAMPLER",
+    ("tracing", "sample_ratio"): "OTEL_TRACES_SAMPLER_ARG",
+    ("tracing", "service_name"): "OTEL_SERVICE_NAME",
 }
 #: Variables that name files: a relative path in the file is relative to the file.
 PATH_FIELDS: Final = frozenset(

@@ -10,6 +10,7 @@ import msgspec
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.states import FinishReason, GrammarKind, ModelAct, Priority, SlotState, Task, Tier
+from scheduler.contract.trace_context import TraceContext
 
 
 class OutputGrammar(msgspec.Struct, frozen=True):
@@ -66,6 +67,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     embedding: EmbeddingInputs | None = None
     text_only: bool = False  # for the tokenizer alone: text becomes token ids, token ids become text
     generation: int = 0  # how often it was queued anew because the server had lost it; its runs fence off older ones
+    trace_context: TraceContext | None = None  # the span under which its run is seen
 
 
 class RequestRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -155,6 +157,7 @@ class TerminalFrame(msgspec.Struct, frozen=True, omit_defaults=True):
     worker_id: str = ""
     cold_tier: Tier | None = None  # None: met a hot worker
     snapshot_id: str = ""
+    clock_id: str = ""  # of the clock that the marks were read from; empty: the reader's own
 
 
 class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -366,3 +369,5 @@ class Trace(msgspec.Struct, frozen=True):
     phases_ms: dict[str, float]
     total_ms: float
     error: ErrorCode | None = None  # why it did not end well
+    trace_id: str = ""  # of the distributed trace that it is part of
+    clock_error_ms: float | None = None  # another host's marks were moved to the gateway's clock, to within this

@@ -165,6 +165,7 @@ class GatewayServer:
         await self._batches.aclose()  # another gateway goes on with them
         await self._runner.cleanup()
         await self.gateway.wait_background(BACKGROUND_LIMIT_S)
+        await self.gateway.tracing.aclose()
         await self.gateway.quotas.aclose()
         await self.gateway.usage.aclose()
         await self._hub.aclose()
@@ -213,6 +214,7 @@ class GatewayServer:
 
     def _preload(self) -> None:
         self.gateway.metrics.ensure_ready()
+        self.gateway.tracing.ensure_ready()
         if self.gateway.admission.has_quotas:
             self.gateway.quotas.ensure_ready()
         import jinja2.sandbox  # noqa: F401  (imported for its side effect: the next import is a look-up)

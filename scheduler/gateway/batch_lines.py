@@ -93,7 +93,8 @@ async def _run_once(
     card = await gateway.directory.get_card(line.body["model"], identity)
     call = ENDPOINTS[line.url](line.body, card, gateway)
     call = dataclasses.replace(call, stream=False, priority=priority)
-    exchange = Exchange(gateway, call, request_id, time.monotonic_ns(), identity, is_unhurried=True)
+    span = gateway.tracing.begin_line()
+    exchange = Exchange(gateway, call, request_id, time.monotonic_ns(), identity, is_unhurried=True, span=span)
     gateway.metrics.on_in_flight(card.name, +1)
     try:
         collected = EmbeddedCall(exchange) if call.embedding is not None else CollectedCall(exchange)

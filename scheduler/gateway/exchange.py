@@ -35,6 +35,7 @@ from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.identity import ANONYMOUS, Identity
 from scheduler.gateway.request_ids import create_request_id
 from scheduler.gateway.request_schema import Call
+from scheduler.gateway.request_span import RequestSpan, create_span_id
 from scheduler.gateway.traces import build_trace
 
 DEFAULT_WAKE_RETRY_AFTER_S: Final = 30
@@ -79,8 +80,10 @@ class Exchange:
         identity: Identity = ANONYMOUS,
         *,
         is_unhurried: bool = False,
+        span: RequestSpan | None = None,
     ) -> None:
         self.call = call
+        self._span = span
         self.is_unhurried = is_unhurried  # nobody waits at the other end: the caller sets the limits
         self.identity = identity
         self.request_id = request_id
@@ -99,7 +102,8 @@ class Exchange:
         self._log = structlog.get_logger()
 
     def _build_part(self, i: int, accepted_mono_ns: int) -> Part:
-        call = self.call
+        call, span = self.call, self._span
+        span_id = create_span_id() if span is not None and span.is_recorded else ""
         request = GenerateRequest(
             request_id=self.request_id if i == 0 else create_request_id(),
             model=call.card.name,
@@ -116,8 +120,9 @@ class Exchange:
             embedding=call.embedding,
             accepted_at_s=time.time(),
             marks={Mark.ACCEPTED: accepted_mono_ns},
+            trace_context=None if span is None else span.make_context(span_id),
         )
-        return Part(request, i)
+        return Part(request, i, span_id)
 
     async def start(self, on_step: OnStep | None = None, on_vector: OnVector | None = None) -> None:
         """Subscribe, then enqueue, every request.
@@ -222,23 +227,29 @@ class Exchange:
         """
         self._is_recorded = True
         now_mono_ns = time.monotonic_ns()
-        traces = []
-        for part in self.parts:
-            request, terminal = part.request, part.terminal or TerminalFrame()
-            trace = build_trace(
-                request.request_id, request.model, request.accepted_at_s, terminal, part.marks, now_mono_ns
-            )
-            usage = terminal.usage
+        traces = self._build_traces(now_mono_ns)
+        for part, trace in zip(self.parts, traces, strict=True):
+            usage = (part.terminal or TerminalFrame()).usage
             self._gateway.metrics.on_trace(
                 trace, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens
             )
-            self._gateway.traces.remember(trace)
             self._note_service_time(part, now_mono_ns)
-            traces.append(trace)
         self._gateway.directory.on_wake_measured(traces[0])
         saved = self._gateway.run_in_background(self._save(traces), name=f"trace:{self.request_id}")
         await asyncio.wait({saved}, timeout=TRACE_WAIT_S)
         return traces[0]
+
+    def _build_traces(self, now_mono_ns: int, error: ErrorCode | None = None) -> list[Trace]:
+        """The traces of all requests, kept here, and their spans where they are recorded."""
+        gateway, span, traces = self._gateway, self._span, []
+        for part in self.parts:
+            trace = build_trace(part.request, part.terminal or TerminalFrame(), part.marks, now_mono_ns, error)
+            if span is not None:
+                trace = msgspec.structs.replace(trace, trace_id=span.trace_id)
+            gateway.tracing.end_part_soon(span, part, trace, self.call, now_mono_ns)
+            gateway.traces.remember(trace)
+            traces.append(trace)
+        return traces
 
     def _note_service_time(self, part: Part, now_mono_ns: int) -> None:
         """How long a worker was busy with it; batch lines, which give way, do not count.
@@ -278,15 +289,7 @@ class Exchange:
     def _record_failure(self) -> None:
         """A trace of what did not end well, for whoever asks what became of it."""
         code = ErrorCode.CANCELLED if self.error is None else self.error.code
-        now_mono_ns = time.monotonic_ns()
-        traces = []
-        for part in self.parts:
-            request, terminal = part.request, part.terminal or TerminalFrame()
-            trace = build_trace(
-                request.request_id, request.model, request.accepted_at_s, terminal, part.marks, now_mono_ns, code
-            )
-            self._gateway.traces.remember(trace)
-            traces.append(trace)
+        traces = self._build_traces(time.monotonic_ns(), code)
         self._gateway.run_in_background(self._save(traces), name=f"trace:{self.request_id}")
 
     async def find_overdue(self, *, streamed: bool) -> ErrorInfo | None:

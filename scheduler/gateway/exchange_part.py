@@ -9,10 +9,20 @@ from scheduler.dispatch import estimate_tokens
 class Part:
     """One generate request of an exchange. ``terminal`` is set once, by its last frame."""
 
-    __slots__ = ("choice_offset", "index", "marks", "may_be_queued", "num_streamed_tokens", "request", "terminal")
+    __slots__ = (
+        "choice_offset",
+        "index",
+        "marks",
+        "may_be_queued",
+        "num_streamed_tokens",
+        "request",
+        "span_id",
+        "terminal",
+    )
 
-    def __init__(self, request: GenerateRequest, index: int) -> None:
+    def __init__(self, request: GenerateRequest, index: int, span_id: str = "") -> None:
         self.request = request
+        self.span_id = span_id  # its own in a distributed trace; empty: not recorded
         self.index = index
         self.choice_offset = index * request.num_choices
         self.marks: dict[str, int] = dict(request.marks)

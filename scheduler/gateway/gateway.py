@@ -28,6 +28,7 @@ from scheduler.gateway.model_directory import ModelDirectory
 from scheduler.gateway.quotas import Quotas
 from scheduler.gateway.settings import GatewaySettings
 from scheduler.gateway.traces import TraceStore
+from scheduler.gateway.tracing import Tracing
 from scheduler.gateway.usage import UsageRecorder
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Gateway:
         self.directory = ModelDirectory(redis, settings.redis_limit_s, self._on_card, lambda: hub.cut_off_for_s)
         self.metrics = GatewayMetrics()
         self.traces = TraceStore(redis)
+        self.tracing = Tracing(settings.tracing, gateway_id)
         self.files = FileStore(files_dir or default_state_dir() / FILES_FOLDER, settings.max_tenant_file_bytes)
         self.batches = BatchRecords(redis, gateway_id)
         self.on_batch: Callable[[], None] | None = None  # told of each new one; set by what runs them

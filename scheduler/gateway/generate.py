@@ -35,7 +35,7 @@ async def answer_call(
     policy = gateway.admission.tenant_policy(identity.tenant)
     grant = await gateway.quotas.admit(identity.tenant, policy, facts.request_id, estimate_call(call))
     request[RATE_LIMIT_HEADERS] = grant.headers
-    exchange = Exchange(gateway, call, facts.request_id, accepted_mono_ns, identity)
+    exchange = Exchange(gateway, call, facts.request_id, accepted_mono_ns, identity, span=facts.span)
     gateway.metrics.on_in_flight(call.card.name, +1)
     try:
         if call.stream:

@@ -23,6 +23,7 @@ from scheduler.gateway.errors import (
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.identity import ANONYMOUS, IDENTITY
 from scheduler.gateway.request_ids import create_request_id
+from scheduler.gateway.request_span import RequestSpan
 from scheduler.gateway.response_headers import add_response_headers
 
 CLIENT_GONE_STATUS: Final = 499  # nginx's word for it; only in log and metrics
@@ -43,6 +44,7 @@ class RequestFacts:
     stream: bool = False
     error_code: str | None = None
     stream_error_status: int | None = None  # of an error that came after a stream's 200
+    span: RequestSpan | None = None  # its place in a distributed trace
 
     def note_exchange(self, error: ErrorInfo | None) -> None:
         """How the exchange ended."""
@@ -59,6 +61,8 @@ async def add_standard_headers(request: web.Request, response: web.StreamRespons
     facts = request.get(FACTS)
     if facts is not None:
         response.headers["X-Request-Id"] = facts.request_id
+        if facts.span is not None:
+            response.headers["X-Trace-Id"] = facts.span.trace_id
     add_response_headers(request, response, request.app[GATEWAY].settings)
 
 
@@ -66,8 +70,10 @@ async def add_standard_headers(request: web.Request, response: web.StreamRespons
 async def observe_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Run ``handler``; whatever it raises becomes an answer, except a client that has gone."""
     gateway = request.app[GATEWAY]
-    facts = RequestFacts(create_request_id())
+    facts = RequestFacts(create_request_id(), span=gateway.tracing.begin_request(request))
     request[FACTS] = facts
+    if facts.span is not None:
+        structlog.contextvars.bind_contextvars(trace_id=facts.span.trace_id)
     status = CLIENT_GONE_STATUS
     try:
         response = await _answer(request, handler, facts, gateway)
@@ -75,6 +81,8 @@ async def observe_request(request: web.Request, handler: Handler) -> web.StreamR
         return response
     finally:
         _finish(request, gateway, facts, status)
+        if facts.span is not None:  # the connection's next request has its own
+            structlog.contextvars.unbind_contextvars("trace_id")
 
 
 async def _answer(request: web.Request, handler: Handler, facts: RequestFacts, gateway: Gateway) -> web.StreamResponse:
@@ -117,6 +125,8 @@ def _finish(request: web.Request, gateway: Gateway, facts: RequestFacts, status:
         _log.debug("request", method=request.method, path=request.path, status=status)
         return
     gateway.metrics.on_request(facts.model, facts.endpoint, status)
+    if facts.span is not None:
+        gateway.tracing.end_request(facts.span, request.method, _route_of(request), status, facts.error_code)
     client_id = request.headers.get("X-Request-Id")
     identity = request.get(IDENTITY, ANONYMOUS)
     _log.info(
@@ -132,3 +142,9 @@ def _finish(request: web.Request, gateway: Gateway, facts: RequestFacts, status:
         key_id=identity.key_id or None,
         client_request_id=client_id[:MAX_CLIENT_ID_CHARS] if client_id else None,
     )
+
+
+def _route_of(request: web.Request) -> str:
+    """The pattern of the request's path, of which there are few."""
+    resource = request.match_info.route.resource
+    return "unknown" if resource is None else resource.canonical

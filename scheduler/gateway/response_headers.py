@@ -24,12 +24,12 @@ HSTS: Final = "max-age=31536000"
 CORS_MAX_AGE_S: Final = 600
 CORS_METHODS: Final = "GET, POST, DELETE, OPTIONS"
 CORS_HEADERS: Final = (
-    "Authorization, Content-Type, x-api-key, X-Request-Id, Last-Event-ID, anthropic-version, anthropic-beta, "
-    "anthropic-dangerous-direct-browser-access"
+    "Authorization, Content-Type, x-api-key, X-Request-Id, Last-Event-ID, traceparent, tracestate, "
+    "anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access"
 )
 CORS_EXPOSED: Final = (
-    "X-Request-Id, Retry-After, X-Cold-Start, Server-Timing, openai-processing-ms, x-ratelimit-limit-requests, "
-    "x-ratelimit-remaining-requests, x-ratelimit-reset-requests, x-ratelimit-limit-tokens, "
+    "X-Request-Id, X-Trace-Id, Retry-After, X-Cold-Start, Server-Timing, openai-processing-ms, "
+    "x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests, x-ratelimit-limit-tokens, "
     "x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )
 #: Set by handlers, sent by :func:`add_response_headers`, on streams too.

@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from scheduler.contract.environment import SettingsError, read_positive_float
+from scheduler.gateway.tracing_settings import TracingSettings, read_tracing_settings
 
 HOST: Final = "GLOWPLUG_HOST"
 PORT: Final = "GLOWPLUG_PORT"
@@ -69,13 +70,14 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     max_file_bytes: int = 200 * MIB
     max_tenant_file_bytes: int = 2048 * MIB
     upload_limit_s: float = 900.0  # from an upload's header to its last byte
+    tracing: TracingSettings | None = None
 
 
 def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySettings:
     """The gateway's settings.
 
     Raises:
-        SettingsError: a variable is malformed; the message names it.
+        SettingsError: a variable is malformed, or asks for what is not installed; the message names it.
     """
     defaults = GatewaySettings()
     ready_fd = env.get(READY_FD)
@@ -95,6 +97,7 @@ def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySetting
         no_auth=env.get(NO_AUTH) == "1",
         tls_certificate=certificate,
         tls_key=key,
+        tracing=read_tracing_settings(env),
         cors_origins=tuple(origin.strip() for origin in (env.get(CORS_ORIGINS) or "").split(",") if origin.strip()),
     )
 

@@ -10,9 +10,11 @@ from redis.asyncio import Redis
 
 from scheduler.contract import codec, keys
 from scheduler.contract.errors import ErrorCode
-from scheduler.contract.messages import TerminalFrame, Trace
+from scheduler.contract.host_clock import CLOCK_ID
+from scheduler.contract.messages import GenerateRequest, TerminalFrame, Trace
 from scheduler.contract.states import Tier
 from scheduler.contract.telemetry import COLD_PHASES, HOT_PHASES, Mark, compute_phases_ms
+from scheduler.gateway.clock_alignment import align_marks
 from scheduler.gateway.request_ids import is_request_id
 
 MAX_KEPT_HERE: Final = 256
@@ -51,30 +53,32 @@ class TraceDocument(msgspec.Struct):
     phases_ms: dict[str, float]
     phases: list[PhaseRow]
     error: str | None = None  # why it did not end well
+    trace_id: str = ""  # in the tracing system, where it was sent to one
+    clock_error_ms: float | None = None  # the worker's host has another clock; its marks were moved to within this
 
 
 def build_trace(
-    request_id: str,
-    model: str,
-    accepted_at_s: float,
+    request: GenerateRequest,
     terminal: TerminalFrame,
     gateway_marks: dict[str, int],
     now_mono_ns: int,
     error: ErrorCode | None = None,
 ) -> Trace:
     """The trace of a request that just ended; where both sides set a mark, the gateway's own wins."""
-    marks = {**terminal.marks, **gateway_marks}
+    aligned = align_marks(terminal, gateway_marks, CLOCK_ID, now_mono_ns)
+    marks = {**aligned.marks, **gateway_marks}
     accepted_mono_ns = marks.get(Mark.ACCEPTED, now_mono_ns)
     return Trace(
-        request_id=request_id,
-        model=model,
+        request_id=request.request_id,
+        model=request.model,
         cold_tier=terminal.cold_tier,
         worker_id=terminal.worker_id,
-        accepted_at_s=accepted_at_s,
+        accepted_at_s=request.accepted_at_s,
         marks=marks,
         phases_ms=compute_phases_ms(marks, cold=terminal.cold_tier is not None),
         total_ms=(now_mono_ns - accepted_mono_ns) / 1e6,
         error=error,
+        clock_error_ms=aligned.error_ms,
     )
 
 
@@ -105,6 +109,8 @@ def build_document(trace: Trace) -> TraceDocument:
         phases_ms=trace.phases_ms,
         phases=rows,
         error=trace.error,
+        trace_id=trace.trace_id,
+        clock_error_ms=trace.clock_error_ms,
     )
 
 

@@ -30,6 +30,7 @@ from scheduler.gateway.routes_admin import check_admin
 from scheduler.gateway.settings import GatewaySettings, read_gateway_settings
 from scheduler.gateway.traces import build_document, build_trace, format_server_timing
 from tests.gateway_fixtures import make_card, make_status
+from tests.queue_fixtures import make_request
 
 LOGPROB = TokenLogprob(7, b"\xc3", -0.5, (TopLogprob(7, b"\xc3", -0.5), TopLogprob(8, b"b", -1.5)))
 
@@ -164,7 +165,7 @@ def test_a_trace_takes_marks_from_both_sides() -> None:
     worker = {Mark.CLAIMED: 5_000_000, Mark.TOKENISED: 6_000_000, Mark.ENQUEUED: 1}
     own = {Mark.ACCEPTED: 1_000_000, Mark.ENQUEUED: 2_000_000, Mark.FIRST_BYTE: 9_000_000}
     terminal = TerminalFrame(marks={str(k): v for k, v in worker.items()}, worker_id="w")
-    trace = build_trace("ID", "tiny", 1.0, terminal, {str(k): v for k, v in own.items()}, 11_000_000)
+    trace = build_trace(make_request("ID"), terminal, {str(k): v for k, v in own.items()}, 11_000_000)
     assert trace.phases_ms == {"queue": 1.0, "dispatch": 3.0, "tokenise": 1.0}
     assert trace.total_ms == 10.0
     document = build_document(trace)
@@ -177,7 +178,9 @@ def test_metrics_show_cold_starts_phases_and_the_fleet() -> None:
     """Tier names are words, models come from the report, impossible delivery times are dropped."""
     metrics = GatewayMetrics()
     marks = {str(Mark.ACCEPTED): 0, str(Mark.ENQUEUED): 2_000_000, str(Mark.FIRST_BYTE): 50_000_000}
-    trace = build_trace("ID", "tiny", 1.0, TerminalFrame(cold_tier=Tier.HOST_RAM, marks=marks), {}, 60_000_000)
+    trace = build_trace(
+        make_request("ID", model="tiny"), TerminalFrame(cold_tier=Tier.HOST_RAM, marks=marks), {}, 60_000_000
+    )
     metrics.on_trace(trace, prompt_tokens=3, completion_tokens=4)
     metrics.on_request(None, "chat", 404)
     metrics.on_delivery(0, 1_000_000)
