@@ -49,7 +49,7 @@ def _run(part: str) -> int:
         from scheduler.gateway.app import main as run_gateway
 
         return run_gateway()
-    from scheduler.service import main as run_scheduler
+    from scheduler.service_process import main as run_scheduler
 
     run_scheduler()
     return 0

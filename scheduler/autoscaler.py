@@ -14,25 +14,29 @@ serving    no request for idle time  drain every worker
 asleep     asked for, or pinned      spawn one worker, as on demand
 serving    to be unloaded            drain the workers there were when that was asked for
 serving    its node is drained       drain the workers there; others are spawned elsewhere
+parked     demand, its GPU is full   drain idle workers of other models there (it comes back by itself)
 draining   demand                    spawn a new worker; the draining one takes nothing more
 ========== ========================= ==========================================================
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from scheduler.config import ModelPolicy
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.states import CLAIMING_STATES, SlotState
 from scheduler.crash_streak import REFUSED_FROM, describe_held_back
+from scheduler.gpu_placement import GpuNeed, GpuView, Place, Refuse, Wait, decide_placement, decide_return
 
 MAX_FAILURES: Final = 3  # wakes in a row that failed before the queue is refused
 FAILURE_BACKOFF_S: Final = (0.2, 1.0, 5.0)  # wait before the next wake, by failures in a row
 FAILURE_MEMORY_S: Final = 30.0  # after this long without an attempt, a model may be tried afresh
 SPAWN_TIMEOUT_S: Final = 60.0  # a worker that is not ready by then is given up
 WORKER_BASE_BYTES: Final = 128 * 1024 * 1024  # private memory of a worker besides its KV cache
+#: Host memory of a worker on a GPU: libraries, context and pinned ring. Its KV cache is on the device.
+GPU_WORKER_HOST_BYTES: Final = 640 * 1024 * 1024
 LIVE_STATES: Final = frozenset({SlotState.COLD, SlotState.RESTORING, *CLAIMING_STATES})
 
 
@@ -45,6 +49,8 @@ class WorkerView:
     model: str
     state: SlotState
     ordered_at_s: float
+    device: str = ""  # UUID of its GPU
+    ready_at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class ModelView:
     retry_at_s: float = 0.0  # no worker before this: those before it died one after the other
     deaths: int = 0  # of workers in a row, while they ran requests
     death_error: ErrorInfo | None = None  # of the last one
+    takes_gpu: bool = True  # on a node that has some
 
     @property
     def is_wanted(self) -> bool:
@@ -82,6 +89,11 @@ class ModelView:
         """Memory to set aside for one worker, its shared weights not counted."""
         return self.policy.kv_budget_bytes + WORKER_BASE_BYTES
 
+    @property
+    def gpu_need(self) -> GpuNeed:
+        """Device memory to set aside for one worker."""
+        return GpuNeed(self.name, self.weights_bytes, self.policy.kv_budget_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
@@ -90,6 +102,7 @@ class NodeView:
     node_id: str
     budget_bytes: int
     drained: bool = False
+    gpus: tuple[GpuView, ...] = ()  # whose workers they are for; empty: a CPU node
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +115,11 @@ class FleetView:
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Start a worker of ``model`` on ``node_id``."""
+    """Start a worker of ``model`` on ``node_id``, on the GPU of UUID ``device`` where it has some."""
 
     model: str
     node_id: str
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +150,33 @@ Action = Spawn | Drain | RefuseQueue | GiveUp
 
 @dataclass(slots=True)
 class _Reservations:
-    """Memory taken on each node: workers, plus each model's weights once."""
+    """Memory taken on each node: workers, plus each model's weights once. ``gpus``: of each node that has some."""
 
     free_bytes: dict[str, int]
     holders: dict[str, set[str]] = field(default_factory=dict)
+    gpus: dict[str, list[GpuView]] = field(default_factory=dict)
 
     def need_bytes(self, model: ModelView, node_id: str) -> int:
         shared = 0 if model.name in self.holders.get(node_id, set()) else model.weights_bytes
-        return model.worker_bytes + shared
+        on_gpu = model.takes_gpu and bool(self.gpus.get(node_id))
+        return (GPU_WORKER_HOST_BYTES if on_gpu else model.worker_bytes) + shared
 
     def take(self, model: ModelView, node_id: str) -> None:
         if node_id in self.free_bytes:
             self.free_bytes[node_id] -= self.need_bytes(model, node_id)
             self.holders.setdefault(node_id, set()).add(model.name)
+
+    def has_room(self, model: ModelView, node_id: str) -> bool:
+        return self.need_bytes(model, node_id) <= self.free_bytes[node_id]
+
+    def promise(self, model: ModelView, place: Place) -> None:
+        """Take device memory; host memory is :meth:`take`'s."""
+        self.gpus[place.node_id] = [
+            replace(gpu, promised_bytes=gpu.promised_bytes + model.gpu_need.device_bytes)
+            if gpu.uuid == place.uuid
+            else gpu
+            for gpu in self.gpus[place.node_id]
+        ]
 
 
 def decide(fleet: FleetView, now_s: float) -> list[Action]:
@@ -185,7 +213,11 @@ def decide_idle_deadline_s(fleet: FleetView) -> float | None:
 
 
 def _reserve(fleet: FleetView) -> _Reservations:
-    reservations = _Reservations({node.node_id: node.budget_bytes for node in fleet.nodes if not node.drained})
+    nodes = [node for node in fleet.nodes if not node.drained]
+    reservations = _Reservations(
+        {node.node_id: node.budget_bytes for node in nodes},
+        gpus={node.node_id: list(node.gpus) for node in nodes if node.gpus},
+    )
     for model in fleet.models:
         for worker in model.workers:
             reservations.take(model, worker.node_id)
@@ -219,6 +251,8 @@ def _decide_wake(model: ModelView, fleet: FleetView, reservations: _Reservations
     if model.refused is not None:
         return [RefuseQueue(model.name, model.refused)]
     live = model.live_workers
+    if live and all(worker.state is SlotState.PARKED for worker in live):
+        return _decide_return(model, live, fleet, reservations, now_s)
     if live and not _wants_another(model, live):
         return []
     if now_s < model.retry_at_s:
@@ -229,13 +263,57 @@ def _decide_wake(model: ModelView, fleet: FleetView, reservations: _Reservations
         return [RefuseQueue(model.name, error)]
     if not live and (waiting := _decide_failing(model, now_s)) is not None:
         return waiting
-    node_id = _choose_node(model, reservations)
+    if model.takes_gpu and reservations.gpus:
+        on_gpu = _decide_gpu(model, fleet, reservations, now_s)
+        if on_gpu is not None:
+            return on_gpu
+    node_id = _choose_node(model, reservations, without_gpus=model.takes_gpu)
     if node_id is not None:
         reservations.take(model, node_id)
         return [Spawn(model.name, node_id)]
     if live:
         return []  # a second worker is a wish, not a need
     return _decide_without_room(model, fleet, reservations)
+
+
+def _decide_gpu(model: ModelView, fleet: FleetView, reservations: _Reservations, now_s: float) -> list[Action] | None:
+    """A worker on a GPU, room for one, or patience; None: no GPU will ever do, or their hosts' memory is full."""
+    roomy = [
+        gpu for node_id, gpus in reservations.gpus.items() if reservations.has_room(model, node_id) for gpu in gpus
+    ]
+    if not roomy:
+        return None
+    decision = decide_placement(model.gpu_need, roomy, now_s)
+    match decision:
+        case Place(evicted=()):
+            reservations.take(model, decision.node_id)
+            reservations.promise(model, decision)
+            return [Spawn(model.name, decision.node_id, decision.uuid)]
+        case Place(evicted=evicted):
+            return [] if model.live_workers else _evict(fleet, evicted, model.name)
+        case Wait():
+            return []
+        case Refuse(error=error):
+            if all(node_id in reservations.gpus for node_id in reservations.free_bytes):
+                return [RefuseQueue(model.name, error)]
+            return None  # a CPU node may take it
+
+
+def _decide_return(
+    model: ModelView, parked: tuple[WorkerView, ...], fleet: FleetView, reservations: _Reservations, now_s: float
+) -> list[Action]:
+    """A parked worker claims its request and comes back by itself, as soon as there is room."""
+    for gpu in (gpu for gpus in reservations.gpus.values() for gpu in gpus):
+        if any(worker.device == gpu.uuid and worker.node_id == gpu.node_id for worker in parked):
+            evicted = decide_return(model.gpu_need, gpu, now_s)
+            if evicted:
+                return _evict(fleet, evicted, model.name)
+    return []
+
+
+def _evict(fleet: FleetView, worker_ids: tuple[str, ...], wanted: str) -> list[Action]:
+    workers = [worker for model in fleet.models for worker in model.workers if worker.worker_id in worker_ids]
+    return [Drain(worker, f"room on its GPU for {wanted}") for worker in workers]
 
 
 def _wants_another(model: ModelView, live: tuple[WorkerView, ...]) -> bool:
@@ -255,12 +333,12 @@ def _decide_failing(model: ModelView, now_s: float) -> list[Action] | None:
     return None if since_s >= FAILURE_BACKOFF_S[model.failures - 1] else []
 
 
-def _choose_node(model: ModelView, reservations: _Reservations) -> str | None:
+def _choose_node(model: ModelView, reservations: _Reservations, *, without_gpus: bool = False) -> str | None:
     """The node that already holds the weights if it has room, else the one with most memory left; None: no room."""
     fitting = [
         (model.name in reservations.holders.get(node_id, set()), free_bytes, node_id)
         for node_id, free_bytes in reservations.free_bytes.items()
-        if reservations.need_bytes(model, node_id) <= free_bytes
+        if reservations.has_room(model, node_id) and not (without_gpus and node_id in reservations.gpus)
     ]
     return max(fitting)[2] if fitting else None
 

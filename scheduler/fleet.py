@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from scheduler.autoscaler import FleetView, ModelView, NodeView, WorkerView
 from scheduler.config import SchedulerConfig
 from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import ModelCard, ModelStatus, NodeReport, WorkerChanged, WorkerReport
-from scheduler.contract.states import CLAIMING_STATES, SlotState, Tier
+from scheduler.contract.states import CLAIMING_STATES, SlotState, Task, Tier
 from scheduler.crash_streak import DEATHS_AT_ONCE, CrashStreak
+from scheduler.gpu_ledger import RETURN_S, Departed, Tenant, view_gpus
+from scheduler.gpu_placement import GpuNeed, GpuView
+from scheduler.model_history import ModelHistory
 
 NODE_BUDGET_FRACTION: Final = 0.8
 SILENT_S: Final = 1.0
+GPU_BACKEND: Final = "cuda"  # of nodes whose workers use their GPUs
 WAKE_ASKED_S: Final = 60.0  # how long a wake that an operator asked for is tried
 SERVING: Final = frozenset({*CLAIMING_STATES, SlotState.DRAINING})
 
@@ -39,6 +43,7 @@ class _Model:
     unloading: frozenset[str] = frozenset()
     forget_asked: bool = False
     crashes: CrashStreak = field(default_factory=CrashStreak)
+    history: ModelHistory = field(default_factory=ModelHistory)
 
     def count_awake(self, now_s: float) -> None:
         """Add the worker-seconds since the last count; call before the set of workers changes, and to read."""
@@ -58,6 +63,7 @@ class Fleet:
         self._silent_since_s: dict[str, float] = {}
         self._pinned: frozenset[str] = frozenset()
         self._drained: frozenset[str] = frozenset()
+        self._departed: list[tuple[str, Departed]] = []  # with its node; written only by `_on_departed`
 
     # --- events ---------------------------------------------------------------------------------------------
 
@@ -94,9 +100,11 @@ class Fleet:
         self._reporting = frozenset(report.worker_id for report in reports)
         for report in reports:
             model = self._models.get(report.model)
+            if model is not None and report.device and (known := model.workers.get(report.worker_id)) is not None:
+                model.workers[report.worker_id] = replace(known, device=report.device)  # a new leader has not heard it
             if model is not None and report.worker_id not in model.workers and report.state in SERVING:
                 model.workers[report.worker_id] = WorkerView(
-                    report.worker_id, report.node_id, report.model, report.state, now_s
+                    report.worker_id, report.node_id, report.model, report.state, now_s, report.device, now_s
                 )
         served = [w for m in self._models.values() for w in m.workers.values() if w.state in SERVING]
         missing = {worker.worker_id: worker for worker in served if worker.worker_id not in self._reporting}
@@ -110,6 +118,7 @@ class Fleet:
             return False
         model.in_flight += 1
         model.last_active_s = now_s
+        model.history.on_request(now_s)
         return True
 
     def on_in_flight(self, name: str, in_flight: int, now_s: float) -> None:
@@ -120,10 +129,10 @@ class Fleet:
                 model.last_active_s = now_s
             model.in_flight = in_flight
 
-    def on_ordered(self, worker_id: str, model: str, node_id: str, now_s: float) -> None:
+    def on_ordered(self, worker_id: str, model: str, node_id: str, now_s: float, device: str = "") -> None:
         """A spawn order is about to be sent."""
         self._models[model].count_awake(now_s)
-        self._models[model].workers[worker_id] = WorkerView(worker_id, node_id, model, SlotState.COLD, now_s)
+        self._models[model].workers[worker_id] = WorkerView(worker_id, node_id, model, SlotState.COLD, now_s, device)
 
     def on_draining(self, worker_id: str, model: str) -> None:
         """A drain order is about to be sent."""
@@ -138,6 +147,7 @@ class Fleet:
         was_ready = (known := model.workers.get(change.worker_id)) is not None and known.state in CLAIMING_STATES
         if change.exited or change.state is SlotState.FAILED:
             removed = model.workers.pop(change.worker_id, None)
+            self._on_departed(model, removed, now_s)
             if change.error is not None and (removed is not None or change.state is SlotState.FAILED):
                 counted = removed is not None and not change.had_requests
                 self._on_failure(model, change.error, now_s, counted=counted)
@@ -153,6 +163,7 @@ class Fleet:
             self._set_state(change.model, change.worker_id, change.state)
         if change.state is SlotState.READY and not was_ready:
             model.crashes.on_ready(change.worker_id, now_s)
+            self._on_ready(model, change.worker_id, now_s)
             model.failures = 0
             model.last_active_s = now_s
             model.wake_asked_s = None
@@ -164,7 +175,8 @@ class Fleet:
             return
         model.count_awake(now_s)
         model.crashes.on_gone(worker.worker_id)
-        if model.workers.pop(worker.worker_id, None) is not None:
+        if (removed := model.workers.pop(worker.worker_id, None)) is not None:
+            self._on_departed(model, removed, now_s)
             self._on_failure(model, error, now_s, counted=True)
 
     def crash_streak(self, name: str) -> tuple[int, float]:
@@ -182,10 +194,23 @@ class Fleet:
         if counted:
             model.failures += 1
 
+    def _on_ready(self, model: _Model, worker_id: str, now_s: float) -> None:
+        worker = model.workers[worker_id]
+        if worker.state is SlotState.READY and not worker.ready_at_s:
+            model.history.on_ready(now_s - worker.ordered_at_s)
+            model.workers[worker_id] = replace(worker, ready_at_s=now_s)
+
+    def _on_departed(self, model: _Model, worker: WorkerView | None, now_s: float) -> None:
+        """Its node's next reports may still miss the memory that it had on a GPU."""
+        self._departed = [entry for entry in self._departed if now_s - entry[1].ended_s < RETURN_S]
+        if worker is not None and worker.device:
+            held_bytes = self._tenant(model, worker, now_s).held_bytes
+            self._departed.append((worker.node_id, Departed(worker.device, held_bytes, now_s)))
+
     def _set_state(self, name: str, worker_id: str, state: SlotState) -> None:
         model = self._models.get(name)
         if model is not None and (known := model.workers.get(worker_id)) is not None:
-            model.workers[worker_id] = WorkerView(worker_id, known.node_id, name, state, known.ordered_at_s)
+            model.workers[worker_id] = replace(known, state=state)
 
     # --- what operators want ----------------------------------------------------------------------------------
 
@@ -239,8 +264,8 @@ class Fleet:
     def _is_pinned(self, name: str) -> bool:
         return name in self._pinned or self._config.policy_of(name).pinned
 
-    def view(self) -> FleetView:
-        """A frozen picture for the decisions."""
+    def view(self, now_s: float = 0.0) -> FleetView:
+        """A frozen picture for the decisions. ``now_s`` matters where there are GPUs."""
         models = tuple(
             ModelView(
                 name=name,
@@ -259,14 +284,43 @@ class Fleet:
                 retry_at_s=model.crashes.retry_at_s,
                 deaths=model.crashes.num_deaths,
                 death_error=model.crashes.last_error,
+                takes_gpu=model.card.task is Task.GENERATE,
             )
             for name, model in self._models.items()
         )
         nodes = tuple(
-            NodeView(node_id, self._node_budget_bytes(report), node_id in self._drained)
+            NodeView(node_id, self._node_budget_bytes(report), node_id in self._drained, self._view_gpus(report, now_s))
             for node_id, report in self._nodes.items()
         )
         return FleetView(models, nodes)
+
+    def _view_gpus(self, report: NodeReport, now_s: float) -> tuple[GpuView, ...]:
+        """The GPUs that the node's workers use; empty on a CPU node."""
+        if report.backend != GPU_BACKEND or not report.gpus:
+            return ()
+        tenants = [
+            self._tenant(model, worker, now_s)
+            for model in self._models.values()
+            for worker in model.workers.values()
+            if worker.node_id == report.node_id
+        ]
+        departed = [one for node_id, one in self._departed if node_id == report.node_id]
+        return view_gpus(report.node_id, report.gpus, tenants, departed, frozenset(report.sealed_bytes), now_s)
+
+    def _tenant(self, model: _Model, worker: WorkerView, now_s: float) -> Tenant:
+        name, weights_bytes = model.card.name, model.card.weights_bytes
+        return Tenant(
+            worker_id=worker.worker_id,
+            device=worker.device,
+            state=worker.state,
+            need=GpuNeed(name, weights_bytes, self._config.policy_of(name).kv_budget_bytes),
+            ready_s=worker.ready_at_s,
+            last_active_s=model.last_active_s,
+            reload_s=model.history.reload_s(weights_bytes),
+            requests_per_s=model.history.requests_per_s(now_s),
+            in_flight=model.in_flight,
+            is_wanted=self._is_wanted(name),
+        )
 
     def _node_budget_bytes(self, report: NodeReport) -> int:
         return self._config.memory_budget_bytes or int(report.memory_total_bytes * NODE_BUDGET_FRACTION)

@@ -36,7 +36,8 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class GpuView:
-    """One GPU. ``promised_bytes`` are of workers that were ordered and have not taken their memory yet.
+    """One GPU. ``promised_bytes`` are of workers that were ordered and have not taken their memory yet;
+    ``leaving_bytes`` of workers that give theirs back now, not counted as free.
 
     ``is_usable`` is False after an error that the driver reports as the device's own (Xid, uncorrectable ECC)."""
 
@@ -48,6 +49,8 @@ class GpuView:
     residents: tuple[Resident, ...] = ()
     host_models: frozenset[str] = frozenset()  # whose weights are in the node's memory
     is_usable: bool = True
+    leaving_bytes: int = 0
+    uuid: str = ""
 
     @property
     def room_bytes(self) -> int:
@@ -76,6 +79,7 @@ class Place:
     node_id: str
     number: int
     evicted: tuple[str, ...] = ()  # worker ids
+    uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +111,19 @@ def decide_placement(need: GpuNeed, gpus: Sequence[GpuView], now_s: float) -> Pl
         best = min(
             fitting, key=lambda gpu: (need.model not in gpu.host_models, gpu.room_bytes, gpu.node_id, gpu.number)
         )
-        return Place(best.node_id, best.number)
+        return Place(best.node_id, best.number, uuid=best.uuid)
+    if any(gpu.room_bytes + gpu.leaving_bytes >= need.device_bytes for gpu in usable):
+        return Wait(None)  # room is on its way; nobody else leaves for it
     return _decide_evictions(need, usable, now_s)
+
+
+def decide_return(need: GpuNeed, gpu: GpuView, now_s: float) -> tuple[str, ...]:
+    """Who leaves so that a parked model can come back to ``gpu``: worker ids; empty: there is room, or it is on its
+    way, or nobody may leave now."""
+    if gpu.room_bytes + gpu.leaving_bytes >= 0:  # what comes back is promised already
+        return ()
+    chosen = _choose_evicted(need, gpu, now_s, missing_bytes=-gpu.room_bytes - gpu.leaving_bytes)
+    return tuple(resident.worker_id for resident in chosen or ())
 
 
 def compute_eviction_cost(resident: Resident, horizon_s: float) -> float:
@@ -124,7 +139,7 @@ def _decide_evictions(need: GpuNeed, usable: list[GpuView], now_s: float) -> Pla
         chosen = _choose_evicted(need, gpu, now_s)
         if chosen is not None:
             cost = sum(compute_eviction_cost(resident, MIN_RESIDENCE_S) for resident in chosen)
-            place = Place(gpu.node_id, gpu.number, tuple(resident.worker_id for resident in chosen))
+            place = Place(gpu.node_id, gpu.number, tuple(resident.worker_id for resident in chosen), gpu.uuid)
             plans.append((cost, need.model not in gpu.host_models, place))
     if plans:
         return min(plans, key=lambda plan: (plan[0], plan[1], len(plan[2].evicted), plan[2].node_id))[2]
@@ -137,9 +152,11 @@ def _decide_evictions(need: GpuNeed, usable: list[GpuView], now_s: float) -> Pla
     return Wait(min(ripening, default=None))
 
 
-def _choose_evicted(need: GpuNeed, gpu: GpuView, now_s: float) -> tuple[Resident, ...] | None:
+def _choose_evicted(
+    need: GpuNeed, gpu: GpuView, now_s: float, missing_bytes: int | None = None
+) -> tuple[Resident, ...] | None:
     """The cheapest idle residents whose memory is enough, cheapest a byte first; None: not enough may leave."""
-    missing = need.device_bytes - gpu.room_bytes
+    missing = need.device_bytes - gpu.room_bytes - gpu.leaving_bytes if missing_bytes is None else missing_bytes
     candidates = [
         resident
         for resident in gpu.residents

@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import signal
 import time
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
-import uvloop
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -32,8 +30,8 @@ from scheduler.autoscaler import (
 )
 from scheduler.config import SchedulerConfig, load_config
 from scheduler.contract import codec, keys
-from scheduler.contract.connection import CONNECTION_ERRORS, connect
-from scheduler.contract.environment import ProcessSettings, SettingsError, read_process_settings
+from scheduler.contract.connection import CONNECTION_ERRORS
+from scheduler.contract.environment import SettingsError
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
 from scheduler.contract.job_queue import release_worker
 from scheduler.contract.messages import (
@@ -55,7 +53,7 @@ from scheduler.contract.messages import (
     WorkerReport,
 )
 from scheduler.contract.states import ModelAct
-from scheduler.contract.telemetry import Mark, configure_logging
+from scheduler.contract.telemetry import Mark
 from scheduler.dispatch import Dispatcher
 from scheduler.fleet import Fleet
 from scheduler.leader import RENEW_EVERY_S, Leadership
@@ -219,6 +217,8 @@ class Scheduler:
                 self._fleet.on_worker_changed(message, now_s)
                 if message.exited and message.had_requests:
                     await self._tell_deaths(message, now_s)
+                if message.exited and any(node.gpus for node in self._nodes):
+                    await self._read_nodes()  # its agent has said how much device memory is free now
                 if cause is not None and cause.code in REFUSALS:
                     await self._read_cards()  # its agent has published why; the queue is refused with that
             case ModelsChanged():  # also an agent's first word: its node may be new
@@ -294,13 +294,14 @@ class Scheduler:
 
     async def _act(self, seen_mono_ns: int | None = None) -> None:
         seen = time.monotonic_ns() if seen_mono_ns is None else seen_mono_ns
-        for action in decide(self._fleet.view(), time.monotonic()):
+        now_s = time.monotonic()
+        for action in decide(self._fleet.view(now_s), now_s):
             await self._carry_out(action, seen)
 
     async def _carry_out(self, action: Action, seen_mono_ns: int) -> None:
         match action:
-            case Spawn(model=model, node_id=node_id):
-                await self._spawn(model, node_id, seen_mono_ns)
+            case Spawn():
+                await self._spawn(action, seen_mono_ns)
             case Drain(worker=worker, reason=reason):
                 grace_s = self._config.policy_of(worker.model).drain_grace_s
                 self._fleet.on_draining(worker.worker_id, worker.model)
@@ -321,10 +322,11 @@ class Scheduler:
                 )
                 self._log.error("worker_given_up", model=worker.model, worker_id=worker.worker_id)
 
-    async def _spawn(self, model: str, node_id: str, seen_mono_ns: int) -> None:
+    async def _spawn(self, spawn: Spawn, seen_mono_ns: int) -> None:
+        model, node_id = spawn.model, spawn.node_id
         worker_id = f"{model}-{secrets.token_hex(4)}"
         policy = self._config.policy_of(model)
-        self._fleet.on_ordered(worker_id, model, node_id, time.monotonic())
+        self._fleet.on_ordered(worker_id, model, node_id, time.monotonic(), spawn.device)
         order = SpawnWorker(
             worker_id=worker_id,
             model=model,
@@ -332,6 +334,7 @@ class Scheduler:
             max_running=policy.max_running,
             kv_budget_bytes=policy.kv_budget_bytes,
             park_after_s=policy.park_after_s,
+            device=spawn.device,
             marks={Mark.DEMAND_SEEN: seen_mono_ns, Mark.SPAWN_ORDERED: time.monotonic_ns()},
         )
         await self._order(node_id, order)
@@ -365,31 +368,3 @@ class Scheduler:
             drained_nodes=tuple(sorted(self._drained)),
         )
         await self._redis.set(keys.STATUS, codec.encode(status), ex=keys.STATUS_TTL_S)
-
-
-async def run_scheduler(settings: ProcessSettings) -> None:
-    """Run until SIGTERM or SIGINT.
-
-    Raises:
-        SettingsError: the configuration file is not valid.
-    """
-    redis = connect(settings.redis_url)
-    scheduler_id = f"{settings.node_id}:{secrets.token_hex(3)}"
-    scheduler = Scheduler(redis, load_config(settings.config_path), scheduler_id, settings.config_path)
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, scheduler.reload_config)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, scheduler.stop)
-    try:
-        await scheduler.run()
-    finally:
-        await redis.aclose()
-
-
-def main() -> None:
-    """Entry point of ``python -m scheduler scheduler``."""
-    settings = read_process_settings()
-    configure_logging(
-        component="scheduler", level=settings.log_level, log_format=settings.log_format, log_dir=settings.log_dir
-    )
-    uvloop.run(run_scheduler(settings))

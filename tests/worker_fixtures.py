@@ -77,6 +77,8 @@ def make_request(request_id: str, *, max_tokens: int = 12, **fields: Any) -> Gen
 class Host:
     """One agent process and the Redis it uses; plays scheduler and gateway. Close with ``async with``."""
 
+    command: tuple[str, ...] = (sys.executable, "-m", "worker", "agent")
+
     def __init__(self, redis_url: str, state_dir: Path, **env: str) -> None:
         self.redis: Redis = connect(redis_url)
         self.state_dir = state_dir
@@ -98,7 +100,7 @@ class Host:
     def start_agent(self) -> subprocess.Popen[bytes]:
         """A further agent process; the harness's own one is ``agent``."""
         with self.log.open("ab") as log:
-            self.agent = subprocess.Popen([sys.executable, "-m", "worker", "agent"], env=self._env, stderr=log)
+            self.agent = subprocess.Popen(self.command, env=self._env, stderr=log)
         return self.agent
 
     async def __aenter__(self) -> Host:
@@ -145,15 +147,17 @@ class Host:
         fields: dict[Any, Any] = {keys.FIELD: codec.encode(command)}
         await self.redis.xadd(keys.node_commands(NODE), fields)
 
-    async def order_spawn(self, worker_id: str, model: str = MODEL, marks: dict[str, int] | None = None) -> None:
-        await self.order(SpawnWorker(worker_id, model, self.fencing_token, 16, 64 * MEBIBYTE, marks or {}))
+    async def order_spawn(
+        self, worker_id: str, model: str = MODEL, marks: dict[str, int] | None = None, **fields: Any
+    ) -> None:
+        await self.order(SpawnWorker(worker_id, model, self.fencing_token, 16, 64 * MEBIBYTE, marks or {}, **fields))
 
     async def order_drain(self, worker_id: str, grace_s: float = 5.0) -> None:
         await self.order(DrainWorker(worker_id, self.fencing_token, grace_s))
 
-    async def spawn(self, worker_id: str) -> WorkerReport:
+    async def spawn(self, worker_id: str, **fields: Any) -> WorkerReport:
         """Order a worker and wait until it is ready."""
-        await self.order_spawn(worker_id)
+        await self.order_spawn(worker_id, **fields)
         await self.wait_change(worker_id, "ready")
         return await self.worker_report(worker_id)
 

@@ -35,6 +35,7 @@ from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
 from worker import agent_sealing
 from worker.agent_settings import AgentSettings
+from worker.gpu_monitor import GpuMonitor
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
 from worker.reports import (
     REDIS_TROUBLE,
@@ -75,6 +76,7 @@ class NodeAgent:
         self._catalogue = ModelCatalogue(store, keyring, guest_identity())
         verify_again = agent_sealing.verify_sealed if settings.verification == "always" else None
         seal = functools.partial(agent_sealing.seal_blob, keyring)
+        self._gpus = GpuMonitor()
         self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost, started=zygote)
         self._cache = SealedCache(
             store.blob_path,
@@ -93,6 +95,7 @@ class NodeAgent:
             settings=settings,
             on_corrupt=self._on_corrupt,
             release_leases=self._release_leases,
+            on_device_freed=self._on_device_freed,
         )
         self._fencing_token = 0  # the highest seen; orders with a lower one come from a deposed leader
         self._spawns: set[asyncio.Task[None]] = set()
@@ -159,6 +162,7 @@ class NodeAgent:
             await asyncio.gather(drain, at_once, *self._spawns, return_exceptions=True)
             await self._zygote.aclose()
             self._cache.close()
+            self._gpus.close()
         try:
             await asyncio.wait_for(self._reports.node_gone(), self._settings.drain_grace_s)
         except (TimeoutError, *REDIS_TROUBLE):
@@ -343,6 +347,7 @@ class NodeAgent:
             await keep_trying(self._beat, "heartbeat")
 
     async def _beat(self) -> None:
+        await self._gpus.refresh()
         was_registered = await self._reports.node_alive(self._report())
         if not was_registered:  # first time, or Redis lost it: then it lost the cards too
             await self._publish_all_cards()
@@ -359,7 +364,13 @@ class NodeAgent:
             zygote_pid=self._zygote.pid,
             backend=self._settings.backend,
             memory_total_bytes=read_memory_total_bytes(),
+            gpus=self._gpus.reports(self._workers.pids(), {}),
         )
+
+    async def _on_device_freed(self) -> None:
+        """A worker has left its GPU: say at once how much is free there now, before its end is told."""
+        await self._gpus.refresh(now=True)
+        await keep_trying(self._beat, "reporting free device memory")
 
     def _on_exit(self, message: WorkerExited) -> None:
         self._workers.on_exit(message)

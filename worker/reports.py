@@ -21,6 +21,7 @@ from scheduler.contract import codec, keys
 from scheduler.contract.connection import CONNECTION_ERRORS
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import (
+    GpuReport,
     InboxMessage,
     ModelsChanged,
     NodeReport,
@@ -186,7 +187,13 @@ def read_proportional_bytes(pid: int | None = None) -> int:
 
 
 def make_node_report(
-    node_id: str, *, sealed_bytes: dict[str, int], zygote_pid: int, backend: str, memory_total_bytes: int
+    node_id: str,
+    *,
+    sealed_bytes: dict[str, int],
+    zygote_pid: int,
+    backend: str,
+    memory_total_bytes: int,
+    gpus: tuple[GpuReport, ...] = (),
 ) -> NodeReport:
     """The node's heartbeat at this instant."""
     return NodeReport(
@@ -198,6 +205,7 @@ def make_node_report(
         sealed_bytes=sealed_bytes,
         zygote_pid=zygote_pid,
         backend=backend,
+        gpus=gpus,
     )
 
 

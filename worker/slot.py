@@ -38,7 +38,7 @@ from worker.publisher import TokenPublisher
 from worker.reports import REDIS_TROUBLE, Reports, keep_trying, read_private_bytes, read_proportional_bytes
 from worker.request_runner import RequestRunner, WakeRecord
 from worker.restore import prepare_restore
-from worker.spawn_order import EXIT_REPORTED, SpawnedFds, SpawnOrder
+from worker.spawn_order import EXIT_REPORTED, SpawnedFds, SpawnOrder, choose_device
 
 HEARTBEAT_S: Final = 1.0
 #: How often a worker's share of memory is measured: the kernel walks its page tables for it.
@@ -271,6 +271,7 @@ class WorkerSlot:
             kv_cached_bytes=statistics.kv_cached_bytes,
             prompt_tokens=statistics.num_prompt_tokens,
             cached_tokens=statistics.num_cached_tokens,
+            device=self._order.device,
         )
 
     def _on_fenced(self, request_id: str) -> None:
@@ -309,6 +310,7 @@ def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
         raise RuntimeError("prepare_to_fork() was not called before the fork")
     gc.disable()  # until the slot is ready: a collection in the middle of a restore helps nobody
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    choose_device(order.device)
     marks = {**order.marks, Mark.FORKED: forked_mono_ns}
     thread = EngineThread(order, fds, _guest_engine, marks, _prepared.selected)
     thread.start()

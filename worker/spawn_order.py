@@ -55,6 +55,16 @@ class SpawnOrder(msgspec.Struct, frozen=True):
     marks: dict[str, int] = {}
     draft_tokens: int = 0  # guessed ahead in each sequence; 0: none
     park_after_s: float = 0.0  # idle time after which a backend that can gives its device memory back; 0: never
+    device: str = ""  # UUID of the one GPU that the worker may see; empty: as the environment says
+
+
+def choose_device(uuid: str) -> None:
+    """Let this process see that one GPU only, by the variable that the driver reads when it is loaded; empty: any.
+
+    Requires: nothing of CUDA is loaded. A UUID means the same GPU whatever order the driver counts in.
+    """
+    if uuid:
+        os.environ["CUDA_VISIBLE_DEVICES"] = uuid
 
 
 class SpawnedFds:

@@ -30,6 +30,7 @@ from scheduler.contract.states import SlotState, Tier
 from scheduler.contract.telemetry import Mark
 from snapshots.errors import BlobCorrupt, MappingError, SnapshotError
 from worker.agent_settings import AgentSettings
+from worker.backends.detection import choose_worker_backend
 from worker.model_catalogue import CatalogueEntry, describe_refusal
 from worker.reports import NO_DESCRIPTORS, Reports, describe_exit, describe_no_worker, keep_trying
 from worker.sealed_cache import NoRoom, SealedCache
@@ -43,6 +44,8 @@ KILL_MARGIN_S: Final = 0.5
 OnCorrupt = Callable[[CatalogueEntry, SnapshotError], Awaitable[None]]
 #: Gives a dead worker's jobs back to the queue, and says how many: model, worker id, and whether it died by itself.
 ReleaseLeases = Callable[[str, str, bool], Awaitable[int]]
+#: Called when a worker that was placed on a GPU has ended, before its end is reported.
+OnDeviceFreed = Callable[[], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -50,6 +53,7 @@ class _Process:
     worker_id: str
     model: str
     entry: CatalogueEntry
+    device: str = ""  # UUID of the GPU that it was placed on
     pid: int = 0  # 0 until forked
     is_stopping: bool = False
     stood_still: bool = False  # killed because a signal had stopped it
@@ -69,6 +73,7 @@ class WorkerProcesses:
         settings: AgentSettings,
         on_corrupt: OnCorrupt,
         release_leases: ReleaseLeases,
+        on_device_freed: OnDeviceFreed,
     ) -> None:
         self._zygote = zygote
         self._cache = cache
@@ -76,6 +81,7 @@ class WorkerProcesses:
         self._settings = settings
         self._on_corrupt = on_corrupt
         self._release_leases = release_leases
+        self._on_device_freed = on_device_freed
         self._log = structlog.get_logger()
         self._processes: dict[str, _Process] = {}
         self._burials: set[asyncio.Task[None]] = set()
@@ -88,7 +94,7 @@ class WorkerProcesses:
         """Seal the snapshot if needed and fork a worker. A refusal is reported, never raised."""
         if command.worker_id in self._processes:
             return  # the order was delivered twice
-        process = self._processes[command.worker_id] = _Process(command.worker_id, command.model, entry)
+        process = self._processes[command.worker_id] = _Process(command.worker_id, command.model, entry, command.device)
         try:
             await self._spawn(process, command, entry, received_mono_ns)
         except BlobCorrupt as error:
@@ -125,7 +131,7 @@ class WorkerProcesses:
             snapshot_id=card.snapshot_id,
             redis_url=self._settings.process.redis_url,
             manifest=entry.encoded_manifest,
-            backend=self._settings.backend,
+            backend=choose_worker_backend(self._settings.backend, card.task),
             num_threads=self._settings.num_threads,
             max_running=command.max_running,
             kv_budget_bytes=command.kv_budget_bytes,
@@ -133,6 +139,7 @@ class WorkerProcesses:
             cold_tier=Tier.HOST_RAM if is_warm else Tier.DISK,
             draft_tokens=self._settings.draft_tokens,
             park_after_s=command.park_after_s,
+            device=command.device,
             marks={**command.marks, Mark.ORDER_RECEIVED: received_mono_ns, Mark.VERIFIED: time.monotonic_ns()},
         )
         process.pid = await self._zygote.spawn(order, fds)
@@ -241,6 +248,8 @@ class WorkerProcesses:
         too: what the scheduler refuses then is the queue."""
         state = SlotState.COLD if error is None else SlotState.FAILED
         num_released = 0
+        if process.device:
+            await self._on_device_freed()
 
         async def release() -> None:
             nonlocal num_released

@@ -242,6 +242,7 @@ class SpawnWorker(msgspec.Struct, frozen=True, tag="spawn", omit_defaults=True):
     kv_budget_bytes: int
     marks: dict[str, int] = {}
     park_after_s: float = 0.0  # idle time after which it gives its device memory back, if it can; 0: never
+    device: str = ""  # UUID of the GPU that it is for; empty: a CPU, or the node's only GPU
 
 
 class DrainWorker(msgspec.Struct, frozen=True, tag="drain"):
@@ -272,6 +273,27 @@ AgentCommand = SpawnWorker | DrainWorker | ForgetModel | PrefetchModel
 # --- published reports (advisory, with a timestamp) --------------------------------------------------------
 
 
+class GpuReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One GPU of a node as its driver counts: free bytes are those that no process has.
+
+    ``fault`` says why no worker is to go there (a device error that only a reset mends); empty: nothing known.
+    """
+
+    index: int  # as nvidia-smi counts
+    uuid: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    architecture: int = 0  # compute capability, 90 for 9.0
+    driver: str = ""
+    uncorrected_ecc: int = 0  # errors of memory since the driver was loaded
+    xids: tuple[int, ...] = ()  # the driver's critical errors since the agent started, the latest last
+    fault: str = ""
+    spare_workers: int = 0  # warm, of no model yet
+    spare_bytes: int = 0  # device memory of these, as far as the driver tells
+    worker_bytes: dict[str, int] = {}  # worker id -> device memory, likewise
+
+
 class NodeReport(msgspec.Struct, frozen=True):
     """A node agent's heartbeat."""
 
@@ -283,6 +305,7 @@ class NodeReport(msgspec.Struct, frozen=True):
     sealed_bytes: dict[str, int]  # model -> sealed bytes held
     zygote_pid: int = 0
     backend: str = "numkong"
+    gpus: tuple[GpuReport, ...] = ()  # empty where there is none, or no driver library to ask
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
@@ -304,6 +327,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
     kv_cached_bytes: int = 0  # kept for prompts to come, within the budget; given up when running requests need it
     prompt_tokens: int = 0  # of admitted requests
     cached_tokens: int = 0  # of these, taken over from earlier requests instead of computed
+    device: str = ""  # UUID of its GPU; empty: as its order said
 
 
 class StageEvent(msgspec.Struct, frozen=True, array_like=True):

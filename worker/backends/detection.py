@@ -6,12 +6,20 @@ import importlib.util
 from pathlib import Path
 from typing import Final
 
+from scheduler.contract.states import Task
+
 CPU_BACKENDS: Final = ("numkong", "numpy")
 CUDA: Final = "cuda"
 
 #: One folder for each GPU, as the kernel module of NVIDIA's driver lists them; some containers have the device only.
 _NVIDIA_GPUS: Final = Path("/proc/driver/nvidia/gpus")
 _NVIDIA_DEVICE: Final = Path("/dev/nvidiactl")
+
+
+def choose_worker_backend(backend: str, task: Task) -> str:
+    """What a worker for ``task`` runs on where the node's backend is ``backend``: encoders have no GPU kernels, and
+    need neither a device nor the time to open one."""
+    return CPU_BACKENDS[0] if task is Task.EMBED and backend == CUDA else backend
 
 
 def detect_backend(gpus: Path = _NVIDIA_GPUS, device: Path = _NVIDIA_DEVICE) -> str:

@@ -14,7 +14,7 @@ from worker.backends import cuda_attention_kernels as attention
 from worker.backends import cuda_kernels as kernels
 from worker.backends.cuda.device import ACTIVATION_BYTES, Place
 from worker.backends.cuda.linear_commands import LinearCommands
-from worker.backends.cuda.program_types import assign_values
+from worker.backends.cuda.program_types import assign_values, rename_values
 from worker.backends.cuda.step_layout import StepShape
 from worker.backends.cuda.step_values import BoundProgram, Command, DeviceCopy, StepMemory, StepValues
 from worker.backends.cuda.weight_image import TABLE_TYPES, WeightImage
@@ -32,6 +32,7 @@ class CudaProgram:
         """Raises:
         BackendError: an operation, dtype or shape without a kernel; the message names the operation or tensor.
         """
+        program = rename_values(program)
         shapes = infer_shapes(program, plan)
         values = assign_values(program, shapes, activation)
         self._bound = BoundProgram(

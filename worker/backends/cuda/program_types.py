@@ -5,7 +5,7 @@ The residual stream and the logits are float32; what feeds and leaves matrix pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from guests.abi import NO_VALUE, Opcode
@@ -34,6 +34,21 @@ class ValueTypes:
     row_bytes: dict[Rows, list[int]] = field(default_factory=lambda: {rows: [] for rows in Rows})
     last_use: dict[int, int] = field(default_factory=dict)  # index of the operation
     num_uses: dict[int, int] = field(default_factory=dict)
+
+
+def rename_values(program: Program) -> Program:
+    """``program`` with a number of its own for every result. A guest's program may store a later result under the
+    number of an earlier one; types and buffers are kept by number here."""
+    names: dict[int, int] = {NO_VALUE: NO_VALUE}
+    renamed: list[Operation] = []
+    num_values = 0
+    for operation in program.operations:
+        first, second = (names[value] for value in operation.inputs)
+        if operation.out != NO_VALUE and not (operation.opcode in _IN_PLACE and operation.out == operation.inputs[0]):
+            names[operation.out] = num_values
+            num_values += 1
+        renamed.append(replace(operation, inputs=(first, second), out=names[operation.out]))
+    return replace(program, num_values=num_values, operations=tuple(renamed))
 
 
 def assign_values(program: Program, shapes: dict[int, ValueShape], activation: Activation) -> ValueTypes:
