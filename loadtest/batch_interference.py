@@ -1,8 +1,10 @@
 """``python -m loadtest batch-interference``: what a running batch costs interactive streams, and what they cost it.
 
-Rounds in turn, so that all conditions meet the same machine: interactive streams alone, the batch alone, both together.
-Interactive load comes in open loop (Poisson, seeded) at a share of capacity: of the streams that the server ends in a
-second when as many run as ``--capacity-streams``, measured first.
+Each round has three conditions, so that they meet the same machine: interactive streams alone, the batch alone, both
+together with the same arrivals as alone; every second round takes the last two in the other order. Interactive load
+comes in open loop (Poisson, seeded) at a share of capacity: of the streams that the server ends in a second when
+``--capacity-streams`` of them always run, measured before the first round (which decides the load) and after the last.
+Percentiles are of all rounds together. A batch of ``--lines`` lines that ends within a round is followed by the next.
 """
 
 from __future__ import annotations
@@ -79,30 +81,41 @@ class BatchClient:
         raise TimeoutError(f"{batch_id} did not end in {LIMIT_S:g} s")
 
 
-class Progress(threading.Thread):
-    """Looks at a batch's counts, to know the rate while it runs."""
+class RunningBatch(threading.Thread):
+    """Keeps one batch under way, the next when one has ended, and counts the lines that were answered."""
 
-    def __init__(self, client: BatchClient, batch_id: str) -> None:
+    def __init__(self, client: BatchClient, lines: list[dict[str, Any]]) -> None:
         super().__init__(daemon=True)
-        self._client, self._batch_id = client, batch_id
-        self.seen: list[tuple[float, int]] = []
-        self.ended = threading.Event()
+        self._client, self._lines = client, lines
+        self._batch_id = client.submit(lines)
+        self._num_before = 0  # lines of batches that have ended
+        self._changes: list[tuple[float, int]] = []
+        self._ending = threading.Event()
+        client.wait(self._batch_id, 1)
+        self.start()
 
     def run(self) -> None:
-        while not self.ended.is_set():
-            count = self._client.get(self._batch_id)["request_counts"]["completed"]
-            if not self.seen or count != self.seen[-1][1]:
-                self.seen.append((time.monotonic(), count))
-            self.ended.wait(0.1)
+        while not self._ending.wait(0.1):
+            found = self._client.get(self._batch_id)
+            count = self._num_before + found["request_counts"]["completed"]
+            if not self._changes or count != self._changes[-1][1]:
+                self._changes.append((time.monotonic(), count))
+            if found["status"] in ENDED:
+                self._num_before = count
+                self._batch_id = self._client.submit(self._lines)
 
-    def lines_per_s(self) -> float:
-        """From the first change of the counts to the last."""
-        self.ended.set()
-        self.join()
-        moved = [one for one in self.seen if one[1] > 0]
-        if len(moved) < 2:
+    def lines_per_s(self, since_s: float) -> float:
+        """From the first change of the count after ``since_s`` (monotonic) to the latest."""
+        changes = [change for change in self._changes if change[0] >= since_s]
+        if len(changes) < 2:
             return 0.0
-        return (moved[-1][1] - moved[0][1]) / (moved[-1][0] - moved[0][0])
+        return (changes[-1][1] - changes[0][1]) / (changes[-1][0] - changes[0][0])
+
+    def stop(self) -> None:
+        """Cancel what runs and wait for its end."""
+        self._ending.set()
+        self.join()
+        self._client.cancel(self._batch_id)
 
 
 def batch_lines(model: str, count: int, max_tokens: int) -> list[dict[str, Any]]:
@@ -127,7 +140,7 @@ def batch_lines(model: str, count: int, max_tokens: int) -> list[dict[str, Any]]
 def measure_capacity(server: Server, options: argparse.Namespace) -> float:
     """Streams ended in a second with ``--capacity-streams`` at once."""
     body = chat_body(options.model, max_tokens=options.tokens, ignore_eos=True)
-    count = options.capacity_streams * 3
+    count = options.capacity_streams * 6
     with concurrent.futures.ThreadPoolExecutor(options.capacity_streams) as pool:
         began_s = time.monotonic()
         list(pool.map(lambda _: post_stream(server.url, body), range(count)))
@@ -172,44 +185,68 @@ def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     capacity = measure_capacity(server, options)
     rate = options.load * capacity
     print(f"capacity {capacity:.2f} streams/s, interactive load {rate:.2f}/s", flush=True)
-    alone: list[StreamedAnswer] = []
-    beside: list[StreamedAnswer] = []
-    rates_alone, rates_beside = [], []
+    rounds = []
     for number in range(options.rounds):
-        alone += drive_interactive(server, options, rate, number)
-        batch_id = client.submit(lines)
-        client.wait(batch_id, 1)
-        progress = Progress(client, batch_id)
-        progress.start()
-        time.sleep(options.round_s)
-        rates_alone.append(progress.lines_per_s())
-        progress = Progress(client, batch_id)
-        progress.start()
-        beside += drive_interactive(server, options, rate, number)
-        rates_beside.append(progress.lines_per_s())
-        if client.get(batch_id)["status"] in ENDED:
-            raise RuntimeError("the batch ended within the round: more --lines, or a shorter --round-s")
-        client.cancel(batch_id)
-        print(f"round {number}: batch {rates_alone[-1]:.1f} lines/s, beside streams {rates_beside[-1]:.1f}", flush=True)
-    without, with_batch = summarise(alone), summarise(beside)
-    ratios = {name: with_batch[name] / without[name] for name in without if name.endswith("_ms")}
+        rounds.append(measure_round(server, options, client, lines, rate, number))
+        done = rounds[-1]
+        print(
+            f"round {number}: batch {done['lines_alone']:.1f} lines/s, beside streams {done['lines_beside']:.1f}; "
+            + ", ".join(f"{name} {ratio:.2f}" for name, ratio in compare(done["alone"], done["beside"]).items()),
+            flush=True,
+        )
+    alone = [answer for done in rounds for answer in done["alone"]]
+    beside = [answer for done in rounds for answer in done["beside"]]
+    kept = [done["lines_beside"] / done["lines_alone"] for done in rounds]
     return {
         "machine": machine(),
         "model": options.model,
         "batch_lines": options.lines,
         "batch_tokens": options.batch_tokens,
         "stream_tokens": options.tokens,
+        "round_s": options.round_s,
         "load_of_capacity": options.load,
-        "capacity_streams_per_s": capacity,
-        "interactive_alone": without,
-        "interactive_with_batch": with_batch,
-        "ratios": ratios,
-        "batch_alone_lines_per_s": rates_alone,
-        "batch_with_interactive_lines_per_s": rates_beside,
-        "batch_throughput_kept": statistics.median(
-            both / one for both, one in zip(rates_beside, rates_alone, strict=True)
-        ),
+        "capacity_streams": options.capacity_streams,
+        "capacity_streams_per_s": [capacity, measure_capacity(server, options)],
+        "interactive_alone": summarise(alone),
+        "interactive_with_batch": summarise(beside),
+        "ratios": compare(alone, beside),
+        "ratios_of_rounds": [compare(done["alone"], done["beside"]) for done in rounds],
+        "batch_alone_lines_per_s": [done["lines_alone"] for done in rounds],
+        "batch_with_interactive_lines_per_s": [done["lines_beside"] for done in rounds],
+        "batch_throughput_kept_of_rounds": kept,
+        "batch_throughput_kept": statistics.median(kept),
     }
+
+
+def measure_round(
+    server: Server,
+    options: argparse.Namespace,
+    client: BatchClient,
+    lines: list[dict[str, Any]],
+    rate: float,
+    number: int,
+) -> dict[str, Any]:
+    """The three conditions, the same arrivals in two of them."""
+    alone = drive_interactive(server, options, rate, number)
+    batch = RunningBatch(client, lines)
+    lines_alone = lines_beside = 0.0
+    beside: list[StreamedAnswer] = []
+    for is_alone in (True, False) if number % 2 == 0 else (False, True):
+        since_s = time.monotonic()
+        if is_alone:
+            time.sleep(options.round_s)
+            lines_alone = batch.lines_per_s(since_s)
+        else:
+            beside = drive_interactive(server, options, rate, number)
+            lines_beside = batch.lines_per_s(since_s)
+    batch.stop()
+    return {"alone": alone, "beside": beside, "lines_alone": lines_alone, "lines_beside": lines_beside}
+
+
+def compare(alone: list[StreamedAnswer], beside: list[StreamedAnswer]) -> dict[str, float]:
+    """Times with a batch over times without."""
+    without, with_batch = summarise(alone), summarise(beside)
+    return {name: with_batch[name] / without[name] for name in without if name.endswith("_ms")}
 
 
 def run_batch_interference(arguments: list[str]) -> int:

@@ -25,6 +25,7 @@ DEFAULT_NAME: Final = "glowplug.yaml"
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(gt=0)]
+Retention = Annotated[int, msgspec.Meta(ge=3600)]  # seconds
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 T = TypeVar("T")
 
@@ -43,6 +44,16 @@ class GatewaySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     drain_grace_s: Positive | None = None
     max_body_bytes: Count | None = None
     api_keys: str | None = None  # file
+    files_dir: str | None = None  # of uploads and results of batches
+    max_file_bytes: Count | None = None
+    max_tenant_file_bytes: Count | None = None
+    max_tenant_files: Count | None = None
+    file_retention_s: Retention | None = None
+    upload_limit_s: Positive | None = None
+    max_batches: Count | None = None  # under way, of all tenants
+    max_tenant_batches: Count | None = None
+    max_batch_lines: Count | None = None
+    batches_at_once: Count | None = None  # that one gateway runs
 
 
 class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -107,6 +118,16 @@ VARIABLES: Final[dict[tuple[str, str], str]] = {
     ("gateway", "drain_grace_s"): "GLOWPLUG_GATEWAY_DRAIN_GRACE_S",
     ("gateway", "max_body_bytes"): "GLOWPLUG_MAX_BODY_BYTES",
     ("gateway", "api_keys"): "GLOWPLUG_API_KEYS",
+    ("gateway", "files_dir"): "GLOWPLUG_FILES_DIR",
+    ("gateway", "max_file_bytes"): "GLOWPLUG_MAX_FILE_BYTES",
+    ("gateway", "max_tenant_file_bytes"): "GLOWPLUG_MAX_TENANT_FILE_BYTES",
+    ("gateway", "max_tenant_files"): "GLOWPLUG_MAX_TENANT_FILES",
+    ("gateway", "file_retention_s"): "GLOWPLUG_FILE_RETENTION_S",
+    ("gateway", "upload_limit_s"): "GLOWPLUG_UPLOAD_LIMIT_S",
+    ("gateway", "max_batches"): "GLOWPLUG_MAX_BATCHES",
+    ("gateway", "max_tenant_batches"): "GLOWPLUG_MAX_TENANT_BATCHES",
+    ("gateway", "max_batch_lines"): "GLOWPLUG_MAX_BATCH_LINES",
+    ("gateway", "batches_at_once"): "GLOWPLUG_BATCHES_AT_ONCE",
     ("agent", "node_id"): "GLOWPLUG_NODE_ID",
     ("agent", "backend"): "GLOWPLUG_BACKEND",
     ("agent", "threads"): "GLOWPLUG_THREADS",
@@ -127,7 +148,13 @@ VARIABLES: Final[dict[tuple[str, str], str]] = {
 }
 #: Variables that name files: a relative path in the file is relative to the file.
 PATH_FIELDS: Final = frozenset(
-    {("gateway", "tls_cert"), ("gateway", "tls_key"), ("gateway", "api_keys"), ("agent", "snapshot_keys")}
+    {
+        ("gateway", "tls_cert"),
+        ("gateway", "tls_key"),
+        ("gateway", "api_keys"),
+        ("gateway", "files_dir"),
+        ("agent", "snapshot_keys"),
+    }
 )
 
 

@@ -15,7 +15,6 @@ import msgspec
 from scheduler.gateway.batch_records import LineError
 from scheduler.gateway.request_body import MAX_JSON_DEPTH, is_deeper
 
-MAX_LINES: Final = 50_000
 MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 MAX_CUSTOM_ID_CHARS: Final = 512
 MAX_ERRORS: Final = 50  # that are told; a file with one wrong line often has many
@@ -56,8 +55,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, begin
 
 
-def check_input(path: Path, endpoint: str) -> InputFacts:
-    """Check every line: JSON, a custom_id of its own, this endpoint, one model in the whole file.
+def check_input(path: Path, endpoint: str, max_lines: int) -> InputFacts:
+    """Check every line: JSON, a custom_id of its own, this endpoint, one model in the whole file of ``max_lines``.
 
     Raises:
         OSError: the file cannot be read.
@@ -67,8 +66,8 @@ def check_input(path: Path, endpoint: str) -> InputFacts:
     model, num_requests = "", 0
     for number, data in read_lines(path):
         num_requests += 1
-        if num_requests > MAX_LINES:
-            message = f"more than {MAX_LINES} requests: split the file"
+        if num_requests > max_lines:
+            message = f"more than {max_lines} requests: split the file"
             errors.append(LineError("too_many_requests", message, number))
             break
         found = _check_line(number, data, endpoint, seen, model)

@@ -30,8 +30,6 @@ BATCH_PREFIX: Final = "batch_"
 ID_BYTES: Final = 16
 LEASE_MS: Final = 10_000
 RENEW_EVERY_S: Final = 2.5
-MAX_ACTIVE: Final = 1_000  # batches of all tenants that have not ended
-MAX_ACTIVE_OF_TENANT: Final = 50
 MAX_LISTED: Final = 10_000  # batches of a tenant that are remembered
 
 VALIDATING: Final = "validating"
@@ -137,9 +135,12 @@ def is_batch_id(text: str) -> bool:
 class BatchRecords:
     """The records of all tenants. Event loop only; every method raises RedisError when the server is away."""
 
-    def __init__(self, redis: Redis, owner: str) -> None:
+    def __init__(self, redis: Redis, owner: str, *, max_active: int, max_active_of_tenant: int) -> None:
+        """At most so many batches that have not ended are accepted, of all tenants and of one."""
         self._redis: Any = redis  # redis-py types each reply as sync-or-async
         self._owner = owner
+        self._max_active = max_active
+        self._max_active_of_tenant = max_active_of_tenant
         self._create = redis.register_script(_CREATE)
         self._acquire = redis.register_script(_ACQUIRE)
         self._renew = redis.register_script(_RENEW)
@@ -160,13 +161,13 @@ class BatchRecords:
                 codec.encode(record),
                 record.created_at,
                 keys.BATCH_TTL_S,
-                MAX_ACTIVE,
-                MAX_ACTIVE_OF_TENANT,
+                self._max_active,
+                self._max_active_of_tenant,
                 MAX_LISTED,
             ],
         )
         if outcome != 1:
-            limit = MAX_ACTIVE if outcome == 0 else MAX_ACTIVE_OF_TENANT
+            limit = self._max_active if outcome == 0 else self._max_active_of_tenant
             whose = "the server" if outcome == 0 else "this tenant"
             raise BatchesFull(f"{whose} has {limit} batches under way, which is the limit: wait until one has ended")
 

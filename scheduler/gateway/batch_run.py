@@ -24,7 +24,7 @@ from scheduler.gateway.batch_lines import answer_line
 from scheduler.gateway.batch_policy import decide_wait
 from scheduler.gateway.batch_records import BatchRecord, BatchRecords, LineError
 from scheduler.gateway.batch_results import Answers, ResultRow, RunFile, build_unanswered, encode_row
-from scheduler.gateway.file_store import DEFAULT_FILE_LIFE_S, FileStore, StoredFile
+from scheduler.gateway.file_store import FileStore, StoredFile
 from scheduler.gateway.gateway import Gateway
 from scheduler.gateway.identity import Identity
 
@@ -94,7 +94,9 @@ class BatchRun:
         await self._reach(batch_records.FAILED, errors=errors)
 
     async def _validate(self) -> bool:
-        facts = await asyncio.to_thread(check_input, self._input, self._record.endpoint)
+        facts = await asyncio.to_thread(
+            check_input, self._input, self._record.endpoint, self._gateway.settings.max_batch_lines
+        )
         if facts.errors:
             await self._fail(*facts.errors)
             return False
@@ -245,4 +247,4 @@ class BatchRun:
     def _describe(self, file_id: str, what: str) -> StoredFile:
         now = int(time.time())
         name = f"{self._record.id}_{what}.jsonl"
-        return StoredFile(file_id, name, 0, OUTPUT_PURPOSE, now, now + DEFAULT_FILE_LIFE_S)
+        return StoredFile(file_id, name, 0, OUTPUT_PURPOSE, now, now + self._store.retention_s)

@@ -23,7 +23,6 @@ from scheduler.gateway.gateway import Gateway
 
 LOOK_EVERY_S: Final = 1.0
 SWEEP_EVERY_S: Final = 60.0
-MAX_RUNS: Final = 4  # of one gateway at once
 RETRY_AFTER_S: Final = 5.0  # a batch whose run failed: a full disk does not empty itself in a second
 
 _log = structlog.get_logger()
@@ -36,6 +35,7 @@ class BatchRunner:
         self._gateway = gateway
         self._records = records
         self._store = store
+        self._max_runs = gateway.settings.batches_at_once
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._tenants: dict[str, str] = {}  # of the batches in _runs
         self._not_before_mono_s: dict[str, float] = {}
@@ -74,14 +74,14 @@ class BatchRunner:
         if time.monotonic() - self._swept_mono_s >= SWEEP_EVERY_S:
             self._swept_mono_s = time.monotonic()
             await asyncio.to_thread(self._store.drop_expired, time.time())
-        if len(self._runs) >= MAX_RUNS:
+        if len(self._runs) >= self._max_runs:
             return
         others = [batch_id for batch_id in await self._records.list_active() if batch_id not in self._runs]
         found = await self._records.find_all(others)
         missing = set(others) - {record.id for record in found}
         for batch_id in missing:  # its record ran out: taking the lease clears the name away
             await self._records.try_acquire(batch_id)
-        while found and len(self._runs) < MAX_RUNS:
+        while found and len(self._runs) < self._max_runs:
             running = Counter(self._tenants.values())
             record = min(found, key=lambda one: (running[one.tenant], one.created_at, one.id))
             found.remove(record)

@@ -32,9 +32,6 @@ from scheduler.gateway.errors import HttpError
 
 FILE_PREFIX: Final = "file-"
 ID_BYTES: Final = 16  # random: an id cannot be guessed, and is not the only thing that protects a file
-DEFAULT_FILE_LIFE_S: Final = 30 * 86_400
-MIN_FILE_LIFE_S: Final = 3600
-MAX_FILES: Final = 1_000  # of a tenant
 ABANDONED_UPLOAD_S: Final = 3600.0
 COPY_BYTES: Final = 256 * 1024
 _DATA, _META, _UPLOAD = ".data", ".json", ".upload-"
@@ -129,9 +126,12 @@ class Upload:
 class FileStore:
     """The files of all tenants under ``folder``. Any number of processes may use it at once; every method blocks."""
 
-    def __init__(self, folder: Path, max_tenant_bytes: int) -> None:
+    def __init__(self, folder: Path, *, max_tenant_bytes: int, max_tenant_files: int, retention_s: int) -> None:
+        """``retention_s`` is how long files are kept, whatever their own time says less."""
+        self.retention_s = retention_s
         self._folder = folder
         self._max_tenant_bytes = max_tenant_bytes
+        self._max_tenant_files = max_tenant_files
 
     def tenant_folder(self, tenant: str) -> Path:
         """Where the files of ``tenant`` are."""
@@ -146,10 +146,10 @@ class FileStore:
         """
         stored = self.list_files(tenant)
         used_bytes = sum(one.bytes for one in stored)
-        if len(stored) >= MAX_FILES or used_bytes >= self._max_tenant_bytes:
+        if len(stored) >= self._max_tenant_files or used_bytes >= self._max_tenant_bytes:
             raise HttpError(
                 429,
-                f"{len(stored)} files of {used_bytes} bytes are kept; at most {MAX_FILES} files and "
+                f"{len(stored)} files of {used_bytes} bytes are kept; at most {self._max_tenant_files} files and "
                 f"{self._max_tenant_bytes} bytes are: delete some with DELETE /v1/files/ID",
                 code="file_quota_exceeded",
                 openai_type="rate_limit_error",
@@ -202,7 +202,7 @@ class FileStore:
                 self._unlink(path.parent, path.name.removesuffix(_META))
                 num_dropped += 1
         old = [(path, ABANDONED_UPLOAD_S) for path in self._folder.glob(f"{_UPLOAD}*")]
-        old += [(path, DEFAULT_FILE_LIFE_S) for path in self._folder.glob("*/*.part")]
+        old += [(path, self.retention_s) for path in self._folder.glob("*/*.part")]
         for path, life_s in old:
             with contextlib.suppress(FileNotFoundError):
                 if now_s - path.stat().st_mtime > life_s:

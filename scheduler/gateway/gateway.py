@@ -70,8 +70,18 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self.traces = TraceStore(redis)
         self.tracing = Tracing(settings.tracing, gateway_id)
-        self.files = FileStore(files_dir or default_state_dir() / FILES_FOLDER, settings.max_tenant_file_bytes)
-        self.batches = BatchRecords(redis, gateway_id)
+        self.files = FileStore(
+            files_dir or default_state_dir() / FILES_FOLDER,
+            max_tenant_bytes=settings.max_tenant_file_bytes,
+            max_tenant_files=settings.max_tenant_files,
+            retention_s=settings.file_retention_s,
+        )
+        self.batches = BatchRecords(
+            redis,
+            gateway_id,
+            max_active=settings.max_batches,
+            max_active_of_tenant=settings.max_tenant_batches,
+        )
         self.on_batch: Callable[[], None] | None = None  # told of each new one; set by what runs them
         self.draining = False
         self.reload: Callable[[], Awaitable[None]] | None = None  # reads certificate and configuration again

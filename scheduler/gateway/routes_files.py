@@ -21,13 +21,12 @@ from scheduler.gateway.batch_records import ENDED
 from scheduler.gateway.errors import HttpError, bad_field, redis_within
 from scheduler.gateway.file_store import (
     COPY_BYTES,
-    DEFAULT_FILE_LIFE_S,
-    MIN_FILE_LIFE_S,
     StoredFile,
     Upload,
     create_file_id,
 )
 from scheduler.gateway.gateway import GATEWAY
+from scheduler.gateway.settings import MIN_FILE_RETENTION_S
 
 UPLOAD_PURPOSE: Final = "batch"
 MAX_FIELD_BYTES: Final = 1024
@@ -68,7 +67,7 @@ async def create_file(request: web.Request) -> web.Response:
     try:
         async with asyncio.timeout(gateway.settings.upload_limit_s):
             fields, filename = await _read_parts(request, upload, gateway.settings.max_file_bytes)
-        found = _check_fields(fields, filename)
+        found = _check_fields(fields, filename, store.retention_s)
         stored = await asyncio.to_thread(store.publish, upload, tenant, found)
     except TimeoutError as error:
         message = f"the file did not arrive within {gateway.settings.upload_limit_s:g} s"
@@ -125,19 +124,19 @@ async def _read_field(part: BodyPartReader) -> bytes:
     return found
 
 
-def _check_fields(fields: dict[str, str], filename: str | None) -> StoredFile:
+def _check_fields(fields: dict[str, str], filename: str | None, retention_s: int) -> StoredFile:
     purpose = fields.get("purpose")
     if purpose != UPLOAD_PURPOSE:
         seen = "none" if purpose is None else f'"{purpose[:40]}"'
         raise bad_field("purpose", f'expected "{UPLOAD_PURPOSE}", got {seen}')
     if filename is None:
         raise bad_field("file", "is required: the JSON lines, as a part with a file name")
-    now, life_s = int(time.time()), DEFAULT_FILE_LIFE_S
+    now, life_s = int(time.time()), retention_s
     text = fields.get("expires_after[seconds]")
     if text is not None:
         is_number = text.isascii() and text.isdigit() and len(text) <= 9
-        if not is_number or not MIN_FILE_LIFE_S <= int(text) <= DEFAULT_FILE_LIFE_S:
-            wanted = f"{MIN_FILE_LIFE_S} to {DEFAULT_FILE_LIFE_S} seconds after created_at"
+        if not is_number or not MIN_FILE_RETENTION_S <= int(text) <= retention_s:
+            wanted = f"{MIN_FILE_RETENTION_S} to {retention_s} seconds after created_at"
             raise bad_field("expires_after", f"expected {wanted}, got {text[:20]!r}")
         life_s = int(text)
     return StoredFile(create_file_id(), filename, 0, UPLOAD_PURPOSE, now, now + life_s)

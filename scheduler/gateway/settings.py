@@ -27,8 +27,18 @@ MAX_BODY_BYTES: Final = "GLOWPLUG_MAX_BODY_BYTES"
 FILES_DIR: Final = "GLOWPLUG_FILES_DIR"
 MAX_FILE_BYTES: Final = "GLOWPLUG_MAX_FILE_BYTES"
 MAX_TENANT_FILE_BYTES: Final = "GLOWPLUG_MAX_TENANT_FILE_BYTES"
+MAX_TENANT_FILES: Final = "GLOWPLUG_MAX_TENANT_FILES"
+FILE_RETENTION_S: Final = "GLOWPLUG_FILE_RETENTION_S"
+UPLOAD_LIMIT_S: Final = "GLOWPLUG_UPLOAD_LIMIT_S"
+MAX_BATCHES: Final = "GLOWPLUG_MAX_BATCHES"
+MAX_TENANT_BATCHES: Final = "GLOWPLUG_MAX_TENANT_BATCHES"
+MAX_BATCH_LINES: Final = "GLOWPLUG_MAX_BATCH_LINES"
+BATCHES_AT_ONCE: Final = "GLOWPLUG_BATCHES_AT_ONCE"
 
 MIB: Final = 1024 * 1024
+DAY_S: Final = 86_400
+MIN_FILE_RETENTION_S: Final = 3600
+LARGEST: Final = 1 << 50  # of counts and bytes: a value beyond is a slip
 
 
 class GatewaySettings(msgspec.Struct, frozen=True):
@@ -37,7 +47,8 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     ``ready_fd`` is an inherited descriptor that gets one JSON line ``{"host", "port"}`` once the listener accepts.
     ``request_limit_s`` bounds a request that is not streamed, and the silence within one that is.
     ``cold_start_limit_s`` bounds the wait for a first token while the model is not hot. ``redis_limit_s``
-    bounds each wait for Redis, ``body_limit_s`` the wait for a request's body.
+    bounds each wait for Redis, ``body_limit_s`` the wait for a request's body. Limits of files and batches are the
+    same for every tenant; how batches of a model run is in its policy.
     """
 
     host: str = "127.0.0.1"
@@ -69,8 +80,14 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     files_dir: Path | None = None  # of uploaded files and batch results; None: "files" in the state folder
     max_file_bytes: int = 200 * MIB
     max_tenant_file_bytes: int = 2048 * MIB
+    max_tenant_files: int = 1_000
+    file_retention_s: int = 30 * DAY_S  # after it, uploads and results are deleted
     upload_limit_s: float = 900.0  # from an upload's header to its last byte
     tracing: TracingSettings | None = None
+    max_batches: int = 1_000  # under way, of all tenants
+    max_tenant_batches: int = 50  # likewise of one
+    max_batch_lines: int = 50_000
+    batches_at_once: int = 4  # that this gateway runs; the others wait for their turn
 
 
 def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySettings:
@@ -92,14 +109,31 @@ def read_gateway_settings(env: Mapping[str, str] = os.environ) -> GatewaySetting
         drain_grace_s=read_positive_float(DRAIN_GRACE_S, defaults.drain_grace_s, env),
         max_body_bytes=int(read_positive_float(MAX_BODY_BYTES, defaults.max_body_bytes, env)),
         files_dir=Path(folder).expanduser().absolute() if (folder := env.get(FILES_DIR)) else None,
-        max_file_bytes=int(read_positive_float(MAX_FILE_BYTES, defaults.max_file_bytes, env)),
-        max_tenant_file_bytes=int(read_positive_float(MAX_TENANT_FILE_BYTES, defaults.max_tenant_file_bytes, env)),
+        upload_limit_s=read_positive_float(UPLOAD_LIMIT_S, defaults.upload_limit_s, env),
+        **_read_batch_limits(env, defaults),
         no_auth=env.get(NO_AUTH) == "1",
         tls_certificate=certificate,
         tls_key=key,
         tracing=read_tracing_settings(env),
         cors_origins=tuple(origin.strip() for origin in (env.get(CORS_ORIGINS) or "").split(",") if origin.strip()),
     )
+
+
+def _read_batch_limits(env: Mapping[str, str], defaults: GatewaySettings) -> dict[str, int]:
+    """The whole numbers that bound files and batches, by field."""
+    found = {}
+    for name, field, low in (
+        (MAX_FILE_BYTES, "max_file_bytes", 1),
+        (MAX_TENANT_FILE_BYTES, "max_tenant_file_bytes", 1),
+        (MAX_TENANT_FILES, "max_tenant_files", 1),
+        (FILE_RETENTION_S, "file_retention_s", MIN_FILE_RETENTION_S),
+        (MAX_BATCHES, "max_batches", 1),
+        (MAX_TENANT_BATCHES, "max_tenant_batches", 1),
+        (MAX_BATCH_LINES, "max_batch_lines", 1),
+        (BATCHES_AT_ONCE, "batches_at_once", 1),
+    ):
+        found[field] = _read_integer(name, env.get(name), getattr(defaults, field), low=low, high=LARGEST)
+    return found
 
 
 def _read_tls(env: Mapping[str, str]) -> tuple[Path | None, Path | None]:
@@ -110,9 +144,9 @@ def _read_tls(env: Mapping[str, str]) -> tuple[Path | None, Path | None]:
     return (Path(certificate), Path(key)) if certificate and key else (None, None)
 
 
-def _read_integer(name: str, text: str | None, default: int, *, high: int) -> int:
+def _read_integer(name: str, text: str | None, default: int, *, low: int = 0, high: int) -> int:
     if not text:
         return default
-    if not text.isascii() or not text.isdigit() or int(text) > high:
-        raise SettingsError(f'{name}="{text}": expected a whole number from 0 to {high}, e.g. {default}')
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and low <= int(text) <= high):
+        raise SettingsError(f'{name}="{text[:40]}": expected a whole number from {low} to {high}, e.g. {default}')
     return int(text)

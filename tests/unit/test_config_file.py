@@ -33,6 +33,8 @@ EXAMPLE = Path(__file__).resolve().parent.parent.parent / "deploy" / "glowplug.y
         ("tenants:\n  x: {weight: 1}\n  y: {weight: none}\n", 3, "tenants.y.weight: 'none': expected a number"),
         ("tenants:\n  y: {weight: -2}\n", 2, "tenants.y.weight: -2: expected a positive number"),
         ("gateway:\n  port: 70000\n", 2, "gateway.port: 70000"),
+        ("gateway:\n  max_batches: 0\n", 2, "gateway.max_batches: 0: expected a whole number >= 1"),
+        ("gateway:\n  file_retention_s: 60\n", 2, "gateway.file_retention_s: 60: expected a whole number >= 3600"),
         ("gateway:\n  tls_cert: a.pem\n", 1, "tls_cert and tls_key go together"),
         ("agent:\n  verify: never\n", 2, "agent.verify"),
         ("logging:\n  levle: info\n", 2, r"did you mean level\?"),
@@ -79,6 +81,31 @@ def test_the_file_sets_what_the_environment_does_not(tmp_path: Path) -> None:
     assert (agent.backend, agent.num_threads, agent.process.log_level) == ("numpy", 2, "error")
 
 
+def test_limits_of_files_and_batches_come_from_file_and_environment(tmp_path: Path) -> None:
+    """Each of them reaches the gateway; a variable wins; one that cannot be is refused by its name."""
+    path = tmp_path / "glowplug.yaml"
+    values = {
+        "max_file_bytes": 1,
+        "max_tenant_file_bytes": 2,
+        "max_tenant_files": 3,
+        "file_retention_s": 3600,
+        "upload_limit_s": 5,
+        "max_batches": 6,
+        "max_tenant_batches": 7,
+        "max_batch_lines": 8,
+        "batches_at_once": 9,
+    }
+    path.write_text(yaml.safe_dump({"gateway": {**values, "files_dir": "kept"}}))
+    env = {"GLOWPLUG_CONFIG": str(path), "GLOWPLUG_MAX_BATCHES": "60"}
+    apply_config_file(env)
+    gateway = read_gateway_settings(env)
+    assert {name: getattr(gateway, name) for name in values} == {**values, "max_batches": 60}
+    assert gateway.files_dir == tmp_path / "kept"
+    for name, text in (("GLOWPLUG_FILE_RETENTION_S", "59"), ("GLOWPLUG_BATCHES_AT_ONCE", "0.5")):
+        with pytest.raises(SettingsError, match=name):
+            read_gateway_settings({name: text})
+
+
 def test_a_file_in_the_state_folder_is_found_and_a_named_one_wins(tmp_path: Path) -> None:
     """glowplug.yaml of the state folder is read where GLOWPLUG_CONFIG names none."""
     (tmp_path / "glowplug.yaml").write_text("gateway: {port: 1}\n")
@@ -109,7 +136,8 @@ def test_the_defaults_that_are_shown_are_those_of_the_readers() -> None:
     """The table of defaults agrees with GatewaySettings and the agent's reader; every field has a variable."""
     assert set(VARIABLES) == {(name, field) for name, struct in SECTIONS.items() for field in struct.__struct_fields__}
     gateway = GatewaySettings()
-    for field in ("host", "port", "request_limit_s", "cold_start_limit_s", "drain_grace_s", "max_body_bytes"):
+    told = {name.removeprefix("gateway.") for name in DEFAULTS if name.startswith("gateway.")}
+    for field in told - {"admin_from_anywhere", "api_keys", "cors_origins", "files_dir"}:
         value = getattr(gateway, field)
         assert DEFAULTS[f"gateway.{field}"] == (f"{value:g}" if isinstance(value, float) else str(value))
     agent = read_agent_settings(1000, {"GLOWPLUG_STATE_DIR": "/state"})

@@ -80,7 +80,7 @@ class Engine:
         self._kv = KvCache(bound, kv_budget_bytes, model.prefixes, prefix_caching=prefix_caching)
         self._order = ServiceOrder()
         self._prefill = PrefillBudget()
-        self._batch_share = BatchShare()
+        self._batch_share = BatchShare(self._prefill)
         self._max_draft_tokens = max_draft_tokens
         self._grammars = Grammars(model.open_text, model.plan.vocab_size, model.eos_token_ids)
         self._mailbox = Mailbox()
@@ -297,14 +297,13 @@ class Engine:
         candidates = [
             (request, choice) for request in self._running for choice in request.unfinished if not choice.awaits_prefix
         ]
-        if not candidates:
+        if not (candidates := self._batch_share.choose(candidates)):
             return
-        candidates = self._batch_share.choose(candidates)
         views = [SequenceView(i, choice.num_pending) for i, (_, choice) in enumerate(candidates)]
         num_decodes = sum(view.num_pending == 1 for view in views)
         if len(views) - num_decodes > 1:
             views.sort(key=lambda view: self._order.rank(candidates[view.index][0]))
-        shares = decide_step(views, prefill_tokens=self._prefill.choose_tokens(num_decodes))
+        shares = decide_step(views, prefill_tokens=self._batch_share.choose_prompt_tokens(num_decodes))
         turns = [Turn(*candidates[share.index], share) for share in shares]
         if self._max_draft_tokens:
             draft_ahead(turns, self._kv, self._max_draft_tokens)
@@ -321,9 +320,10 @@ class Engine:
             return
         self._num_steps += 1
         elapsed_ns = computed_mono_ns - started_ns
-        self._batch_share.observe(elapsed_ns)
-        if not any(turn.drafted for turn in turns):  # which would look like slow decodes
-            self._prefill.observe(num_decodes, sum(share.num_tokens for share in shares) - num_decodes, elapsed_ns)
+        num_rows, num_drafted = sum(share.num_tokens for share in shares), sum(len(turn.drafted) for turn in turns)
+        self._batch_share.observe(num_rows + num_drafted, elapsed_ns)
+        if not num_drafted:  # which would look like slow decodes
+            self._prefill.observe(num_decodes, num_rows - num_decodes, elapsed_ns)
         for turn in turns:
             if not turn.choice.blocks:
                 continue  # another choice of its request failed in this step
