@@ -41,7 +41,7 @@ FURTHER_WORKER_ROLES: Final = (PRIMED_PREFIXES, GUEST_TENSORS, KERNELS, POST_PRO
 FREE_ROLES: Final = frozenset({GUEST_ASSETS, POST_PROCESSOR})
 
 #: Item size in bytes of the tensor types that a snapshot may hold (names as in safetensors).
-DTYPE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4}
+DTYPE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4}
 #: Identity entries that hold a space-separated list of which *here* must have all; every other entry must be equal.
 IDENTITY_SUBSET_KEYS: Final = frozenset({"cpu_features"})
 

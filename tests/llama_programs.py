@@ -13,6 +13,7 @@ from guests.abi import NO_TENSOR, NO_VALUE, Opcode, ProgramKind
 from guests.llama_assets import LlamaConfig
 from guests.program import Operation, Program, validate_program
 from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
+from worker.build.quantize import quantize_groups_to_int4, quantize_rows_to_fp8
 
 TINY = LlamaConfig(
     num_layers=2,
@@ -181,7 +182,8 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_plan(config: LlamaConfig, *, dtype: str = "float32", seed: int = 0) -> ModelPlan:
-    """A model of ``config`` with random weights; matrices stored as ``dtype`` (float32, bfloat16 or int8)."""
+    """A model of ``config`` with random weights; matrices stored as ``dtype`` (float32, bfloat16, int8,
+    fp8 or int4, which asks for widths of a multiple of 32)."""
     rng = np.random.default_rng(seed)
     weights: dict[str, WeightTensor] = {}
     for name, shape in weight_shapes(config).items():
@@ -203,6 +205,10 @@ def store_matrix(name: str, matrix: npt.NDArray[np.float32], dtype: str) -> Weig
         scale = np.abs(matrix).max(axis=1) / 127
         data: npt.NDArray[Any] = np.rint(matrix / scale[:, None]).astype(np.int8)
         return WeightTensor(name, data, scale.astype(np.float32))
+    if dtype == "fp8":
+        return WeightTensor(name, *quantize_rows_to_fp8(matrix))
+    if dtype == "int4":
+        return WeightTensor(name, *quantize_groups_to_int4(matrix))
     return WeightTensor(name, matrix.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32))
 
 

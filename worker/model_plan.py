@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,11 @@ from snapshots.mapping import MappedBytes
 from worker.backends.encoder_protocol import EncoderPlan
 from worker.backends.protocol import ModelPlan, WeightBlob, WeightTensor
 from worker.tensor_names import SCALE_SUFFIX
+
+#: Types that need scales, as messages call them.
+_QUANTISED: Final = {"I8": "int8", "F8_E4M3": "fp8", "U8": "int4"}
+#: The kernels take so many neighbouring weights at a time.
+INT4_GROUP_MULTIPLE: Final = 32
 
 
 def make_plan(
@@ -69,20 +74,48 @@ def decode_programs(manifest: Manifest) -> tuple[Program, ...]:
 
 
 def resolve_handles(manifest: Manifest) -> list[tuple[TensorEntry, TensorEntry | None]]:
-    """The stored tensor behind each handle, with the entry of its scales where it is int8.
+    """The stored tensor behind each handle, with the entry of its scales where it is quantised.
 
     Raises:
-        ManifestMalformed: int8 without scales that fit.
+        ManifestMalformed: quantised without scales that fit.
     """
     entries = {entry.name: entry for entry in (*manifest.tensors, *manifest.guest_tensors)}
     resolved = []
     for name in manifest.tensor_handles:
         entry = entries[name]  # the manifest was validated: every handle names a tensor
-        scale = entries.get(name + SCALE_SUFFIX) if entry.dtype == "I8" else None
-        if entry.dtype == "I8" and (scale is None or scale.dtype != "F32" or scale.shape != entry.shape[:1]):
-            raise ManifestMalformed(f"tensor {name!r} is int8 and has no float32 scales of shape {entry.shape[:1]}")
+        scale = entries.get(name + SCALE_SUFFIX) if entry.dtype in _QUANTISED else None
+        if entry.dtype in _QUANTISED:
+            _require_scales(entry, scale)
         resolved.append((entry, scale))
     return resolved
+
+
+def _require_scales(entry: TensorEntry, scale: TensorEntry | None) -> None:
+    """
+    Raises:
+        ManifestMalformed: they are not there, or of another type or shape than the weights need.
+    """
+    if entry.dtype != "U8":
+        if scale is None or scale.dtype != "F32" or scale.shape != entry.shape[:1]:
+            raise ManifestMalformed(
+                f"tensor {entry.name!r} is {_QUANTISED[entry.dtype]} and has no float32 scales "
+                f"of shape {entry.shape[:1]}"
+            )
+        return
+    width = 2 * entry.shape[-1]
+    if (
+        len(entry.shape) != 2
+        or scale is None
+        or scale.dtype != "F16"
+        or len(scale.shape) != 2
+        or scale.shape[0] != entry.shape[0]
+        or width % scale.shape[1]
+        or width // scale.shape[1] % INT4_GROUP_MULTIPLE
+    ):
+        raise ManifestMalformed(
+            f"tensor {entry.name!r} is int4 and has no float16 scales of {entry.shape[0]} rows, one for "
+            f"each group of a multiple of {INT4_GROUP_MULTIPLE} of {width} weights"
+        )
 
 
 def view_tensors(

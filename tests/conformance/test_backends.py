@@ -102,6 +102,39 @@ def test_logits_agree_with_the_reference(backend: Backend, config_name: str, dty
         np.testing.assert_allclose(got, want, atol=TOLERANCE[dtype], rtol=0)
 
 
+GPU_FORMATS = {"fp8": 0.02, "int4": 0.02}
+#: Widths that int4's groups of 32 fit into.
+GROUPED = replace(TINY, hidden_size=64, intermediate_size=96, tie_embeddings=False)
+
+
+@pytest.mark.parametrize("dtype", GPU_FORMATS)
+def test_formats_of_gpus_agree_with_their_values(dtype: str) -> None:
+    """fp8 and int4 are computed by the reference and on the device as what they stand for, said a second way."""
+    plan = random_plan(GROUPED, dtype=dtype)
+    tokens, chunks = list(range(60)), [37, 20, 1, 1, 1]
+    plain = replace(plan, tensors=tuple(map(widen, plan.tensors)))
+    expected = run_tokens(reference_of(plain), tokens, chunks)
+    for backend in (NumpyBackend(), emulated_backend()):
+        for got, want in zip(run_tokens(bind(backend, plan), tokens, chunks), expected, strict=True):
+            np.testing.assert_allclose(got, want, atol=GPU_FORMATS[dtype], rtol=0)
+    with pytest.raises(BackendError, match=rf"{dtype}.*--quantize int8|embedding table"):
+        NumKongBackend().bind(plan)
+
+
+def widen(tensor: WeightTensor) -> WeightTensor:
+    """``tensor`` as float32, element by element."""
+    if tensor.scale is None:
+        return tensor
+    values = np.empty(tensor.shape, np.float32)
+    for row, column in np.ndindex(*tensor.shape):
+        if tensor.is_int4:
+            code = int(tensor.data[row, column // 2]) >> 4 * (column % 2) & 15
+            values[row, column] = (code - 8) * float(tensor.scale[row, column // 32])
+        else:
+            values[row, column] = float(tensor.data[row, column]) * float(tensor.scale[row])
+    return WeightTensor(tensor.name, values)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5))
 @pytest.mark.parametrize("name", BACKENDS)

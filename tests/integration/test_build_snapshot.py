@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from llama_programs import compute_logits
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from guests.llama_assets import CONFIG_ASSET
 from guests.runtime import GuestEngine
-from snapshots.errors import SnapshotNotFound
+from snapshots.errors import ManifestMalformed, SnapshotNotFound
 from snapshots.manifest import Manifest
 from snapshots.mapping import seal_blob
 from snapshots.store import SnapshotStore
@@ -34,6 +37,7 @@ from worker.build.quantize import WeightFormat
 from worker.build.report import BuildReport
 from worker.build.snapshot_builder import build_snapshot
 from worker.build.source import ImportedModel, SourceTensor
+from worker.model_plan import resolve_handles
 from worker.restore import RestoredModel, restore_model
 
 MODELS = ("tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_mistral")
@@ -113,6 +117,66 @@ def test_int8_stays_near_the_full_weights(state: BuiltState, engine: GuestEngine
     error = np.abs(logits - golden["logits"][PREFILL_TOKENS - 1 :])
     assert error.mean() < 0.05 * golden["logits"].std()
     assert state.manifest("tiny").card.weight_format == "int8"
+
+
+@pytest.mark.parametrize(("weight_format", "share"), [(WeightFormat.FP8, 0.2), (WeightFormat.INT4, 0.4)])
+def test_formats_of_gpus_are_stored_with_their_scales(
+    state: BuiltState, engine: GuestEngine, tmp_path: Path, weight_format: WeightFormat, share: float
+) -> None:
+    """fp8 and int4 through build, store and restore: near the full weights, and embeddings never in 4 bits."""
+    folder = _write_grouped_model(tmp_path / "model")
+    token_ids, logits = list(range(30, 60)), []
+    for chosen in (WeightFormat.F32, weight_format):
+        _build(state, folder, chosen)
+        with _restore(state, engine) as model:
+            formats = {tensor.name: str(tensor.data.dtype) for tensor in model.loaded.plan.tensors}
+            logits.append(_logits(model, token_ids))
+    is_int4 = weight_format is WeightFormat.INT4
+    assert formats["layers.0.down.weight"] == ("uint8" if is_int4 else "float8_e4m3fn")
+    assert formats["lm_head.weight"] == formats["embed.weight"] == ("int8" if is_int4 else "float8_e4m3fn")
+    assert np.abs(logits[1] - logits[0]).mean() < share * logits[0].std()
+    assert state.manifest("tiny").card.weight_format == weight_format.value
+
+
+def _write_grouped_model(folder: Path) -> Path:
+    """A checkpoint of one layer whose widths are multiples of 32."""
+    shutil.copytree(DATA / "tiny_llama", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 1}
+    config = json.loads((folder / "config.json").read_text()) | sizes | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    rng, vocab = np.random.default_rng(0), config["vocab_size"]
+    shapes = {
+        "q_proj": (64, 64),
+        "k_proj": (32, 64),
+        "v_proj": (32, 64),
+        "o_proj": (64, 64),
+        "gate_proj": (96, 64),
+        "up_proj": (96, 64),
+        "down_proj": (64, 96),
+    }
+    groups = {name: "mlp" if name.startswith(("gate", "up", "down")) else "self_attn" for name in shapes}
+    tensors = {f"model.layers.0.{groups[name]}.{name}.weight": shape for name, shape in shapes.items()}
+    tensors |= {"model.embed_tokens.weight": (vocab, 64), "lm_head.weight": (vocab, 64)}
+    weights = {
+        name: (rng.standard_normal(shape) * shape[1] ** -0.5).astype(np.float32) for name, shape in tensors.items()
+    }
+    norms = ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm")
+    save_file(weights | {f"{name}.weight": np.ones(64, np.float32) for name in norms}, folder / "model.safetensors")
+    return folder
+
+
+def test_scales_that_do_not_fit_are_refused(state: BuiltState, tmp_path: Path) -> None:
+    """int4 without its float16 scales, or with groups that the kernels do not read, is no model."""
+    _build(state, _write_grouped_model(tmp_path / "model"), WeightFormat.INT4)
+    manifest = state.manifest("tiny")
+    resolve_handles(manifest)
+    for change in ({"dtype": "F32"}, {"shape": (1, 1)}, {"name": "elsewhere"}, {"shape": (64, 6)}):
+        tensors = [
+            msgspec.structs.replace(entry, **change) if entry.name == "layers.0.down.weight_scale" else entry
+            for entry in manifest.tensors
+        ]
+        with pytest.raises(ManifestMalformed, match="int4 and has no float16 scales"):
+            resolve_handles(msgspec.structs.replace(manifest, tensors=tuple(tensors)))
 
 
 @pytest.mark.parametrize("name", MODELS)

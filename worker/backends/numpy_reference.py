@@ -214,8 +214,23 @@ def _convert_weight(tensor: WeightTensor) -> FloatArray:
     if data.dtype == np.int8:
         if tensor.scale is None:
             raise BackendError(f"{tensor.name}: int8 weights need a scale for each output channel")
-        return data.astype(np.float32) * tensor.scale[:, None]
-    raise BackendError(f"{tensor.name}: dtype {data.dtype} (this backend runs float32, bfloat16 and int8)")
+        return data.astype(np.float32) * tensor.scale.astype(np.float32)[:, None]
+    if data.dtype == ml_dtypes.float8_e4m3fn and tensor.scale is not None:
+        return data.astype(np.float32) * tensor.scale.astype(np.float32)[:, None]
+    if data.dtype == np.float16:
+        return data.astype(np.float32)
+    if tensor.is_int4 and tensor.scale is not None:
+        return unpack_int4(data, tensor.scale)
+    raise BackendError(
+        f"{tensor.name}: dtype {data.dtype}, or its scales are missing (this backend runs float32, bfloat16, float16, "
+        "int8, fp8 and int4)"
+    )
+
+
+def unpack_int4(data: npt.NDArray[np.uint8], scale: npt.NDArray[np.float16]) -> FloatArray:
+    """``[N, K]`` float32 of ``data`` ``[N, K / 2]`` and ``scale`` ``[N, K / group]``."""
+    codes = np.stack((data & 15, data >> 4), axis=-1).reshape(len(data), -1).astype(np.float32) - np.float32(8)
+    return codes * np.repeat(scale.astype(np.float32), codes.shape[1] // scale.shape[1], axis=1)
 
 
 def _bind_program(program: Program, plan: ModelPlan | EncoderPlan, weights: list[FloatArray]) -> list[_Call]:

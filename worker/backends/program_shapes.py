@@ -95,7 +95,7 @@ class _OperationChecker:
 
     def _infer_embed(self) -> ValueShape:
         table = self._tensor(0, num_dims=2)
-        num_rows, width = table.data.shape
+        num_rows, width = table.shape
         if self._operation.opcode is Opcode.POSITION_EMBED:
             needed = self._plan.context_length
             self._require(num_rows >= needed, f"{num_rows} positions for a context of {needed} tokens")
@@ -176,7 +176,7 @@ class _OperationChecker:
         self._require(handle != NO_TENSOR, f"tensor {position} is missing")
         tensor = self._plan.tensors[handle]
         self._require(
-            tensor.data.ndim == num_dims, f"{tensor.name} has shape {tensor.data.shape}, expected {num_dims} axes"
+            len(tensor.shape) == num_dims, f"{tensor.name} has shape {tensor.shape}, expected {num_dims} axes"
         )
         return tensor
 
@@ -187,7 +187,7 @@ class _OperationChecker:
         )
 
     def _require_shape(self, tensor: WeightTensor, shape: tuple[int, ...]) -> None:
-        self._require(tensor.data.shape == shape, f"{tensor.name} has shape {tensor.data.shape}, expected {shape}")
+        self._require(tensor.shape == shape, f"{tensor.name} has shape {tensor.shape}, expected {shape}")
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:

@@ -33,15 +33,28 @@ class BackendLost(BackendError):
 class WeightTensor:
     """A weight where it lies in mapped memory; a view, never a copy.
 
-    ``data`` has the stored shape; dtype float32, ml_dtypes.bfloat16, or int8. ``scale`` [N] float32 belongs to
-    int8 weights (value = data * scale per output channel). ``wait_verified``, where there is one, must return before
+    ``data`` has the stored shape; dtype float32, ml_dtypes.bfloat16, float16, int8, ml_dtypes.float8_e4m3fn, or uint8
+    for two 4-bit weights a byte (the earlier one in the low half, value = bits - 8). ``scale`` belongs to the last
+    three: [N] float32 of output channels for int8 and fp8, [N, K / group] float16 of neighbouring weights for 4 bits;
+    value = stored value * scale. ``wait_verified``, where there is one, must return before
     a byte of either is read: the memory is still being filled (reading it early ends the process).
     """
 
     name: str
     data: npt.NDArray[Any]
-    scale: FloatArray | None = None
+    scale: npt.NDArray[Any] | None = None
     wait_verified: Callable[[], None] | None = None
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether a byte of ``data`` holds two weights."""
+        return self.data.dtype == np.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What a program sees: ``[N, K]`` of a matrix, however it is stored."""
+        stored = self.data.shape
+        return (*stored[:-1], 2 * stored[-1]) if self.is_int4 else stored
 
 
 @dataclass(frozen=True, slots=True)

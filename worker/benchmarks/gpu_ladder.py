@@ -44,8 +44,13 @@ def fill_random(name: str, array: npt.NDArray[Any]) -> None:
     if array.ndim == 1:
         return
     block = np.random.default_rng(len(name)).standard_normal(1 << 16).astype(np.float32)
-    is_int8 = array.dtype == np.int8
-    scaled = np.rint(block * 20).clip(-127, 127) if is_int8 else block * np.float32(array.shape[1] ** -0.5)
+    scaled: npt.NDArray[Any]
+    if array.dtype == np.uint8:  # two 4-bit weights a byte: any byte stands for some
+        scaled = np.random.default_rng(len(name)).integers(0, 256, block.shape)
+    elif array.dtype == np.int8:
+        scaled = np.rint(block * 20).clip(-127, 127)
+    else:
+        scaled = block * np.float32(array.shape[1] ** -0.5)
     flat, pattern = array.reshape(-1), scaled.astype(array.dtype)
     for start in range(0, flat.size, pattern.size):
         flat[start : start + pattern.size] = pattern[: flat.size - start]

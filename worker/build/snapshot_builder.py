@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -39,10 +40,17 @@ from worker.build.errors import BuildError, MalformedModelError
 from worker.build.further_sections import NO_SECTIONS, FurtherSections
 from worker.build.guest_stage import stage_guest
 from worker.build.priming import Priming
-from worker.build.quantize import WeightFormat, quantize_rows, round_to_bfloat16
+from worker.build.quantize import (
+    INT4_GROUP,
+    WeightFormat,
+    quantize_groups_to_int4,
+    quantize_rows,
+    quantize_rows_to_fp8,
+    round_to_bfloat16,
+)
 from worker.build.report import BuildReport
 from worker.build.snapshot_assembly import BuildOutput, StoredWeights, assemble_snapshot
-from worker.build.source import ModelSource, SourceTensor
+from worker.build.source import FloatArray, ModelSource, SourceTensor
 from worker.build.weight_layout import ROPE_TENSOR
 from worker.tensor_names import SCALE_SUFFIX
 
@@ -53,7 +61,23 @@ ESTIMATED_SEQUENCES: Final = 8
 ESTIMATED_SEQUENCE_TOKENS: Final = 2048
 KV_ITEM_BYTES: Final = 4  # float32 keys and values
 SPACE_MARK: Final = "\u2581".encode()
-DTYPES: Final = {WeightFormat.BF16: "BF16", WeightFormat.F32: "F32", WeightFormat.INT8: "I8"}
+DTYPES: Final = {
+    WeightFormat.BF16: "BF16",
+    WeightFormat.F32: "F32",
+    WeightFormat.INT8: "I8",
+    WeightFormat.FP8: "F8_E4M3",
+    WeightFormat.INT4: "U8",
+}
+#: Formats that no CPU backend but the reference reads.
+_OF_GPUS: Final = frozenset({WeightFormat.FP8, WeightFormat.INT4})
+#: Those that make two arrays of a block: the weights as stored, and their scales.
+_QUANTISERS: Final[dict[str, Callable[[FloatArray], tuple[npt.NDArray[Any], npt.NDArray[Any]]]]] = {
+    "I8": quantize_rows,
+    "F8_E4M3": quantize_rows_to_fp8,
+    "U8": quantize_groups_to_int4,
+}
+#: Matrices that 4 bits cost most: a lookup reads few bytes of the first, and every token's choice hangs on the second.
+_NEVER_INT4: Final = frozenset({"embed.weight", "lm_head.weight"})
 
 #: Called with bytes done and bytes in all while weights are written.
 OnProgress = Callable[[int, int], None]
@@ -94,6 +118,8 @@ def build_snapshot(
     started_s = time.monotonic()
     validate_name(name)
     is_encoder = isinstance(source, ImportedEncoder)
+    if weight_format in _OF_GPUS:
+        priming = _adapt_to_gpus(weight_format, priming, is_encoder=is_encoder)
     further.validate_for(encodes=is_encoder)
     tensor_names = [tensor.name for tensor in source.tensors]
     guest = stage_guest(guest_wasm, _pack_assets(source), tensor_names, encodes=is_encoder)
@@ -127,6 +153,17 @@ def validate_name(name: str) -> None:
         )
 
 
+def _adapt_to_gpus(weight_format: WeightFormat, priming: Priming | None, *, is_encoder: bool) -> Priming | None:
+    """What to prime, by the backend that reads such weights without a GPU.
+
+    Raises:
+        BuildError: encoders do not run on GPUs.
+    """
+    if is_encoder:
+        raise BuildError(f"{weight_format.value} weights are for GPUs, and encoders run on the CPU: use int8")
+    return priming if priming is None or priming.backend != "numkong" else replace(priming, backend="numpy")
+
+
 def _pack_assets(source: ModelSource | ImportedEncoder) -> dict[str, bytes]:
     """What the guest reads at init.
 
@@ -145,8 +182,14 @@ def _specs(tensor: SourceTensor, weight_format: WeightFormat) -> list[TensorSpec
     """Stored tensors of one source tensor: itself, and its scales where it is quantised."""
     if not tensor.is_matrix:
         return [TensorSpec(tensor.name, "F32", tensor.shape)]
+    if weight_format is WeightFormat.INT4:
+        rows, width = tensor.shape
+        if width % INT4_GROUP == 0 and tensor.name not in _NEVER_INT4:
+            scales = TensorSpec(tensor.name + SCALE_SUFFIX, "F16", (rows, width // INT4_GROUP))
+            return [TensorSpec(tensor.name, "U8", (rows, width // 2)), scales]
+        weight_format = WeightFormat.INT8
     specs = [TensorSpec(tensor.name, DTYPES[weight_format], tensor.shape)]
-    if weight_format is WeightFormat.INT8:
+    if weight_format in (WeightFormat.INT8, WeightFormat.FP8):
         specs.append(TensorSpec(tensor.name + SCALE_SUFFIX, "F32", tensor.shape[:1]))
     return specs
 
@@ -181,8 +224,9 @@ def _convert(tensor: SourceTensor, weight_format: WeightFormat) -> list[npt.NDAr
         if not np.isfinite(block).all():
             raise MalformedModelError(f"tensor {tensor.name} holds values that are infinite or not a number")
         rows = slice(row, row + len(block))
-        if specs[0].dtype == "I8":
-            arrays[0][rows], arrays[1][rows] = quantize_rows(block)
+        quantise = _QUANTISERS.get(specs[0].dtype)
+        if quantise is not None:
+            arrays[0][rows], arrays[1][rows] = quantise(block)
         elif specs[0].dtype == "BF16":
             arrays[0][rows] = round_to_bfloat16(block)
         else:

@@ -53,7 +53,7 @@ class CudaBackend:
         ring = PinnedRing(device, self._settings)
         resources = CudaResources(device, ring, self._settings, self._quantised_activation, self._uses_graphs)
         _warm_products(device)
-        for stored in ("bf16", "f32", "f16", "int8"):
+        for stored in ("bf16", "f32", "f16", "int8", "fp8", "int4"):
             _warm_kernels(resources, TINY, stored)
         _warm_kernels(resources, replace(TINY, head_dim=128), "bf16")  # attention of the larger models
         self._resources = resources

@@ -105,6 +105,7 @@ class _Emitter:
             num_rows=self._shape.num_tokens,
             num_table_rows=table.shape[0],
             width=table.shape[1],
+            group_size=table.group_size,
         )
         yield Command(launch, table.last_piece)
 

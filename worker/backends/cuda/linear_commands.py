@@ -56,6 +56,7 @@ class LinearCommands:
             num_rows=num_rows,
             num_outputs=weight.shape[0],
             width=weight.shape[1],
+            group_size=weight.group_size,
             mode=OUTPUT_MODES[mode],
         )
         yield Command(launch, max(weight.last_piece, -1 if bias is None else bias.last_piece))
@@ -89,8 +90,9 @@ class LinearCommands:
             stored = matrix.part(matrix.num_bytes // num_outputs * first, matrix.num_bytes // num_outputs * count)
             if not is_plain:
                 wide = self._values.memory.take("widened", count * width * item_bytes)
-                part = scales.part(4 * first, 4 * count) if isinstance(scales, Place) else scales
-                sizes = {"num_rows": count, "num_table_rows": count, "width": width}
+                row_bytes = weight.scale_row_bytes
+                part = scales.part(row_bytes * first, row_bytes * count) if isinstance(scales, Place) else scales
+                sizes = {"num_rows": count, "num_table_rows": count, "width": width, "group_size": weight.group_size}
                 gather = kernels.gather_rows(weight.format, activation, wide, stored, part, 0, **sizes)
                 yield Command(gather, weight.last_piece)
                 stored = wide

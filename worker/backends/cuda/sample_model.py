@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final
 
 import ml_dtypes
@@ -17,7 +19,15 @@ from worker.backends.protocol import ModelPlan, WeightBlob, WeightTensor
 
 _EPSILON: Final = 1e-5
 _ALIGNMENT: Final = 4096  # of tensors, as a snapshot's writer has it
-_DTYPES: Final[dict[str, Any]] = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16, "int8": np.int8}
+_DTYPES: Final[dict[str, Any]] = {
+    "f32": np.float32,
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+    "int8": np.int8,
+    "fp8": ml_dtypes.float8_e4m3fn,
+    "int4": np.uint8,  # int4: two a byte
+}
+_GROUP: Final = 32  # of int4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +65,22 @@ Fill = Callable[[str, npt.NDArray[Any]], None]
 def make_sample_plan(
     shape: SampleShape, stored: str, fill: Fill | None = None, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
 ) -> ModelPlan:
-    """A plan of ``shape`` whose matrices are stored as ``stored`` (``f32``, ``bf16``, ``f16`` or ``int8``), in one blob
-    with digests. Without ``fill`` matrices are 0, so that nothing overflows. Cost: a write and a hash of all bytes."""
+    """A plan of ``shape`` whose matrices are stored as ``stored`` (``f32``, ``bf16``, ``f16``, ``int8``, ``fp8`` or
+    ``int4``), in one blob with digests. Without ``fill`` matrices are 0, so that nothing overflows. Cost: a write and a
+    hash of all bytes."""
     recorder = _Recorder(shape)
     operations = recorder.record()
-    layout = [(name, dims, _dtype_of(name, dims, stored)) for name, dims in recorder.tensors.items()]
-    starts, position = [], 0
-    for _, dims, dtype in layout:
-        starts.append(position)
-        position += -(-int(np.prod(dims)) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
-    data = np.zeros(position, np.uint8)
+    layout = [_Stored.of(name, dims, stored) for name, dims in recorder.tensors.items()]
+    starts = list(accumulate((-(-one.num_bytes // _ALIGNMENT) * _ALIGNMENT for one in layout), initial=0))
+    data = np.zeros(starts.pop(), np.uint8)
     tensors = []
-    for start, (name, dims, dtype) in zip(starts, layout, strict=True):
-        num_bytes = int(np.prod(dims)) * np.dtype(dtype).itemsize
-        array = data[start : start + num_bytes].view(dtype).reshape(dims)
-        if len(dims) == 1:
-            array[...] = 0 if name.endswith("bias") else 1
+    for start, one in zip(starts, layout, strict=True):
+        array = data[start : start + one.num_bytes].view(one.dtype).reshape(one.shape)
+        if len(one.shape) == 1:
+            array[...] = 0 if one.name.endswith("bias") else 1
         if fill is not None:
-            fill(name, array)
-        scale = np.full(dims[0], 0.01, np.float32) if dtype == np.int8 else None
-        tensors.append(WeightTensor(name, array, scale))
+            fill(one.name, array)
+        tensors.append(WeightTensor(one.name, array, one.scale))
     return ModelPlan(
         Program(ProgramKind.PREFILL, recorder.num_values, operations),
         Program(ProgramKind.DECODE, recorder.num_values, operations),
@@ -88,8 +94,27 @@ def make_sample_plan(
     )
 
 
-def _dtype_of(name: str, dims: tuple[int, ...], stored: str) -> Any:
-    return _DTYPES["f32" if len(dims) == 1 else stored]
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """How a weight lies in the blob; scales lie elsewhere."""
+
+    name: str
+    dtype: Any
+    shape: tuple[int, ...]
+    scale: npt.NDArray[Any] | None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * int(np.dtype(self.dtype).itemsize)
+
+    @classmethod
+    def of(cls, name: str, dims: tuple[int, ...], stored: str) -> _Stored:
+        dtype = np.dtype(_DTYPES["f32" if len(dims) == 1 else stored])
+        if dtype == np.uint8:
+            rows, width = dims
+            return cls(name, dtype, (rows, width // 2), np.full((rows, width // _GROUP), 0.01, np.float16))
+        is_scaled = dtype.itemsize == 1
+        return cls(name, dtype, dims, np.full(dims[0], 0.01, np.float32) if is_scaled else None)
 
 
 class _Recorder:

@@ -28,7 +28,11 @@ FORMAT_NAMES: Final[dict[Any, Activation]] = {
     np.dtype(ml_dtypes.bfloat16): "bf16",
     np.dtype(np.float16): "f16",
 }
-
+QUANTISED_NAMES: Final[dict[Any, str]] = {
+    np.dtype(np.int8): "int8",
+    np.dtype(ml_dtypes.float8_e4m3fn): "e4m3",
+    np.dtype(np.uint8): "int4",
+}
 
 #: Codes of small tables (norm weights, biases) by format.
 TABLE_TYPES: Final = {"f32": 0, "bf16": 1, "f16": 2}
@@ -61,15 +65,18 @@ class ImageTensor:
     shape: tuple[int, ...]
     format: str  # of worker.backends.cuda_kernels.FORMATS
     last_piece: int
-    scale_offset: int = -1  # float32 scales; -1: none
+    scale_offset: int = -1  # float32 scales (int4: float16); -1: none
+    scale_row_bytes: int = 4
+    group_size: int = 0  # of int4
 
     def place_in(self, image: Place) -> Place:
         """Its bytes in a device's copy."""
         return image.part(self.offset, self.num_bytes)
 
     def scales_in(self, image: Place) -> Place | int:
-        """Its scales, 4 bytes for each row; 0: it has none."""
-        return image.part(self.scale_offset, 4 * self.shape[0]) if self.scale_offset >= 0 else 0
+        """Its scales, row by row; 0: it has none."""
+        num_bytes = self.scale_row_bytes * self.shape[0]
+        return image.part(self.scale_offset, num_bytes) if self.scale_offset >= 0 else 0
 
 
 @dataclass(slots=True)
@@ -108,13 +115,18 @@ class _Layout:
         return self._image
 
     def _add(self, tensor: WeightTensor) -> ImageTensor:
-        name = _format_of(tensor)
+        name, group_size, scale_row_bytes = _format_of(tensor), 0, 4
         offset, last_piece = self._place(tensor.data, tensor)
         scale_offset = -1
         if tensor.scale is not None:
             scale_offset, last_of_scale = self._place(tensor.scale, tensor)
             last_piece = max(last_piece, last_of_scale)
-        return ImageTensor(tensor.name, offset, tensor.data.nbytes, tensor.data.shape, name, last_piece, scale_offset)
+            scale_row_bytes = tensor.scale.nbytes // tensor.shape[0]
+            group_size = tensor.shape[1] // tensor.scale.shape[1] if tensor.is_int4 else 0
+        return ImageTensor(
+            *(tensor.name, offset, tensor.data.nbytes, tensor.shape, name, last_piece),
+            *(scale_offset, scale_row_bytes, group_size),
+        )
 
     def _place(self, array: npt.NDArray[Any], tensor: WeightTensor) -> tuple[int, int]:
         """Offset in the image and last piece."""
@@ -159,14 +171,16 @@ def _cut(blob: WeightBlob, start: int, num_bytes: int) -> Piece:
 
 
 def _format_of(tensor: WeightTensor) -> str:
-    if tensor.data.dtype == np.int8:
+    quantised = QUANTISED_NAMES.get(tensor.data.dtype)
+    if quantised is not None:
         if tensor.scale is None:
-            raise BackendError(f"{tensor.name}: int8 weights need a scale for each output channel")
-        return "int8"
+            raise BackendError(f"{tensor.name}: {quantised} weights need scales")
+        return quantised
     found = FORMAT_NAMES.get(tensor.data.dtype)
     if found is None:
         raise BackendError(
-            f"{tensor.name}: dtype {tensor.data.dtype} (this backend runs float32, bfloat16, float16, int8)"
+            f"{tensor.name}: dtype {tensor.data.dtype} (this backend runs float32, bfloat16, float16, int8, "
+            "fp8 and int4)"
         )
     return found
 
@@ -178,10 +192,10 @@ def choose_activation(image: WeightImage, linear_handles: Sequence[int], quantis
         BackendError: matrices of several types, of which no kernel takes one with the other's activations.
     """
     found = {tensor.format for handle in linear_handles if (tensor := image.tensors[handle]) is not None}
-    plain = found - {"int8"}
+    plain = found - {*QUANTISED_NAMES.values()}
     if not plain:
         return quantised
-    if len(plain) > 1 or (plain == {"f16"} and "int8" in found):
+    if len(plain) > 1 or (plain == {"f16"} and found != plain):
         raise BackendError(f"matrices stored as {', '.join(sorted(found))}: the kernels take one type for all")
     chosen: Activation = next(name for name in FORMAT_NAMES.values() if name in plain)
     return chosen
