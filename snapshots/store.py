@@ -75,6 +75,11 @@ class SnapshotStore:
             _ensure_folder(folder, may_be_symlink=folder == self.root)
         self._sweep_tmp(tmp_stale_after_s)
 
+    @property
+    def manifests_folder(self) -> Path:
+        """Where each snapshot has one file, whose appearing, change and end are renames and removals; read only."""
+        return self._manifests
+
     def __repr__(self) -> str:
         return f"SnapshotStore({str(self.root)!r})"
 

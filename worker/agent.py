@@ -49,12 +49,14 @@ from worker.reports import (
 from worker.sealed_cache import NoRoom, SealedCache
 from worker.spawn_order import WorkerExited
 from worker.stopped_workers import StoppedWorkers
+from worker.store_watch import StoreWatch
 from worker.worker_processes import WorkerProcesses
 from worker.zygote_client import ZygoteClient
 from worker.zygote_process import ZygoteProcess
 
 HEARTBEAT_S: Final = 2.0
 SCAN_S: Final = 1.0
+SETTLE_S: Final = 0.02
 COMMAND_BLOCK_MS: Final = 5000
 EXIT_SETTINGS: Final = 78  # EX_CONFIG
 
@@ -73,6 +75,7 @@ class NodeAgent:
         self._log = structlog.get_logger(node_id=self._node_id)
         self._reports = Reports(redis, self._node_id)
         store = SnapshotStore(settings.store_root, newest=NewestSeen(settings.newest_record))
+        self._manifests_folder = store.manifests_folder
         self._catalogue = ModelCatalogue(store, keyring, guest_identity())
         verify_again = agent_sealing.verify_sealed if settings.verification == "always" else None
         seal = functools.partial(agent_sealing.seal_blob, keyring)
@@ -353,9 +356,12 @@ class NodeAgent:
             await self._publish_all_cards()
 
     async def _watch_store(self) -> None:
-        while True:
-            await asyncio.sleep(SCAN_S)
-            await keep_trying(self._rescan, "reading the store")
+        """Look at the store when it changes, and once a second: blobs that were repaired tell nobody."""
+        with StoreWatch(self._manifests_folder) as watch:
+            while True:
+                await keep_trying(self._rescan, "reading the store")
+                await asyncio.sleep(SETTLE_S)  # a writer that never stops costs so many scans and no more
+                await watch.wait_changed(SCAN_S)
 
     def _report(self) -> NodeReport:
         return make_node_report(

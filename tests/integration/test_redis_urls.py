@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
-import ipaddress
 import socket
 import ssl
 import subprocess
@@ -14,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from redis.exceptions import RedisError
 
 from loadtest.processes import free_port
@@ -26,6 +20,7 @@ from scheduler.contract.environment import SettingsError, read_process_settings
 from scheduler.contract.errors import GlowplugError
 from scheduler.dispatch import Dispatcher
 from scheduler.embedded_redis import find_server_binary
+from tests.certificates import make_certificate
 from tests.eventually import eventually
 from tests.queue_fixtures import MODEL, Recorder, connected, make_request, make_step, started_hub
 from worker.publisher import TokenPublisher
@@ -67,31 +62,6 @@ async def deliver(url: str, request_id: str) -> None:
         await publisher.aclose()
 
 
-def write_certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate of 127.0.0.1 and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "glowplug test")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    paths = folder / "cert.pem", folder / "key.pem"
-    paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    paths[1].write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return paths
-
-
 @contextlib.asynccontextmanager
 async def tls_front(port: int, certificate: Path, key: Path) -> AsyncIterator[int]:
     """A proxy that ends TLS before the server on ``port``; its own port."""
@@ -120,7 +90,7 @@ async def test_tls_and_an_access_list(tmp_path: Path) -> None:
     """``rediss://`` with a user of the access list and a CA of one's own; a server of no known CA is not talked to."""
     port = free_port()
     acl = ("--user", "glowplug", "on", ">secret", "~*", "&*", "+@all", "--user", "default", "off")
-    certificate, key = write_certificate(tmp_path)
+    certificate, key = make_certificate(tmp_path)
     with server(tmp_path / "r", port, *acl):
         await wait_listening(port)
         async with tls_front(port, certificate, key) as front:

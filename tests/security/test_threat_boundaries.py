@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import datetime
-import ipaddress
 import os
 import pickle
 import ssl
@@ -17,16 +15,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from scheduler.api_keys import Scope, change_keys, create_key, key_file_path
 from scheduler.contract import codec, job_queue, keys
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
 from scheduler.contract.messages import GenerateRequest, ModelCard, StatusReport
 from scheduler.dispatch import Dispatcher
+from tests.certificates import make_certificate
 from tests.engine_fixtures import EngineHarness, greedy, make_request
 from tests.gateway_fixtures import chat_body, run_gateway
 from tests.queue_fixtures import MODEL, connected
@@ -157,30 +152,6 @@ async def test_threat_path_traversal(redis_url: str, tmp_path: Path) -> None:
             assert b"swordfish" not in answer
         for name in ("../secret.txt", "/etc/passwd", "x\0y", "..\\secret"):
             assert (await gateway.post(CHAT, chat_body(model=name)))[0] == 404
-
-
-def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    """A self-signed certificate for loopback, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    cert_path, key_path = folder / "cert.pem", folder / "key.pem"
-    cert_path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    key_path.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return cert_path, key_path
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1")  # what is tested is that it is refused

@@ -27,10 +27,13 @@ LIMIT_S = 30
 
 @pytest.fixture(scope="module")
 def server(smollm2_built: BuiltState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with one real model, asleep."""
+    """A server with one real model, asleep; the first wake is slowed down, so that it can be looked at."""
     state_dir = tmp_path_factory.mktemp("d") / "state"
     shutil.copytree(smollm2_built.state_dir, state_dir)
-    with Server(state_dir, "--idle-timeout-s", "4") as running:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("GLOWPLUG_FILL_LIMIT_BYTES_PER_S", str(150_000_000))
+        starting = Server(state_dir, "--idle-timeout-s", "4")
+    with starting as running:
         running.wait_ready()
         running.wait_listed(SMOLLM2)
         yield running
@@ -45,6 +48,7 @@ def browser() -> Iterator[webdriver.Chrome]:
     options.binary_location = shutil.which("chromium") or ""
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
     yield driver
     driver.quit()
 
@@ -101,16 +105,20 @@ def test_a_person_wakes_a_model_and_sees_it_rise_and_sink(browser: webdriver.Chr
     prompt.clear()
     prompt.send_keys("What is the capital of France?")
     prompt.send_keys(Keys.TAB, Keys.ENTER)  # keyboard alone: from the text to the button
+    wait_for(browser, lambda: browser.find_element(By.ID, "wake").text.startswith(("waking: ", "first token")))
+    keep_screenshot(browser, "waking-light")
     wait_for(browser, lambda: "first token after" in browser.find_element(By.ID, "wake").text)
     wait_for(browser, lambda: tier_of(browser) == "T4")
-    keep_screenshot(browser, "waking-light")
     wait_for(browser, lambda: len(browser.find_element(By.ID, "answer").text) > 3)  # sampled: any words
     wait_for(browser, lambda: "Cold start from" in browser.find_element(By.ID, "waterfall").text)
     wait_for(browser, lambda: "prefill" in browser.find_element(By.ID, "waterfall").text)
-    keep_screenshot(browser, "hot-light")
     wait_for(browser, lambda: tier_of(browser) == "T2")
     wait_for(browser, lambda: "None: every model is at zero" in browser.find_element(By.ID, "workers").text)
     wait_for(browser, lambda: "of worker time not spent" in browser.find_element(By.ID, "savings").text)
+    browser.find_element(By.ID, "send").send_keys(Keys.ENTER)
+    wait_for(browser, lambda: "Cold start from T2" in browser.find_element(By.ID, "waterfall").text)
+    wait_for(browser, lambda: "sleeps in" in browser.find_element(By.CSS_SELECTOR, f'[data-model="{SMOLLM2}"]').text)
+    keep_screenshot(browser, "hot-light")
 
 
 @pytest.mark.parametrize(("theme", "width"), [("light", 1360), ("dark", 1360), ("light", 390), ("dark", 390)])

@@ -5,19 +5,26 @@ from __future__ import annotations
 import configparser
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+import click
+import crossplane
 import pytest
 import yaml
 
-from scheduler.command import VERBS
+from scheduler.command import VERBS, main
+from scheduler.config import load_config
 from scheduler.contract.telemetry import Metric
 from scheduler.gateway.metrics import GatewayMetrics
+from tests.certificates import make_certificate
+from tests.document_pages import read_blocks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = {metric.value for metric in Metric}
+PAGES_WITH_SETTINGS = ("docs/how-to/keys-and-tenants.md",)
 SUFFIXES = ("_bucket", "_count", "_sum")
 
 
@@ -108,3 +115,74 @@ def test_the_nginx_site_passes_streams_on_and_keeps_admin_inside(setting: str) -
         assert line[-1] in "{};", line
     assert setting + ";" in text
     assert re.search(r"location ~ \^/\(admin\|metrics\) \{\s+deny all;", text)
+
+
+def test_the_nginx_site_is_read_by_nginx_own_parser(tmp_path: Path) -> None:
+    """Every directive is known, in its place and with as many arguments as it takes; `nginx -t` where there is one."""
+    site = tmp_path / "site.conf"
+    site.write_text(
+        (ROOT / "deploy" / "nginx.conf").read_text().replace("/etc/ssl/llm.example.com", str(tmp_path / "c"))
+    )
+    whole = tmp_path / "nginx.conf"
+    whole.write_text(f"error_log stderr;\npid {tmp_path}/pid;\nevents {{}}\nhttp {{ include {site}; }}\n")
+    found = crossplane.parse(str(whole), strict=True)
+    assert found["errors"] == []
+    assert {Path(part["file"]).name for part in found["config"]} == {"nginx.conf", "site.conf"}
+    if shutil.which("nginx"):
+        make_certificate(tmp_path)
+        (tmp_path / "cert.pem").rename(tmp_path / "c.pem")
+        (tmp_path / "key.pem").rename(tmp_path / "c.key")
+        done = subprocess.run(["nginx", "-t", "-c", str(whole)], capture_output=True, text=True, check=False)
+        assert "syntax is ok" in done.stderr, done.stderr
+
+
+def test_the_settings_in_the_pages_are_ours(tmp_path: Path) -> None:
+    """Each block of YAML is what its page says: settings that `config check` takes, or the one for its program."""
+    checked = []
+    for page in PAGES_WITH_SETTINGS:
+        for block in read_blocks(page):
+            if block.language == "yaml":
+                file = tmp_path / "glowplug.yaml"
+                file.write_text(block.text)
+                load_config(file, {})
+                checked.append(page)
+    assert set(checked) == set(PAGES_WITH_SETTINGS)
+    load_config(ROOT / "deploy" / "glowplug.yaml", {})
+
+
+def test_the_scrape_configuration_in_the_page_names_our_files() -> None:
+    """Prometheus' keys, our port and the file of rules that lies in deploy/."""
+    (block,) = [block for block in read_blocks("docs/metrics.md") if block.language == "yaml"]
+    found = yaml.safe_load(block.text)
+    (job,) = found["scrape_configs"]
+    assert set(job) == {"job_name", "authorization", "static_configs"}
+    assert job["static_configs"] == [{"targets": ["127.0.0.1:8080"]}]
+    assert all((ROOT / "deploy" / "grafana" / name).is_file() for name in found["rule_files"])
+
+
+def test_the_gpu_override_is_for_a_service_of_the_compose_file() -> None:
+    """It adds devices to the worker and nothing else; images and commands of the whole are as they were."""
+    (block,) = [block for block in read_blocks("docs/how-to/compose-gpu.md") if block.language == "yaml"]
+    override = yaml.safe_load(block.text)["services"]
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    assert set(override) <= set(services)
+    (device,) = override["worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    images = {services[name]["image"] for name in services}
+    assert all(re.fullmatch(r"[a-z]+:[\w.-]+", image) for image in images), images
+
+
+def test_the_commands_in_the_compose_file_are_ours() -> None:
+    """`docker compose run --rm SERVICE ...` passes the rest to `glowplug`: verbs and options exist, values fit."""
+    text = (ROOT / "compose.yaml").read_text()
+    lines = re.findall(r"^#   docker compose run --rm (\w+) (.+)$", text, re.M)
+    assert len(lines) >= 2
+    services = yaml.safe_load(text)["services"]
+    for service, rest in lines:
+        assert service in services
+        command, words = main, shlex.split(rest)
+        while isinstance(command, click.Group):
+            name, found, words = command.resolve_command(click.Context(command), words)
+            assert found is not None, name
+            command = found
+        command.make_context(command.name, words)

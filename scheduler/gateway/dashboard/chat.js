@@ -41,7 +41,7 @@ async function ask(parts, signal) {
     model: parts.model.value,
     messages: [{ role: "user", content: parts.prompt.value }],
     max_tokens: Number(parts.maxTokens.value),
-    temperature: 0.2, // small models wander at 1
+    temperature: 0, // small models wander when they are sampled
     stream: true,
   };
   const response = await fetch("/v1/chat/completions", {

@@ -33,9 +33,9 @@ export function formatClock(atS) {
   return new Date(atS * 1000).toLocaleTimeString([], { hour12: false });
 }
 
-/** A table in a box that scrolls by itself. `columns`: {title, number}; `rows`: arrays of text or elements. */
+/** A table in a box that scrolls by itself. `columns`: {title, number, roomy: left out of narrow windows}; `rows`: arrays of text or elements. */
 export function table(caption, columns, rows) {
-  const cell = (tag, column, content) => element(tag, { class: column.number ? "number" : undefined, scope: tag === "th" ? "col" : undefined }, content);
+  const cell = (tag, column, content) => element(tag, { class: [column.number && "number", column.roomy && "roomy"].filter(Boolean).join(" ") || undefined, scope: tag === "th" ? "col" : undefined }, content);
   const head = element("tr", {}, ...columns.map((column) => cell("th", column, column.title)));
   const body = rows.map((row) => element("tr", {}, ...row.map((content, index) => cell("td", columns[index], content))));
   return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },

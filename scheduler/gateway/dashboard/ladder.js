@@ -10,6 +10,8 @@ const TIERS = [
   ["T4", "hot", "serving"],
 ];
 
+/** A worker starts or restores, and none is ready yet. */
+const WAKING = /^(?!.*ready).*(cold|restoring)/;
 const cards = new Map(); // model -> {card, tier}
 const rates = new Map(); // worker -> {tokens, at, rate}
 
@@ -51,7 +53,7 @@ function makeRung([tier, name, text]) {
 function placeModel(root, model, rate) {
   let known = cards.get(model.name);
   if (!known) { known = { card: element("li"), tier: null }; cards.set(model.name, known); }
-  const waking = model.tier !== "T4" && model.workers > 0;
+  const waking = model.workers > 0 && WAKING.test(model.state);
   known.card.className = `model ${model.tier}${waking ? " waking" : ""}`;
   known.card.dataset.model = model.name;
   known.card.replaceChildren(...describeModel(model, rate, waking));
@@ -65,7 +67,7 @@ function describeModel(model, rate, waking) {
   const line = (text, name) => element("p", { class: name }, text);
   const parts = [element("strong", {}, model.name)];
   if (model.error) return [...parts, line(model.error, "error")];
-  if (waking) parts.push(line(`waking: ${model.state || "starting"}`));
+  if (waking) parts.push(line(model.state.includes("restoring") ? "waking: restoring" : "waking: starting a worker"));
   if (model.workers) {
     parts.push(line(`${model.workers} worker${model.workers > 1 ? "s" : ""} · ${model.in_flight} in flight · ${model.queued} queued`));
     if (rate >= 0.5) parts.push(line(`${rate.toFixed(0)} tokens/s`));

@@ -19,7 +19,11 @@ export function drawTotals(root, live, ratesByModel) {
 
 export function drawWorkers(root, live) {
   const workers = live.status?.workers ?? [];
-  if (!workers.length) { root.replaceChildren(empty("None: every model is at zero and costs nothing.")); return; }
+  if (!workers.length) {
+    const isStarting = (live.status?.models ?? []).some((model) => model.workers > 0);
+    root.replaceChildren(empty(isStarting ? "One is starting." : "None: every model is at zero and costs nothing."));
+    return;
+  }
   const columns = [{ title: "Model" }, { title: "State" }, { title: "Node" }, { title: "Running", number: true },
     { title: "Waiting", number: true }, { title: "KV cache", number: true },
     { title: "Prompts cached", number: true }, { title: "Private", number: true }, { title: "Tokens", number: true }];
