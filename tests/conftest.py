@@ -16,6 +16,7 @@ import structlog
 import uvloop
 
 from scheduler.embedded_redis import ensure_server, stop_server
+from tests import one_blas_thread  # noqa: F401  # imported for its side effect
 
 _LEFT_OUT = pytest.StashKey[int]()
 
@@ -38,6 +39,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
         config.stash[_LEFT_OUT] = len(left_out)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin early what takes long and needs no test's attention."""
+    modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
+    if not session.config.option.collectonly and any(hasattr(m, "compiled_python_component") for m in modules):
+        from tests.python_guest_fixtures import begin_building
+
+        begin_building()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

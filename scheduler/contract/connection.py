@@ -64,7 +64,9 @@ def connect(url: str) -> Redis:
 
 
 def _connect_by_sentinel(url: str) -> Redis:
-    from redis.asyncio.sentinel import Sentinel  # only who uses it pays for its import
+    from redis.asyncio.sentinel import Sentinel  # only who uses it pays for these imports
+
+    from scheduler.contract.sentinel_connection import MasterConnection, MasterSSLConnection
 
     scheme, _, rest = url.partition(SENTINEL_SCHEME)
     authority, _, path = rest.partition("/")
@@ -85,5 +87,6 @@ def _connect_by_sentinel(url: str) -> Redis:
         [(host.strip("[]"), int(port)) for host, port in addresses],
         sentinel_kwargs={"socket_timeout": SENTINEL_TIMEOUT_S, **own},
     )
-    client: Redis = sentinel.master_for(service, **options)
+    connection_class = MasterSSLConnection if options.get("ssl") else MasterConnection
+    client: Redis = sentinel.master_for(service, connection_class=connection_class, **options)
     return client

@@ -135,7 +135,7 @@ def widen(tensor: WeightTensor) -> WeightTensor:
     return WeightTensor(tensor.name, values)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5))
 @pytest.mark.parametrize("name", BACKENDS)
 def test_chunking_does_not_change_the_result(name: str, chunks: list[int]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from guest_fixtures import bytes_guest, compiled
-from python_guest_fixtures import compiled_python_component, python_component
 
 from guests.shipped import GUESTS_FOLDER
 from scheduler.command import main
+from tests.python_guest_fixtures import compiled_python_component, python_component
 
 TOY = GUESTS_FOLDER / "examples" / "toy.wasm"
 TABLE = GUESTS_FOLDER / "examples" / "table.wasm"

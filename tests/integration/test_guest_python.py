@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from guest_fixtures import sealed
-from python_guest_fixtures import compiled_python_component, python_component
 
 from guests.compile import compile_guest
 from guests.component import HOST_INTERFACE, ComponentEngine, PostProcessor, compile_component
@@ -19,6 +18,7 @@ from guests.python_build import build_component, main
 from guests.runtime import TRAP_INTERRUPT, InstanceLimits
 from guests.shipped import toy_wasm
 from guests.wasm_format import encode_name, encode_u32, encode_vector
+from tests.python_guest_fixtures import compiled_python_component, python_component
 
 LIMITS = InstanceLimits(memory_bytes=64 << 20, call_deadline_ms=300, result_bytes=1 << 20)
 SEED = (1 << 64) - 5

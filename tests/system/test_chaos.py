@@ -16,11 +16,12 @@ from tests.model_fixtures import SMOLLM2, BuiltState
 def test_a_short_seed_loses_repeats_and_changes_nothing(
     smollm2_built: BuiltState, short_tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half a minute of kills and stops: every accepted request ends once, with the text that the model gives alone."""
+    """Seconds of kills and stops: each accepted request ends once, with the text that the model gives alone."""
     state_dir, result = short_tmp_path / "s", short_tmp_path / "verdict.json"
     shutil.copytree(smollm2_built.state_dir, state_dir)
-    words = ["--minutes", "0.5", "--seed", "7", "--fault-every-s", "4", "--clients", "4", "--prompts", "10", "--model"]
-    status = run_chaos([*words, SMOLLM2, "--state-dir", str(state_dir), "--json", str(result)])
+    pace = ["--minutes", "0.3", "--fault-every-s", "2.5", "--seed", "7"]
+    load = ["--clients", "4", "--prompts", "10", "--model", SMOLLM2]
+    status = run_chaos([*pace, *load, "--state-dir", str(state_dir), "--json", str(result)])
     verdict = json.loads(result.read_text())
     assert status == 0, capsys.readouterr().out
     assert verdict["accepted"] >= 10

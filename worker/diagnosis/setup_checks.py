@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -85,12 +86,16 @@ async def check_redis(url: str) -> list[Finding]:
     """Reachable, new enough, keeps what it holds, and near."""
     redis: Any = connect(url)
     try:
-        info: dict[str, Any] = await redis.info()
+        async with asyncio.timeout(CONNECT_LIMIT_S):  # its own retries go on for longer than a person waits
+            info: dict[str, Any] = await redis.info()
         took_ms = []
         for _ in range(20):
             started_s = time.perf_counter()
             await redis.ping()
             took_ms.append((time.perf_counter() - started_s) * 1000)
+    except TimeoutError:
+        remedy = "start it, or correct REDIS_URL; without REDIS_URL an embedded one is used"
+        return [Finding("Redis", "fail", f"no answer within {CONNECT_LIMIT_S:g} s", remedy)]
     except Exception as error:  # any: refused, no name, wrong password, loading
         remedy = "start it, or correct REDIS_URL; without REDIS_URL an embedded one is used"
         return [Finding("Redis", "fail", f"{type(error).__name__}: {error}", remedy)]
