@@ -68,9 +68,17 @@ class AttentionScratch:
         self._executor: ThreadPoolExecutor | None = None
         self._flat: FloatArray = np.empty(0, np.float32)
         self._flat_by_key: FloatArray = np.empty(0, np.float32)
+        self._results: dict[tuple[int, int, int], FloatArray] = {}  # of one token, by shape
         # Key j is later than query i where j > i: below the diagonal of [keys, queries].
         self.below_diagonal: FloatArray = np.zeros((_QUERY_ROWS, _QUERY_ROWS), np.float32)
         self.below_diagonal[np.tril_indices(_QUERY_ROWS, k=-1)] = -np.inf
+
+    def one_result(self, shape: tuple[int, int, int]) -> FloatArray:
+        """An uninitialised array of that shape, one for all layers and steps: it lasts for one call."""
+        found = self._results.get(shape)
+        if found is None:
+            found = self._results[shape] = np.empty(shape, np.float32)
+        return found
 
     def scores(self, num_heads: int, num_rows: int, num_keys: int) -> FloatArray:
         """An uninitialised array of that shape; the previous one is overwritten."""
@@ -171,7 +179,7 @@ def bind_attention(
     by_head = (shape.num_kv_heads, group, shape.head_dim, num_tokens)
     query_heads, out_heads = queries.reshape(by_head), out.reshape(by_head)
     source_queries = source[:width]
-    result = np.empty(by_head[:3], np.float32)
+    result = scratch.one_result(by_head[:3])
     result_column = result.reshape(width)
 
     def attend() -> None:

@@ -44,6 +44,9 @@ from worker.backends.protocol import BackendError, FloatArray, ModelPlan
 
 Call = Callable[[], None]
 
+#: What reads no weight of its own layer: layers that use the same buffers share one call.
+_REPEATED: Final = frozenset({Opcode.ROPE, Opcode.SILU_MUL, Opcode.ADD, Opcode.GELU})
+
 #: Between the two parts: what gives rows other than tokens.
 _SELECTING: Final = frozenset({Opcode.LAST_ROWS, Opcode.MEAN_POOL})
 
@@ -100,6 +103,7 @@ class CompiledProgram:
     rows_of: dict[int, Rows]
     buffer_of: dict[Rows, dict[int, int]]
     buffers: dict[Rows, RowBuffers]
+    vectors: dict[int, FloatArray] = field(default_factory=dict)  # one-dimensional weights, by handle
 
 
 @dataclass(slots=True)
@@ -108,6 +112,7 @@ class _Staged:
 
     staging: Staging
     value: int = NO_VALUE
+    calls: dict[int, Call] = field(default_factory=dict)  # that stage a view, by its identity
 
 
 class ProgramBinder:
@@ -120,6 +125,8 @@ class ProgramBinder:
         self._calls: list[Call] = []
         self._staged: dict[tuple[Hashable, int], _Staged] = {}  # by kind and width
         self._scratch: dict[tuple[int, ...], FloatArray] = {}  # by shape
+        self._views: dict[int, FloatArray] = {}  # by buffer
+        self._repeated: dict[Hashable, Call] = {}
         self._rope_tables: dict[tuple[int, float], RopeTable] = {}
         self._table_waits: list[Call] = []  # for the weights that tables are made of
         self._token_ids = np.zeros(num_rows, np.int64)
@@ -172,13 +179,25 @@ class ProgramBinder:
             Opcode.ENCODER_ATTENTION: self._bind_encoder_attention,
             Opcode.L2_NORMALISE: self._bind_l2_normalise,
         }
-        call = binders[operation.opcode](operation)
+        call = self._bind_once(operation, binders[operation.opcode])
         if call is not None:
             self._calls.append(call)
         # The value was written: what was staged of it before is stale.
         for staged in self._staged.values():
             if staged.value == operation.out:
                 staged.value = NO_VALUE
+
+    def _bind_once(self, operation: Operation, bind: Callable[[Operation], Call | None]) -> Call | None:
+        """What ``bind`` makes. Layers do the same to the same buffers: where no weight is read, in one object, since
+        every object that a zygote binds is in the page tables of all its workers."""
+        if operation.opcode not in _REPEATED:
+            return bind(operation)
+        buffers = tuple(id(self._columns(value)) for value in (*operation.inputs, operation.out) if value != NO_VALUE)
+        key = (operation.opcode, buffers, operation.tensors, operation.ints, operation.floats)
+        call = self._repeated.get(key)
+        if call is None and (call := bind(operation)) is not None:
+            self._repeated[key] = call
+        return call
 
     def _wait_weights(self, operation: Operation) -> None:
         """Where weights are still being filled in, the first step waits for each before the operation that reads it.
@@ -191,8 +210,10 @@ class ProgramBinder:
     def _columns(self, value: int) -> FloatArray:
         """Feature-major view ``[width, rows]`` of a value."""
         buffer = self._compiled.buffer_of[self._rows][value]
-        buffers = self._compiled.buffers[self._rows]
-        return buffers.view(buffer, self._num_rows)
+        found = self._views.get(buffer)
+        if found is None:
+            found = self._views[buffer] = self._compiled.buffers[self._rows].view(buffer, self._num_rows)
+        return found
 
     def _heads(self, value: int, column: int, num_heads: int, head_dim: int) -> FloatArray:
         columns = self._columns(value)[column : column + num_heads * head_dim]
@@ -207,8 +228,12 @@ class ProgramBinder:
 
     def _vector(self, operation: Operation, position: int = 0) -> FloatArray:
         """A one-dimensional weight as float32."""
-        data = self._compiled.plan.tensors[operation.tensors[position]].data
-        return np.ascontiguousarray(data, np.float32)
+        handle = operation.tensors[position]
+        found = self._compiled.vectors.get(handle)
+        if found is None:
+            data = self._compiled.plan.tensors[handle].data
+            found = self._compiled.vectors[handle] = np.ascontiguousarray(data, np.float32)
+        return found
 
     def _bind_embed(self, operation: Operation) -> Call:
         table = self._compiled.plan.tensors[operation.tensors[0]]
@@ -244,7 +269,8 @@ class ProgramBinder:
 
     def _bind_rms_norm(self, operation: Operation) -> Call:
         source, out = self._columns(operation.inputs[0]), self._columns(operation.out)
-        return bind_rms_norm(source, self._vector(operation), operation.floats[0], out)
+        factors = self._take_scratch((1, self._num_rows))
+        return bind_rms_norm(source, self._vector(operation), operation.floats[0], out, factors)
 
     def _bind_head_rms_norm(self, operation: Operation) -> Call:
         heads = self._heads(operation.out, *operation.ints[:3])
@@ -268,7 +294,10 @@ class ProgramBinder:
             staged = self._staged[key] = _Staged(weight.make_staging((len(columns), self._num_rows)))
         if staged.value != value:
             staged.value = value
-            self._calls.append(staged.staging.bind_stage(columns))
+            call = staged.calls.get(id(columns))  # views live as long as this binder
+            if call is None:
+                call = staged.calls[id(columns)] = staged.staging.bind_stage(columns)
+            self._calls.append(call)
         return staged.staging
 
     def _bind_rope(self, operation: Operation) -> Call:

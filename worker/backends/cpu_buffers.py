@@ -105,6 +105,21 @@ def transpose_into(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
         target[:, begin:end] = source[begin:end].T
 
 
+class TensorMemo:
+    """NumKong tensors over arrays, one for each memory and shape: one takes 1 KiB, and products share results."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, tuple[int, ...], str], Any] = {}
+
+    def wrap(self, array: npt.NDArray[Any]) -> Any:
+        """As :func:`wrap_array`."""
+        key = (array.ctypes.data, array.shape, array.dtype.str)
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = wrap_array(array)
+        return found
+
+
 def wrap_array(array: npt.NDArray[Any]) -> Any:
     """A NumKong tensor over the memory of a contiguous ``array``, which it keeps alive."""
     return _from_pointer(array.ctypes.data, array.shape, array.dtype.name, owner=array)

@@ -16,7 +16,7 @@ import numkong
 import numpy as np
 import numpy.typing as npt
 
-from worker.backends.cpu_buffers import transpose_into, wrap_array
+from worker.backends.cpu_buffers import TensorMemo, transpose_into, wrap_array
 from worker.backends.cpu_folding import FoldedRows, choose_fold, fold_weight
 from worker.backends.protocol import BackendError, FloatArray, WeightTensor
 from worker.backends.thread_governor import ThreadGovernor, compute_stall_ns
@@ -87,15 +87,27 @@ def bind_weight(tensor: WeightTensor, governor: ThreadGovernor) -> LinearWeight:
     raise BackendError(f"{tensor.name}: dtype {data.dtype} (this backend runs bfloat16, int8 and float32)")
 
 
-def _bind_product(
-    weight: npt.NDArray[Any], staging: Any, out: npt.NDArray[Any], num_rows: int, governor: ThreadGovernor
-) -> Call:
-    """``out`` = ``weight`` times the packed activation, of so many rows, timed for the governor."""
-    stall_ns = compute_stall_ns(weight.nbytes, num_rows)
-    fold = choose_fold(weight, num_rows, governor.max_threads)
-    left = wrap_array(fold_weight(weight, fold))
-    result = wrap_array(out.reshape(len(left), -1))
+class _FoldedWeight:
+    """A weight as a left operand, folded as the number of rows wants it; each fold is wrapped once."""
 
+    def __init__(self, data: npt.NDArray[Any], governor: ThreadGovernor) -> None:
+        self.data = data
+        self._governor = governor
+        self._tensors = TensorMemo()
+
+    def choose_fold(self, num_rows: int) -> int:
+        """See :func:`~worker.backends.cpu_folding.choose_fold`."""
+        return choose_fold(self.data, num_rows, self._governor.max_threads)
+
+    def bind_product(self, staging: Any, out: npt.NDArray[Any], num_rows: int) -> Call:
+        """``out`` = the weight times the packed activation, of so many rows, timed for the governor."""
+        stall_ns = compute_stall_ns(self.data.nbytes, num_rows)
+        left = self._tensors.wrap(fold_weight(self.data, self.choose_fold(num_rows)))
+        result = staging.tensors.wrap(out.reshape(len(left), -1))
+        return _bind_timed(left, staging, result, stall_ns, self._governor)
+
+
+def _bind_timed(left: Any, staging: Any, result: Any, stall_ns: int, governor: ThreadGovernor) -> Call:
     def multiply() -> None:
         begin_ns = _clock_ns()
         _dots_packed(left, staging.packed, out=result, threads=governor.num_threads)
@@ -138,6 +150,7 @@ class _Bfloat16Row:
     """Float32 activations of one token, rounded to bf16 and packed."""
 
     def __init__(self, width: int, fold: int) -> None:
+        self.tensors = TensorMemo()  # of what products write
         self.packed: Any = None
         self._folded = FoldedRows((1, width), np.dtype(ml_dtypes.bfloat16), fold)
         self._rounded = wrap_array(self._folded.rows)
@@ -158,6 +171,7 @@ class _Bfloat16Columns:
 
     def __init__(self, shape: tuple[int, int], fold: int) -> None:
         columns = np.empty(shape, ml_dtypes.bfloat16)
+        self.tensors = TensorMemo()  # of what products write
         self.packed: Any = None
         self._folded = FoldedRows(shape[::-1], np.dtype(ml_dtypes.bfloat16), fold)
         self._columns = wrap_array(columns)
@@ -177,24 +191,24 @@ class _Bfloat16Columns:
 
 class _Bfloat16Weight:
     def __init__(self, data: npt.NDArray[Any], governor: ThreadGovernor) -> None:
-        self._data = data
-        self._governor = governor
+        self._weight = _FoldedWeight(data, governor)
 
     def describe_staging(self, num_tokens: int) -> Hashable:
-        return "bfloat16", choose_fold(self._data, num_tokens, self._governor.max_threads)
+        return "bfloat16", self._weight.choose_fold(num_tokens)
 
     def make_staging(self, shape: tuple[int, int]) -> Staging:
-        fold = choose_fold(self._data, shape[1], self._governor.max_threads)
+        fold = self._weight.choose_fold(shape[1])
         return _Bfloat16Row(shape[0], fold) if shape[1] == 1 else _Bfloat16Columns(shape, fold)
 
     def bind(self, staging: Any, out: FloatArray) -> Call:
-        return _bind_product(self._data, staging, out, out.shape[1], self._governor)
+        return self._weight.bind_product(staging, out, out.shape[1])
 
 
 class _Int8Row:
     """One token's activations as two int8 numbers each (see :class:`_Int8Columns`), in the fewest calls."""
 
     def __init__(self, width: int, fold: int) -> None:
+        self.tensors = TensorMemo()  # of what products write
         self.packed: Any = None
         self.scale = 0.0  # value = (coarse + fine / _FINE_STEPS) * scale
         self._parts = np.empty((2, width), np.float32)
@@ -238,6 +252,7 @@ class _Int8Columns:
 
     def __init__(self, shape: tuple[int, int], fold: int) -> None:
         width, num_tokens = shape
+        self.tensors = TensorMemo()  # of what products write
         self.packed: Any = None
         self.scales = np.empty((2, num_tokens), np.float32)  # value = coarse * scales[0] + fine * scales[1]
         self._parts = np.empty((2, num_tokens, width), np.float32)
@@ -296,28 +311,24 @@ def _take_results(
 
 class _Int8Weight:
     def __init__(self, data: npt.NDArray[np.int8], scale: FloatArray, governor: ThreadGovernor) -> None:
-        self._data = data
+        self._weight = _FoldedWeight(data, governor)
         self._scale = np.ascontiguousarray(scale, np.float32)
-        self._governor = governor
 
     def describe_staging(self, num_tokens: int) -> Hashable:
-        return "int8", self._choose_fold(num_tokens)
+        return "int8", self._weight.choose_fold(2 * num_tokens)
 
     def make_staging(self, shape: tuple[int, int]) -> Staging:
-        fold = self._choose_fold(shape[1])
+        fold = self._weight.choose_fold(2 * shape[1])
         return _Int8Row(shape[0], fold) if shape[1] == 1 else _Int8Columns(shape, fold)
 
     def bind(self, staging: Any, out: FloatArray) -> Call:
         accumulators, _ = staging.results(len(out))
-        accumulate = _bind_product(self._data, staging, accumulators, 2 * out.shape[1], self._governor)
+        accumulate = self._weight.bind_product(staging, accumulators, 2 * out.shape[1])
         if out.shape[1] == 1:
             return self._bind_row(staging, out[:, 0], accumulate)
         if out.shape[1] <= _RECOMBINED_TOKENS:
             return self._bind_few(staging, out, accumulate)
         return self._bind_many(staging, out, accumulate)
-
-    def _choose_fold(self, num_tokens: int) -> int:
-        return choose_fold(self._data, 2 * num_tokens, self._governor.max_threads)
 
     def _bind_row(self, staging: _Int8Row, out: FloatArray, accumulate: Call) -> Call:
         accumulators, products = (array.reshape(-1) for array in staging.results(len(out)))

@@ -6,6 +6,7 @@ Each ``bind_`` function returns a call without arguments that allocates nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -58,8 +59,14 @@ def bind_embed(table: WeightTensor, token_ids: npt.NDArray[np.int64], out: Float
     raise BackendError(f"{table.name}: dtype {data.dtype} cannot be an embedding table")
 
 
-def bind_rms_norm(source: FloatArray, weight: FloatArray, epsilon: float, out: FloatArray) -> Call:
-    """RMS norm of each column of ``source`` ``[D, T]``; ``out`` is another buffer."""
+@functools.cache
+def _ones(width: int) -> FloatArray:
+    """``[1, width]``, the same for all norms of all steps."""
+    return np.ones((1, width), np.float32)
+
+
+def bind_rms_norm(source: FloatArray, weight: FloatArray, epsilon: float, out: FloatArray, factors: FloatArray) -> Call:
+    """RMS norm of each column of ``source`` ``[D, T]``; ``out`` is another buffer, ``factors`` ``[1, T]`` scratch."""
     width, num_tokens = source.shape
     if num_tokens == 1:
         vector, result = source[:, 0], out[:, 0]
@@ -72,8 +79,7 @@ def bind_rms_norm(source: FloatArray, weight: FloatArray, epsilon: float, out: F
         return normalise_one
 
     column_weight = weight[:, None]
-    factors = np.empty((1, num_tokens), np.float32)
-    ones = np.ones((1, width), np.float32)
+    ones = _ones(width)
 
     def normalise() -> None:
         np.multiply(source, source, out)
