@@ -34,7 +34,8 @@ WARM_UP_S: Final = 5.0
 SAMPLE_EVERY_S: Final = 5.0
 MAX_TOKENS: Final = 16
 #: Small, so that the prefix cache is full, and the worker's memory flat, within the first minute.
-KV_BUDGET_BYTES: Final = 256 * 1024 * 1024
+KV_BUDGET_MIB: Final = 256.0
+MIB: Final = 1024 * 1024
 SUBJECTS: Final = ("France", "Italy", "Japan", "Egypt", "Spain", "Canada", "Greece", "India", "Kenya", "Peru")
 QUESTIONS: Final = ("What is the capital of", "Which language is spoken in", "Name a large river of", "Where is")
 
@@ -184,7 +185,8 @@ def soak(state_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
         words = ["build", options.source, "--name", options.model, "--state-dir", str(state_dir), "--dev"]
         subprocess.run([*glowplug_command(), *words], check=True, stdout=subprocess.DEVNULL)
     config = state_dir / "soak.yaml"
-    config.write_text(f"defaults: {{kv_budget_bytes: {KV_BUDGET_BYTES}, idle_timeout_s: 600}}\n")
+    kv_budget_bytes = int(options.kv_budget_mib * MIB)
+    config.write_text(f"defaults: {{kv_budget_bytes: {kv_budget_bytes}, idle_timeout_s: 600}}\n")
     with Server(state_dir, "--config", str(config), log=state_dir / "serve.log") as server:
         server.wait_ready()
         server.wait_listed(options.model)
@@ -201,6 +203,7 @@ def run_soak(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--source", default=SOURCE, help="what to build, as for glowplug build")
     parser.add_argument("--model", default=MODEL, help="its name; one that the state folder has is not built again")
+    parser.add_argument("--kv-budget-mib", type=float, default=KV_BUDGET_MIB, help="a full cache grows no more")
     parser.add_argument("--state-dir", type=Path, help="default: a temporary folder")
     parser.add_argument("--json", type=Path, help="write the figures and all samples here")
     options = parser.parse_args(arguments)

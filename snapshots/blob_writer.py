@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from snapshots import chunks
 from snapshots.blob_reference import MAX_BLOB_BYTES, BlobEncryption, BlobRef
-from snapshots.errors import StoreError
+from snapshots.errors import StoreError, describe_disk_error
 from snapshots.fs_verity import VerityHasher
 from snapshots.keyring import KeyRing
 
@@ -59,7 +59,7 @@ class BlobFile:
         try:
             write_fully(self._fd, data)
         except OSError as error:
-            raise StoreError(f"cannot write {len(data)} bytes to {self._path}: {error.strerror}") from error
+            raise StoreError(f"cannot write {len(data)} bytes to {self._path}: {describe_disk_error(error)}") from error
 
     def sync(self) -> None:
         """Make what was written durable, still without a name.
@@ -71,7 +71,7 @@ class BlobFile:
             os.fchmod(self._fd, _FILE_MODE)
             os.fsync(self._fd)
         except OSError as error:
-            raise StoreError(f"cannot finish blob {self._path}: {error.strerror}") from error
+            raise StoreError(f"cannot finish blob {self._path}: {describe_disk_error(error)}") from error
 
     def publish(self, ref: BlobRef) -> None:
         """Move the file, synced, to its address.
@@ -82,7 +82,7 @@ class BlobFile:
         try:
             self._store.publish_blob(self._path, ref)
         except OSError as error:
-            raise StoreError(f"cannot publish blob {self._path}: {error.strerror}") from error
+            raise StoreError(f"cannot publish blob {self._path}: {describe_disk_error(error)}") from error
 
 
 class BlobWriter:
@@ -211,7 +211,7 @@ def create_locked_file(path: Path) -> int:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise StoreError(f"cannot create {path}: {error.strerror}") from error
+        raise StoreError(f"cannot create {path}: {describe_disk_error(error)}") from error
     return fd
 
 

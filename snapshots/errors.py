@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+from typing import Final
+
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def describe_disk_error(error: OSError) -> str:
+    """What the disk said; where it is full, what to do about that."""
+    words = error.strerror or str(error)
+    remedy = "; nothing half-written was left: make room (`glowplug gc` deletes what no snapshot names), then try again"
+    return words + remedy if error.errno in _NO_ROOM else words
 
 
 class SnapshotError(Exception):

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 from snapshots import chunks, fs_verity, verification
 from snapshots.blob_reference import BlobRef
 from snapshots.blob_writer import TMP_PREFIX, BlobFile, BlobWriter, create_locked_file, write_fully
-from snapshots.errors import SnapshotError, SnapshotNotFound, StoreError
+from snapshots.errors import SnapshotError, SnapshotNotFound, StoreError, describe_disk_error
 from snapshots.keyring import KeyRing
 from snapshots.manifest import MAX_MANIFEST_BYTES, NAME, Manifest, open_manifest, seal_manifest
 from snapshots.regular_files import open_regular_file
@@ -179,7 +179,7 @@ class SnapshotStore:
                 tmp_path.rename(target)
                 _sync_folder(self._manifests)
         except OSError as error:
-            raise StoreError(f"cannot write manifest {target}: {error.strerror}") from error
+            raise StoreError(f"cannot write manifest {target}: {describe_disk_error(error)}") from error
         finally:
             os.close(fd)
             tmp_path.unlink(missing_ok=True)
@@ -371,7 +371,7 @@ def _ensure_folder(path: Path, *, may_be_symlink: bool = False) -> None:
         path.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
         is_folder = stat.S_ISDIR((path.stat() if may_be_symlink else path.lstat()).st_mode)
     except OSError as error:
-        raise StoreError(f"cannot make folder {path}: {error.strerror}") from error
+        raise StoreError(f"cannot make folder {path}: {describe_disk_error(error)}") from error
     if not is_folder:
         raise StoreError(f"{path} is a symlink; the store does not follow it. Remove it")
 

@@ -22,7 +22,7 @@ import msgspec
 from snapshots import chunks
 from snapshots.blob_reference import SALT_BYTES
 from snapshots.blob_writer import write_fully
-from snapshots.errors import SnapshotError, TransportError
+from snapshots.errors import SnapshotError, TransportError, describe_disk_error
 from snapshots.keyring import KeyRing
 from snapshots.manifest import NAME, Manifest, open_manifest, seal_manifest
 from snapshots.packed_chunks import ChunkPacker, ChunkUnpacker, ExportCiphers
@@ -227,4 +227,4 @@ def _new_file(target: Path) -> Iterator[int]:
     except SnapshotError:
         raise
     except OSError as error:
-        raise TransportError(f"cannot write {target}: {error.strerror}") from error
+        raise TransportError(f"cannot write {target}: {describe_disk_error(error)}") from error

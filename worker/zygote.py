@@ -10,6 +10,7 @@ reason, the kernel kills its workers (PR_SET_PDEATHSIG). No worker can outlive i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -194,8 +195,9 @@ class Zygote:
         except BaseException:  # whatever it is, it must not run on into the zygote's loop
             structlog.get_logger().exception("worker crashed", worker_id=order.worker_id, model=order.model)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):  # a full disk must not let the child run on, either
+                    stream.flush()
             os._exit(code)
 
     def _signal(self, worker_id: str, number: int) -> None:

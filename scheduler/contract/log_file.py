@@ -2,7 +2,8 @@
 
 A line is one ``write`` to a file opened for appending, so lines of several processes do not mix. Whoever finds the
 file too large renames it, under a lock; the others notice (the name is another file now) and open the new one. A full
-disk, or a folder that cannot be written, must not stop serving: then lines go to stderr only.
+disk, or a folder that cannot be written, must not stop serving: then lines go to stderr only, until there is room. A
+line that only part of was written is closed by a line break before the next one.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class LogFile:
         self._max_bytes = max_bytes
         self._check_every_lines = check_every_lines
         self._lines = 0
+        self._is_torn = False  # the last line of ours lacks its end
         self._fd = -1
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._fd = self._open()
 
     def write_line(self, line: str) -> None:
@@ -39,15 +40,19 @@ class LogFile:
             if self._lines % self._check_every_lines == 0:
                 self._ensure_current()
             if self._fd >= 0:
-                os.write(self._fd, line.encode("utf-8", "replace") + b"\n")
+                data = (b"\n" if self._is_torn else b"") + line.encode("utf-8", "replace") + b"\n"
+                num_written = os.write(self._fd, data)
+                self._is_torn = num_written < len(data) and (num_written > 0 or self._is_torn)
 
     def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(self.path, flags, 0o600)
 
     def _ensure_current(self) -> None:
         """Rotate a file that is too large; follow one that another process has rotated."""
         if self._fd < 0:
+            self._fd = self._open()
             return
         own = os.fstat(self._fd)
         if own.st_size > self._max_bytes:
@@ -61,7 +66,7 @@ class LogFile:
         if not self._is_under_name(own):
             fresh = self._open()
             os.close(self._fd)
-            self._fd = fresh
+            self._fd, self._is_torn = fresh, False
 
     def _is_under_name(self, own: os.stat_result) -> bool:
         try:

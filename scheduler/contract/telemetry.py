@@ -5,11 +5,12 @@ A *mark* is a monotonic instant written by the process that saw it; a *phase* is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TextIO, cast
 
 import structlog
 
@@ -111,6 +112,21 @@ class Metric(StrEnum):
 SECURITY_EVENT: Final = "security"
 
 
+class _LossyStream:
+    """What lines are written to. A line that cannot be written (full disk, closed pipe) is lost; it ends nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream was closed
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 def configure_logging(
     *, component: str, level: str = "info", log_format: str = "auto", log_dir: Path | None = None
 ) -> None:
@@ -134,7 +150,7 @@ def configure_logging(
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _LossyStream(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(component=component)

@@ -25,7 +25,6 @@ from worker.build.snapshot_builder import build_snapshot
 from worker.stopped_workers import StoppedWorkers, read_state
 
 LONG = {"max_tokens": 100, "num_choices": 8}
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @pytest.fixture
@@ -103,24 +102,40 @@ async def test_a_second_sigterm_ends_a_workers_drain_at_once(host: Host) -> None
         assert (terminal.error, terminal.usage.completion_tokens) == (None, 800)
 
 
+#: Where a control group for memory may be made, and the file of its limit: version 2, then version 1.
+MEMORY_GROUPS = ((Path("/sys/fs/cgroup"), "memory.max"), (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"))
+
+
 @contextmanager
-def small_cgroup(pid: int) -> Iterator[bool]:
-    """``pid`` in a control group with hardly any memory; False where no group can be made (no cgroup 2, no rights)."""
-    group = CGROUPS / f"glowplug-test-{os.getpid()}"
-    is_made = False
-    try:
-        if (CGROUPS / "cgroup.controllers").exists():
+def small_cgroup(pid: int) -> Iterator[Path | None]:
+    """``pid`` in a control group with hardly any memory; None where none can be made (no controller, no rights)."""
+    made: list[Path] = []
+    joined: Path | None = None
+    for parent, limit_file in MEMORY_GROUPS:
+        group = parent / f"glowplug-test-{os.getpid()}"
+        if not (parent / "cgroup.procs").exists():
+            continue  # no control group file system
+        try:
             group.mkdir()
-            is_made = True
-            (group / "memory.max").write_text(str(64 << 10))
+            made.append(group)
+            (group / limit_file).write_text(str(64 << 10))  # fails where the controller is not on
             (group / "cgroup.procs").write_text(str(pid))
-    except OSError:
-        is_limited = False
-    else:
-        is_limited = is_made
-    yield is_limited
-    if is_made:
-        group.rmdir()
+        except OSError:
+            continue
+        joined = group
+        break
+    try:
+        yield joined
+    finally:
+        for group in made:
+            group.rmdir()
+
+
+def count_oom_kills(group: Path) -> int:
+    """How many processes the kernel has killed in ``group`` for want of memory."""
+    names = ("memory.events", "memory.oom_control")
+    text = next((group / name).read_text() for name in names if (group / name).exists())
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("oom_kill ")))
 
 
 async def test_a_worker_that_is_killed_for_memory_is_replaced(host: Host) -> None:
@@ -128,9 +143,11 @@ async def test_a_worker_that_is_killed_for_memory_is_replaced(host: Host) -> Non
     first = await host.spawn("w1")
     undisturbed, _ = await host.ask("calm", **LONG)
     storm = await host.stop_in_mid_stream(first.pid, **LONG)
-    with small_cgroup(first.pid) as is_limited:
-        os.kill(first.pid, signal.SIGCONT if is_limited else signal.SIGKILL)
+    with small_cgroup(first.pid) as group:
+        print(f"killed by {'its signal' if group is None else f'the kernel, in {group}'}")
+        os.kill(first.pid, signal.SIGKILL if group is None else signal.SIGCONT)
         lost = await host.wait_change("w1", "failed", exited=True)
+        assert group is None or count_oom_kills(group) == 1
     assert lost.error is not None
     assert "SIGKILL" in lost.error.message
     assert "memory" in lost.error.message
