@@ -105,6 +105,10 @@ class Metric(StrEnum):
     SEALED_BYTES = "glowplug_sealed_bytes"  # labels: model
     KV_BYTES = "glowplug_kv_bytes"  # labels: model, kind (used|cached|budget)
     PREFIX_TOKENS = "glowplug_prefix_tokens"  # labels: model, kind (prompt|cached)
+    BATCH_ANSWERS_TOTAL = "glowplug_batch_answers_total"  # labels: model, outcome (completed|failed)
+    BATCHES = "glowplug_batches"  # labels: status
+    BATCH_LINES = "glowplug_batch_lines"  # labels: model, state (waiting|in_flight|completed|failed)
+    BATCH_OLDEST_AGE = "glowplug_batch_oldest_age_seconds"  # labels: status
     SECURITY_EVENTS_TOTAL = "glowplug_security_events_total"  # labels: kind
 
 

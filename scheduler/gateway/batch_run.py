@@ -87,7 +87,7 @@ class BatchRun:
 
     async def _reach(self, status: str, **changes: object) -> None:
         reached_at = {**self._record.reached_at, status: int(time.time())}
-        await self._change(status=status, reached_at=reached_at, waits_for="", **changes)
+        await self._change(status=status, reached_at=reached_at, waits_for="", in_flight=0, **changes)
         _log.info("batch_status", batch_id=self._record.id, status=status, run=self._run)
 
     async def _fail(self, *errors: LineError) -> None:
@@ -175,6 +175,9 @@ class BatchRun:
         for task in ended:
             del self._tasks[task]
         num_completed = sum(ok for _, ok, _ in rows)
+        model = self._record.model if self._record.model in self._gateway.directory.cards else None
+        for _, ok, _ in rows:
+            self._gateway.metrics.on_batch_line(model, ok=ok)
         self._progress_mono_s = time.monotonic()
         self._record = msgspec.structs.replace(
             self._record,
@@ -192,7 +195,8 @@ class BatchRun:
         if now_mono_s - self._saved_mono_s < TURN_S and not is_starved:
             return False
         await asyncio.to_thread(file.sync)
-        await self._change(waits_for=waits_for, is_promoted=self._record.is_promoted or is_starved)
+        is_promoted = self._record.is_promoted or is_starved
+        await self._change(waits_for=waits_for, in_flight=len(self._tasks), is_promoted=is_promoted)
         if is_starved:
             _log.warning("batch_promoted", batch_id=self._record.id, waited_s=round(max_wait_s))
         return is_starved

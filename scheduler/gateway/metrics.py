@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from scheduler.contract.messages import StatusReport, Trace
 from scheduler.contract.telemetry import Metric
+from scheduler.gateway.batch_sums import UNKNOWN_MODEL, BatchSums
 from scheduler.gateway.traces import COLD_START_NAMES, compute_ttft_ms
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ PHASE_BUCKETS_S: Final = (
 DELIVERY_BUCKETS_S: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 #: Monotonic clocks of different hosts do not compare; a delivery time beyond this says so and is dropped.
 MAX_DELIVERY_S: Final = 60.0
-UNKNOWN_MODEL: Final = "unknown"
 
 
 class GatewayMetrics:
@@ -55,6 +55,10 @@ class GatewayMetrics:
         """A request was refused for its key, or for having none."""
         self.ensure_ready().refused_keys.labels(reason).inc()
 
+    def on_batch_line(self, model: str | None, *, ok: bool) -> None:
+        """A line of a batch was answered, well or not. ``model`` None: it named none that exists."""
+        self.ensure_ready().batch_answers_total.labels(model or UNKNOWN_MODEL, "completed" if ok else "failed").inc()
+
     def on_delivery(self, sampled_mono_ns: int, written_mono_ns: int) -> None:
         """A step's tokens were written to a client's socket."""
         seconds = (written_mono_ns - sampled_mono_ns) / 1e9
@@ -74,12 +78,15 @@ class GatewayMetrics:
         made.tokens.labels(trace.model, "prompt").inc(prompt_tokens)
         made.tokens.labels(trace.model, "completion").inc(completion_tokens)
 
-    def render(self, status: StatusReport | None, security_counts: dict[str, int]) -> tuple[bytes, str]:
-        """The exposition text and its content type, with the fleet's gauges set from ``status``."""
+    def render(
+        self, status: StatusReport | None, security_counts: dict[str, int], batches: BatchSums | None = None
+    ) -> tuple[bytes, str]:
+        """The exposition text and its content type, with the fleet's gauges set from ``status`` and ``batches``."""
         from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
         made = self.ensure_ready()
         made.set_fleet(status)
+        made.set_batches(batches)
         made.security_counts = security_counts
         return generate_latest(made.registry), CONTENT_TYPE_LATEST
 
@@ -124,6 +131,12 @@ class _Instruments:
         self.prefix_tokens = gauge(
             Metric.PREFIX_TOKENS, "Prompt tokens of running workers, and how many were cached.", "model", "kind"
         )
+        self.batch_answers_total = counter(
+            Metric.BATCH_ANSWERS_TOTAL, "Lines of batches that this gateway answered.", "model", "outcome"
+        )
+        self.batches = gauge(Metric.BATCHES, "Batches under way.", "status")
+        self.batch_lines = gauge(Metric.BATCH_LINES, "Lines of batches under way.", "model", "state")
+        self.batch_oldest_age = gauge(Metric.BATCH_OLDEST_AGE, "Age of the oldest batch under way.", "status")
         self.security_counts: dict[str, int] = {}
         registry.register(self)
 
@@ -156,3 +169,16 @@ class _Instruments:
             self.kv_bytes.labels(worker.model, "budget").inc(worker.kv_budget_bytes)
             self.prefix_tokens.labels(worker.model, "prompt").inc(worker.prompt_tokens)
             self.prefix_tokens.labels(worker.model, "cached").inc(worker.cached_tokens)
+
+    def set_batches(self, sums: BatchSums | None) -> None:
+        """Replace the gauges of batches; None: they are not known now."""
+        for gauge in (self.batches, self.batch_lines, self.batch_oldest_age):
+            gauge.clear()
+        if sums is None:
+            return
+        for status, count in sums.batches.items():
+            self.batches.labels(status).set(count)
+        for (model, state), count in sums.lines.items():
+            self.batch_lines.labels(model, state).set(count)
+        for status, age_s in sums.oldest_s.items():
+            self.batch_oldest_age.labels(status).set(age_s)

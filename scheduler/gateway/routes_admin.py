@@ -7,6 +7,7 @@ connections only, unless GLOWPLUG_ADMIN=1, and ``/metrics`` answers everybody.
 from __future__ import annotations
 
 import ipaddress
+import time
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from aiohttp import web
 
 from scheduler.contract import keys
 from scheduler.contract.errors import ErrorCode, GlowplugError
+from scheduler.gateway.batch_sums import BatchSums, sum_batches
 from scheduler.gateway.errors import HttpError, redis_within
 from scheduler.gateway.gateway import GATEWAY
 from scheduler.gateway.identity import ANONYMOUS, IDENTITY
@@ -83,6 +85,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     """Prometheus text. Without Redis the gateway's own numbers are still given."""
     gateway = request.app[GATEWAY]
     security: dict[str, int] = {}
+    batches: BatchSums | None = None
     status = None
     redis: Any = gateway.redis  # redis-py types each reply as sync-or-async
     try:
@@ -90,8 +93,10 @@ async def get_metrics(request: web.Request) -> web.Response:
         status = gateway.directory.status
         async with redis_within(gateway.settings.redis_limit_s, "reading security counts"):
             raw = await redis.hgetall(keys.SECURITY_COUNTS)
+            under_way = await gateway.batches.find_all(await gateway.batches.list_active())
+        batches = sum_batches(under_way, gateway.directory.cards, time.time())
         security = {kind.decode(): int(count) for kind, count in raw.items()}
     except GlowplugError as error:
         _log.warning("metrics_without_fleet", error=error.info.message)
-    body, content_type = gateway.metrics.render(status, security)
+    body, content_type = gateway.metrics.render(status, security, batches)
     return web.Response(body=body, headers={"Content-Type": content_type})

@@ -337,3 +337,32 @@ async def test_a_batch_goes_on_at_another_gateway(gateway: GatewayHarness, redis
     assert done.status == "completed"
     assert [row["custom_id"] for row in rows] == [f"r{i}" for i in range(12)]
     assert done.to_dict()["model"] == MODEL
+
+
+async def test_metrics_tell_of_lines_and_ages(gateway: GatewayHarness) -> None:
+    """While lines are held: how many run, wait and are done; afterwards only the counter is left."""
+    held = Held()
+    gateway.worker.script = held
+    set_policy(gateway, batch_in_flight=3)
+    client = client_of(gateway)
+    lines = [batch_line(i) for i in range(8)] + [batch_line(8, temperature=9)]
+    batch = await submit(client, encode_lines(lines))
+
+    async def metrics() -> dict[str, float]:
+        text = (await client.with_options(base_url=gateway.url).get("/metrics", cast_to=str)).splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in text if line[0] != "#")}
+
+    async def told() -> dict[str, float] | None:
+        found = await metrics()
+        return found if found.get(f'glowplug_batch_lines{{model="{MODEL}",state="in_flight"}}') == 3 else None
+
+    found = await eventually(told, what="three lines in flight")
+    assert found[f'glowplug_batch_lines{{model="{MODEL}",state="waiting"}}'] == 6
+    assert found['glowplug_batches{status="in_progress"}'] == 1
+    assert 0 <= found['glowplug_batch_oldest_age_seconds{status="in_progress"}'] < 3600
+    held.gate.set()
+    assert (await wait_status(client, batch)).status == "completed"
+    after = await metrics()
+    assert after[f'glowplug_batch_answers_total{{model="{MODEL}",outcome="completed"}}'] == 8
+    assert after[f'glowplug_batch_answers_total{{model="{MODEL}",outcome="failed"}}'] == 1
+    assert not [name for name in after if name.startswith("glowplug_batches{")]
