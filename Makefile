@@ -3,23 +3,30 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
 PIP_QUIET := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench gpu-check fmt model guests clean
+.PHONY: help setup dev check test demo bench gpu-check fmt model guests clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## make .venv with glowplug (editable) and the development tools
+setup: $(STAMP)  ## make .venv with glowplug (editable)
+
+dev: $(DEV)  ## the same with the tools that tests and checks need
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_QUIET) --upgrade 'pip>=24'
-	$(BIN)/python -m pip install $(PIP_QUIET) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_QUIET) -c constraints.txt -e .
 	touch $(STAMP)
 
-check: setup  ## format, lint, types, import contracts, rebuilt guests equal the shipped ones, kernels are of their sources
+$(DEV): $(STAMP)
+	$(BIN)/python -m pip install $(PIP_QUIET) -c constraints.txt -e '.[dev]'
+	touch $(DEV)
+
+check: dev  ## format, lint, types, import contracts, rebuilt guests equal the shipped ones, kernels are of their sources
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -27,7 +34,7 @@ check: setup  ## format, lint, types, import contracts, rebuilt guests equal the
 	$(BIN)/python -m guests.build --check
 	$(BIN)/python -m worker.backends.kernels.build --check
 
-model: setup  ## fetch the real model that tests and demo use (once)
+model: dev  ## fetch the real model that tests and demo use (once)
 	$(BIN)/python tests/fetch_test_model.py
 
 test: model  ## the whole test suite; starts and stops its own servers
@@ -39,14 +46,14 @@ demo: setup  ## build the real model, wake it from zero, stream, scale to zero, 
 bench: model  ## measure over HTTP; writes loadtest/results/latest.json
 	$(BIN)/python -m loadtest bench $(BENCH_ARGS)
 
-gpu-check: setup  ## all that this machine can show of the GPU backend; writes loadtest/results/gpu/ where there is a GPU
+gpu-check: dev  ## all that this machine can show of the GPU backend; writes loadtest/results/gpu/ where there is a GPU
 	$(BIN)/python -m loadtest gpu-check $(GPU_ARGS)
 
-fmt: setup  ## format and fix what can be fixed
+fmt: dev  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-guests: setup  ## rebuild the shipped WebAssembly guests from C
+guests: dev  ## rebuild the shipped WebAssembly guests from C
 	$(BIN)/python -m guests.build
 
 clean:  ## remove .venv and caches

@@ -1,9 +1,25 @@
-"""``python -m loadtest demo|bench|batch-interference|chaos|streams|soak|engine-compare|waterfall|gpu-check``."""
+"""``python -m loadtest MODE``: one module a mode, imported when it is asked for."""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
+from typing import Final
+
+#: Module of this package and its function, which takes the rest of the command line and gives the exit status.
+MODES: Final = {
+    "demo": ("demo", "run_demo"),
+    "new-user": ("new_user", "run_new_user"),
+    "bench": ("bench", "run_bench"),
+    "batch-interference": ("batch_interference", "run_batch_interference"),
+    "chaos": ("chaos", "run_chaos"),
+    "streams": ("streams", "run_streams"),
+    "soak": ("soak", "run_soak"),
+    "engine-compare": ("engine_compare", "run_engine_compare"),
+    "waterfall": ("waterfall", "run_waterfall"),
+    "gpu-check": ("gpu_check", "run_gpu_check"),
+}
 
 
 def main() -> int:
@@ -11,45 +27,11 @@ def main() -> int:
     # A terminated measurement unwinds, so that the servers it started end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     mode, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if mode == "demo":
-        from loadtest.demo import run_demo
-
-        return run_demo(arguments)
-    if mode == "bench":
-        from loadtest.bench import run_bench
-
-        return run_bench(arguments)
-    if mode == "batch-interference":
-        from loadtest.batch_interference import run_batch_interference
-
-        return run_batch_interference(arguments)
-    if mode == "chaos":
-        from loadtest.chaos import run_chaos
-
-        return run_chaos(arguments)
-    if mode == "streams":
-        from loadtest.streams import run_streams
-
-        return run_streams(arguments)
-    if mode == "soak":
-        from loadtest.soak import run_soak
-
-        return run_soak(arguments)
-    if mode == "engine-compare":
-        from loadtest.engine_compare import run_engine_compare
-
-        return run_engine_compare(arguments)
-    if mode == "waterfall":
-        from loadtest.waterfall import run_waterfall
-
-        return run_waterfall(arguments)
-    if mode == "gpu-check":
-        from loadtest.gpu_check import run_gpu_check
-
-        return run_gpu_check(arguments)
-    modes = "demo|bench|batch-interference|chaos|streams|soak|engine-compare|waterfall|gpu-check"
-    print(f"usage: python -m loadtest {modes} [--help]", file=sys.stderr)
-    return 2
+    if mode not in MODES:
+        print(f"usage: python -m loadtest {'|'.join(MODES)} [--help]", file=sys.stderr)
+        return 2
+    module, function = MODES[mode]
+    return int(getattr(importlib.import_module(f"loadtest.{module}"), function)(arguments))
 
 
 if __name__ == "__main__":
