@@ -116,6 +116,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     text: str
     finish_reason: FinishReason | None = None
     logprob: TokenLogprob | None = None
+    stop_sequence: str | None = None  # the string of ``SamplingParams.stop`` that ended the choice, if one did
 
 
 class StepFrame(msgspec.Struct, frozen=True, array_like=True):

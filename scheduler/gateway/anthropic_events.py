@@ -57,17 +57,17 @@ def encode_anthropic_error(status: int, message: str, request_id: str) -> bytes:
 
 
 def build_message(
-    call: Call, request_id: str, content: list[dict[str, Any]], stop_reason: str | None, usage: UsageBody | None
+    call: Call, request_id: str, content: list[dict[str, Any]], stop: dict[str, str | None], usage: UsageBody | None
 ) -> dict[str, Any]:
-    """A message object."""
+    """A message object; ``stop`` is what :func:`build_stop` gives, or nothing while it is being written."""
     return {
         "id": f"msg_{request_id}",
         "type": "message",
         "role": "assistant",
         "model": call.card.name,
         "content": content,
-        "stop_reason": stop_reason,
-        "stop_sequence": None,
+        "stop_reason": stop.get("stop_reason"),
+        "stop_sequence": stop.get("stop_sequence"),
         "usage": build_message_usage(usage),
     }
 
@@ -84,13 +84,13 @@ def build_message_usage(usage: UsageBody | None) -> dict[str, int]:
 
 
 def build_finished_message(
-    call: Call, request_id: str, text: str, reason: FinishReason, usage: UsageBody
+    call: Call, request_id: str, text: str, reason: FinishReason, stop_sequence: str | None, usage: UsageBody
 ) -> dict[str, Any]:
     """The message of a call that is not streamed."""
     items = read_items(text, call.tools, choice_seed(request_id, 0))
     num_calls = sum(isinstance(item, ToolCall) for item in items)
     content = [_make_block(item) for item in items]
-    return build_message(call, request_id, content, stop_word(reason, num_calls), usage)
+    return build_message(call, request_id, content, build_stop(reason, stop_sequence, num_calls), usage)
 
 
 def _make_block(item: str | ToolCall) -> dict[str, Any]:
@@ -109,11 +109,13 @@ def _make_block(item: str | ToolCall) -> dict[str, Any]:
     }
 
 
-def stop_word(reason: FinishReason, num_calls: int) -> str:
-    """This dialect's word for why a message ended. A stop sequence counts as the end of the turn."""
+def build_stop(reason: FinishReason, stop_sequence: str | None, num_calls: int) -> dict[str, str | None]:
+    """Why a message ended, in this dialect's words. ``stop_sequence`` is the client's string that ended it, if any."""
     if reason is FinishReason.LENGTH:
-        return "max_tokens"
-    return "tool_use" if num_calls else "end_turn"
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
+    if stop_sequence is not None:
+        return {"stop_reason": "stop_sequence", "stop_sequence": stop_sequence}
+    return {"stop_reason": "tool_use" if num_calls else "end_turn", "stop_sequence": None}
 
 
 class MessageEventWriter:
@@ -127,9 +129,10 @@ class MessageEventWriter:
         self._num_calls = 0
         self._open: str | None = None  # the type of the block that is open
         self._reason = FinishReason.STOP
+        self._stop_sequence: str | None = None
 
     def opening(self) -> bytes:
-        return _event("message_start", message=build_message(self._call, self._request_id, [], None, None))
+        return _event("message_start", message=build_message(self._call, self._request_id, [], {}, None))
 
     def begin(self, part: int) -> bytes:
         return b""
@@ -139,12 +142,12 @@ class MessageEventWriter:
         for event in events:
             pieces += [self._tell(delta) for delta in read_deltas(self._parser, event)]
             if event.finish_reason is not None:
-                self._reason = event.finish_reason
+                self._reason, self._stop_sequence = event.finish_reason, event.stop_sequence
                 pieces.append(self._close_block())
         return b"".join(pieces)
 
     def ending(self, usage: UsageBody) -> bytes:
-        delta = {"stop_reason": stop_word(self._reason, self._num_calls), "stop_sequence": None}
+        delta = build_stop(self._reason, self._stop_sequence, self._num_calls)
         return _event("message_delta", delta=delta, usage=build_message_usage(usage)) + _event("message_stop")
 
     def done(self) -> bytes:

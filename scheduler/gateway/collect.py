@@ -47,6 +47,7 @@ class GatheredChoice:
     num_chars: int = 0
     logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
     finish_reason: FinishReason = FinishReason.STOP
+    stop_sequence: str | None = None
 
     @property
     def text(self) -> str:
@@ -78,7 +79,7 @@ class CollectedCall:
                 choice.texts.append(event.text)
                 choice.num_chars += len(event.text)
             if event.finish_reason is not None:
-                choice.finish_reason = event.finish_reason
+                choice.finish_reason, choice.stop_sequence = event.finish_reason, event.stop_sequence
 
     def _build_body(self) -> bytes:
         exchange = self._exchange
@@ -94,7 +95,8 @@ class CollectedCall:
             case Endpoint.RESPONSES:
                 return build_finished_response(call, request_id, created_at_s, first.text, first.finish_reason, usage)
             case Endpoint.MESSAGES:
-                return build_finished_message(call, request_id, first.text, first.finish_reason, usage)
+                ended = first.finish_reason, first.stop_sequence
+                return build_finished_message(call, request_id, first.text, *ended, usage)
             case _:
                 return self._build_legacy(call, created_at_s, usage)
 

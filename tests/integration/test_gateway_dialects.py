@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo
-from tests.gateway_fixtures import TOOL_TEMPLATE, GatewayHarness, end, make_card, run_gateway, say
+from scheduler.contract.messages import GenerateRequest, StepFrame, TokenEvent
+from scheduler.contract.states import FinishReason
+from tests.gateway_fixtures import TOOL_TEMPLATE, GatewayHarness, Publish, chat_body, end, make_card, run_gateway, say
 
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
@@ -163,6 +165,25 @@ async def test_a_message(gateway: GatewayHarness) -> None:
     assert (answer["usage"]["input_tokens"], answer["usage"]["output_tokens"]) == (5, 2)
     (seen,) = gateway.worker.seen
     assert (seen.sampling.stop, seen.sampling.max_tokens) == (("X",), 9)
+
+
+async def stop_at_x(request: GenerateRequest, publish: Publish) -> None:
+    """A worker whose text a stop string ends."""
+    publish(StepFrame((TokenEvent(0, 10, "Hello "),), 1))
+    publish(StepFrame((TokenEvent(0, 11, "", FinishReason.STOP, None, "X"),), 2))
+    publish(end())
+
+
+async def test_a_message_that_a_stop_sequence_ended_says_so(gateway: GatewayHarness) -> None:
+    """In the body and on the stream: the reason and the string; to OpenAI's clients it is a stop like any other."""
+    gateway.worker.script = stop_at_x
+    _, _, answer = await gateway.post(MESSAGES, tell(stop_sequences=["X", "Y"]))
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "X")
+    _, blocks = await gateway.stream(MESSAGES, tell(stop_sequences=["X", "Y"]))
+    (delta,) = [event["delta"] for event in named_events(blocks) if event["type"] == "message_delta"]
+    assert delta == {"stop_reason": "stop_sequence", "stop_sequence": "X"}
+    _, _, answer = await gateway.post("/v1/chat/completions", chat_body(stop=["X", "Y"]))
+    assert answer["choices"][0]["finish_reason"] == "stop"
 
 
 async def test_the_events_of_a_message_come_in_order(gateway: GatewayHarness) -> None:

@@ -190,6 +190,16 @@ def test_replay_of_a_finished_request_only_ends_it() -> None:
     assert again.final.usage.completion_tokens == len(tokens)
 
 
+def test_the_stop_string_that_ended_a_choice_is_named() -> None:
+    """With one string and among several; a stop token and an end by length name none."""
+    third = solo("5 6 7", greedy(8, ignore_eos=True)).token_ids()[2]
+    for stop in ((f"<{third}>",), ("<9999>", f"<{third}>", "never")):
+        events = solo("5 6 7", greedy(8, ignore_eos=True, stop=stop)).events
+        assert [event.stop_sequence for event in events] == [None, None, f"<{third}>"]
+    assert solo("5 6 7", greedy(2, ignore_eos=True, stop=("a", "b"))).events[-1].stop_sequence is None
+    assert solo("5 6 7", greedy(8, logit_bias={EOS: 1000.0}, stop=("a", "b"))).events[-1].stop_sequence is None
+
+
 def test_stop_string_and_stop_token_end_with_stop() -> None:
     """What the guest's stop rules end has reason stop, and the stop itself is not in the text."""
     free = solo("5 6 7", greedy(8, ignore_eos=True))

@@ -11,6 +11,7 @@ from worker.engine.grammar import Grammars
 from worker.engine.kv_cache import KvCache, count_request_blocks
 from worker.engine.sampling import Sampler
 from worker.engine.sequence import Choice, RunningRequest
+from worker.engine.stop_strings import find_stop_string
 from worker.engine.text import TextModel
 from worker.engine.types import EncodeRequest, EngineRequest
 from worker.loaded_model import LoadedModel
@@ -123,11 +124,9 @@ def _open_choice(running: RunningRequest, index: int, model: LoadedModel) -> Cho
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.plan.vocab_size,
     )
-    open_text = partial(
-        model.text.open_sequence,
-        params.stop,
-        ignore_stop_tokens=params.ignore_eos,
-        # A raw completion goes on where its prompt ends; a chat's answer is a text of its own.
-        keep_leading_space=running.request.add_special,
-    )
-    return Choice(index, running.prompt, running.max_tokens, sampler, open_text)
+    # A raw completion goes on where its prompt ends; a chat's answer is a text of its own.
+    keep_space, ignore_eos = running.request.add_special, params.ignore_eos
+    open_sequence = partial(model.text.open_sequence, ignore_stop_tokens=ignore_eos, keep_leading_space=keep_space)
+    open_plain_text = partial(model.text.open_sequence, (), ignore_stop_tokens=True, keep_leading_space=True)
+    find_stop = partial(find_stop_string, open_plain_text, params.stop)
+    return Choice(index, running.prompt, running.max_tokens, sampler, partial(open_sequence, params.stop), find_stop)

@@ -39,6 +39,7 @@ class Choice:
         max_tokens: int,
         sampler: Sampler,
         open_text: Callable[[], TextSequence],
+        find_stop: Callable[[list[int]], str | None] = lambda generated: None,
     ) -> None:
         self.index = index
         self.token_ids = list(prompt)
@@ -52,6 +53,8 @@ class Choice:
         self.num_remembered = 0  # blocks from the first on that prompts to come may share
         self.awaits_prefix = False  # gets the prompt's keys and values from the request's first choice
         self.finish_reason: FinishReason | None = None
+        self.stop_sequence: str | None = None  # the stop string that ended it
+        self._find_stop = find_stop
         self._num_prompt = len(prompt)
         self._max_tokens = max_tokens
         self._open_text = open_text
@@ -84,7 +87,7 @@ class Choice:
     def push(self, token_id: int, logprob: TokenLogprob | None) -> TokenEvent:
         """Append a sampled token; the event that it makes. Sets :attr:`finish_reason` where the choice ends."""
         text = self._advance(token_id)
-        return TokenEvent(self.index, token_id, text, self.finish_reason, logprob)
+        return TokenEvent(self.index, token_id, text, self.finish_reason, logprob, self.stop_sequence)
 
     def close(self) -> None:
         """Free the detokeniser's state. Idempotent."""
@@ -99,6 +102,7 @@ class Choice:
         pushed = self._push_text(token_id)
         if pushed.end is SequenceEnd.STOP_STRING:
             self.finish_reason = FinishReason.STOP
+            self.stop_sequence = self._find_stop(self.token_ids[self._num_prompt :])
             return pushed.text
         if pushed.end is SequenceEnd.STOP_TOKEN:
             self.finish_reason = FinishReason.STOP
