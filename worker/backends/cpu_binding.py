@@ -11,13 +11,8 @@ import numpy.typing as npt
 
 from guests.abi import NO_TENSOR, NO_VALUE, Opcode
 from guests.program import Operation
-from worker.backends.cpu_attention import (
-    AttentionScratch,
-    AttentionShape,
-    SequenceShare,
-    bind_attention,
-    bind_kv_append,
-)
+from worker.backends.cpu_attention import bind_attention, bind_kv_append
+from worker.backends.cpu_attention_scratch import AttentionScratch, AttentionShape, SequenceShare
 from worker.backends.cpu_buffers import RowBuffers
 from worker.backends.cpu_encoder import (
     bind_encoder_attention,

@@ -10,9 +10,10 @@ import numpy as np
 
 from guests.abi import Opcode, ProgramKind
 from worker.backends.cores import count_usable_cores
-from worker.backends.cpu_attention import AttentionScratch, SequenceShare
+from worker.backends.cpu_attention_scratch import AttentionScratch, SequenceShare
 from worker.backends.cpu_binding import StepTokens
 from worker.backends.cpu_buffers import transpose_into
+from worker.backends.cpu_folding import HAS_TILES
 from worker.backends.cpu_linear import LinearWeight, bind_weight
 from worker.backends.cpu_program import CpuProgram
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
@@ -76,7 +77,8 @@ class NumKongModel(KvBlocksModel):
     def __init__(self, plan: ModelPlan, num_threads: int) -> None:
         self._shares: list[SequenceShare] = []
         self._blocks = KvBlocks(plan.num_layers, plan.num_kv_heads, plan.head_dim, plan.context_length)
-        self._attention = AttentionScratch(num_threads)
+        is_rounded = any(tensor.data.dtype != np.float32 for tensor in plan.tensors)
+        self._attention = AttentionScratch(num_threads, rounds_long=HAS_TILES and is_rounded)
         tokens = StepTokens(self._shares, self._attention, memory=self._blocks)
         is_filling = any(tensor.wait_verified is not None for tensor in plan.tensors)
         self._governor = ThreadGovernor(num_threads, begins_single=is_filling)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from guests.abi import Opcode
-from worker.backends.cpu_attention import AttentionScratch
+from worker.backends.cpu_attention_scratch import AttentionScratch
 from worker.backends.cpu_binding import StepTokens
 from worker.backends.cpu_linear import LinearWeight, bind_weight
 from worker.backends.cpu_program import CpuProgram

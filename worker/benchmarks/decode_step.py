@@ -37,6 +37,7 @@ from worker.loaded_model import LoadedModel
 #: Modules whose calls into NumPy are a step's own, and what they call NumKong's functions.
 BACKEND_MODULES: Final = (
     "cpu_attention",
+    "cpu_attention_prompts",
     "cpu_binding",
     "cpu_buffers",
     "cpu_folding",

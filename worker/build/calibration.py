@@ -21,7 +21,7 @@ from guests.program import decode_program
 from guests.runtime import GuestEngine
 from guests.text import GuestText
 from worker.backends.cores import count_usable_cores
-from worker.backends.cpu_attention import AttentionScratch, SequenceShare
+from worker.backends.cpu_attention_scratch import AttentionScratch, SequenceShare
 from worker.backends.cpu_binding import StepTokens
 from worker.backends.cpu_linear import Staging
 from worker.backends.cpu_program import CpuProgram
