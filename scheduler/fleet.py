@@ -161,12 +161,13 @@ class Fleet:
             )
         elif known.state is not SlotState.DRAINING:
             self._set_state(change.model, change.worker_id, change.state)
+        if change.state is SlotState.READY:
+            model.wake_asked_s = None
         if change.state is SlotState.READY and not was_ready:
             model.crashes.on_ready(change.worker_id, now_s)
             self._on_ready(model, change.worker_id, now_s)
             model.failures = 0
             model.last_active_s = now_s
-            model.wake_asked_s = None
 
     def on_given_up(self, worker: WorkerView, error: ErrorInfo, now_s: float) -> None:
         """A worker was not ready in time."""
@@ -249,6 +250,11 @@ class Fleet:
                 found += [(name, node_id) for node_id in self._nodes]
         return found
 
+    def workers_in(self, name: str, state: SlotState) -> list[WorkerView]:
+        """A model's workers in ``state``."""
+        model = self._models.get(name)
+        return [worker for worker in model.workers.values() if worker.state is state] if model is not None else []
+
     # --- views ----------------------------------------------------------------------------------------------
 
     def model_names(self) -> list[str]:
@@ -318,7 +324,7 @@ class Fleet:
             last_active_s=model.last_active_s,
             reload_s=model.history.reload_s(weights_bytes),
             requests_per_s=model.history.requests_per_s(now_s),
-            in_flight=model.in_flight,
+            in_flight=model.in_flight + (model.wake_asked_s is not None),  # a wish brings a parked one back too
             is_wanted=self._is_wanted(name),
         )
 

@@ -44,6 +44,7 @@ from scheduler.contract.messages import (
     ModelOrder,
     ModelsChanged,
     NodeReport,
+    ParkWorker,
     PolicyChanged,
     PrefetchModel,
     SpawnWorker,
@@ -52,7 +53,7 @@ from scheduler.contract.messages import (
     WorkerChanged,
     WorkerReport,
 )
-from scheduler.contract.states import ModelAct
+from scheduler.contract.states import ModelAct, SlotState
 from scheduler.contract.telemetry import Mark
 from scheduler.dispatch import Dispatcher
 from scheduler.fleet import Fleet
@@ -250,12 +251,20 @@ class Scheduler:
         self._log.info("operator_order", model=model, act=act.value)
         if act is ModelAct.WAKE:
             self._fleet.on_wake_asked(model, now_s)
+            await self._park(self._fleet.workers_in(model, SlotState.PARKED), is_parked=False)
+        elif act is ModelAct.PARK:
+            await self._park(self._fleet.workers_in(model, SlotState.READY))
         elif act is ModelAct.UNLOAD:
             self._fleet.on_unload_asked(model)
         elif (node_id := choose_prefetch_node(self._fleet.view(), model)) is not None:
             await self._order(node_id, PrefetchModel(model, self._leadership.fencing_token))
         else:
             self._log.error("prefetch_without_room", model=model)
+
+    async def _park(self, workers: list[WorkerView], *, is_parked: bool = True) -> None:
+        for worker in workers:
+            order = ParkWorker(worker.worker_id, self._leadership.fencing_token, is_parked)
+            await self._order(worker.node_id, order)
 
     # --- reading ----------------------------------------------------------------------------------------------
 

@@ -77,8 +77,6 @@ def make_request(request_id: str, *, max_tokens: int = 12, **fields: Any) -> Gen
 class Host:
     """One agent process and the Redis it uses; plays scheduler and gateway. Close with ``async with``."""
 
-    command: tuple[str, ...] = (sys.executable, "-m", "worker", "agent")
-
     def __init__(self, redis_url: str, state_dir: Path, **env: str) -> None:
         self.redis: Redis = connect(redis_url)
         self.state_dir = state_dir
@@ -100,7 +98,7 @@ class Host:
     def start_agent(self) -> subprocess.Popen[bytes]:
         """A further agent process; the harness's own one is ``agent``."""
         with self.log.open("ab") as log:
-            self.agent = subprocess.Popen(self.command, env=self._env, stderr=log)
+            self.agent = subprocess.Popen([sys.executable, "-m", "worker", "agent"], env=self._env, stderr=log)
         return self.agent
 
     async def __aenter__(self) -> Host:

@@ -24,6 +24,7 @@ from scheduler.contract.messages import (
     ForgetModel,
     ModelCard,
     NodeReport,
+    ParkWorker,
     PrefetchModel,
     SpawnWorker,
     WorkerReport,
@@ -290,6 +291,8 @@ class NodeAgent:
                 forgotten = self._cache.forget(model)
                 self._log.info("model_forgotten" if forgotten else "model_in_use", model=model)
                 await keep_trying(self._beat, "reporting sealed bytes")
+            case ParkWorker(worker_id=worker_id, is_parked=is_parked):
+                await self._workers.park(worker_id, is_parked)
             case PrefetchModel(model=model):
                 self._start_task(self._prefetch(model), f"prefetch {model}")
 

@@ -21,7 +21,8 @@ from snapshots.errors import Incompatible, SnapshotError
 from snapshots.manifest import Manifest
 from worker.backends.choice import make_backend
 from worker.backends.encoder_protocol import BoundEncoder
-from worker.backends.protocol import BackendError, BoundModel
+from worker.backends.protocol import BackendError, BackendFull, BoundModel
+from worker.engine.parking import IdleParking
 from worker.engine.step_loop import StepLoop, bind_plan, make_step_loop
 from worker.engine.types import RequestStep
 from worker.prepared_models import InheritedModel
@@ -72,6 +73,7 @@ class EngineThread:
         self._attached = threading.Event()
         self._is_restored = threading.Event()
         self._engine: StepLoop | None = None
+        self._parking: IdleParking | None = None
         self._restored: RestoredModel | None = None  # keeps the mapping alive as long as the process
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -93,6 +95,11 @@ class EngineThread:
         """Make the engine stop after its present step; a restore under way goes on, to nobody's use. Any thread."""
         if self._engine is not None:
             self._engine.stop()
+
+    def park(self, is_parked: bool) -> None:
+        """Park the model once nothing runs, or bring it back; without effect where it cannot. Any thread."""
+        if self._parking is not None:
+            self._parking.ask(is_parked)
 
     def _main(self) -> None:
         error: Exception | None = None
@@ -123,6 +130,7 @@ class EngineThread:
         model, bound = self._warm_and_map()
         self._guest_engine.start_ticker()  # first: without it no deadline holds, and resuming calls the guest
         restored = self._restored = model.resume(secrets.randbits(63))
+        self._parking = IdleParking(bound, order.park_after_s, self._on_parked)
         engine = make_step_loop(
             restored.model,
             bound,
@@ -130,8 +138,7 @@ class EngineThread:
             kv_budget_bytes=order.kv_budget_bytes,
             max_draft_tokens=order.draft_tokens,
             on_steps=self._on_steps,
-            park_after_s=order.park_after_s,
-            on_parked=self._on_parked,
+            parking=self._parking,
         )
         self.marks[Mark.RESTORED] = time.monotonic_ns()
         threading.Thread(target=_populate, args=(restored,), name="populate", daemon=True).start()
@@ -166,6 +173,8 @@ def describe_failure(model: str, error: Exception) -> ErrorInfo:
             code = ErrorCode.SNAPSHOT_CORRUPT
         case GuestError():
             code = ErrorCode.GUEST_FAILED
+        case BackendFull():
+            code = ErrorCode.OUT_OF_MEMORY
         case BackendError():
             code = ErrorCode.BACKEND_UNAVAILABLE
         case MemoryError():

@@ -58,6 +58,7 @@ class _Running:
     run: Run
     marks: dict[str, int]
     outcome: asyncio.Future[RequestStep]
+    met_parked: bool = False  # its worker's model was parked when it came
     is_submitted: bool = False
     is_saying_farewell: bool = False
     emitted: tuple[tuple[int, ...], ...] = ()
@@ -82,6 +83,7 @@ class RequestRunner:
         self._running: dict[str, _Running] = {}
         self._farewells: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
+        self.is_parked = False  # the model; set by the slot
 
     def __len__(self) -> int:
         return len(self._running)
@@ -104,7 +106,7 @@ class RequestRunner:
             structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
         run = await self._publisher.begin(request, attempt)
         request_id = request.request_id
-        running = _Running(request, run, marks, self._loop.create_future())
+        running = _Running(request, run, marks, self._loop.create_future(), met_parked=self.is_parked)
         self._running[request_id] = running
         try:
             if run.is_finished:
@@ -201,7 +203,7 @@ class RequestRunner:
             error=step.error,
             marks=marks,
             worker_id=wake.worker_id,
-            cold_tier=wake.cold_tier if is_cold else None,
+            cold_tier=wake.cold_tier if is_cold else Tier.PARKED if running.met_parked else None,
             snapshot_id=wake.snapshot_id,
             clock_id=CLOCK_ID,
         )

@@ -28,6 +28,7 @@ from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import WorkerReport
 from scheduler.contract.states import CLAIMING_STATES, SlotState
 from scheduler.contract.telemetry import Mark
+from worker.backends.protocol import BackendFull
 from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.step_loop import StepLoop
 from worker.engine.types import RequestStep
@@ -38,7 +39,14 @@ from worker.publisher import TokenPublisher
 from worker.reports import REDIS_TROUBLE, Reports, keep_trying, read_private_bytes, read_proportional_bytes
 from worker.request_runner import RequestRunner, WakeRecord
 from worker.restore import prepare_restore
-from worker.spawn_order import EXIT_REPORTED, SpawnedFds, SpawnOrder, choose_device
+from worker.spawn_order import (
+    EXIT_REPORTED,
+    PARK_SIGNAL,
+    UNPARK_SIGNAL,
+    SpawnedFds,
+    SpawnOrder,
+    choose_device,
+)
 
 HEARTBEAT_S: Final = 1.0
 #: How often a worker's share of memory is measured: the kernel walks its page tables for it.
@@ -57,6 +65,7 @@ MAX_SILENCE_S: Final = 0.15
 SETTLE_AFTER_TOKEN_S: Final = 0.02
 LAST_WORDS_S: Final = 2.0  # for the last reports of a worker that ends
 EXIT_OK: Final = 0
+EXIT_CRASHED: Final = 70  # EX_SOFTWARE, as of a worker that raises
 
 # Made once in the zygote, inherited by every worker.
 _guest_engine: GuestEngine | None = None
@@ -100,10 +109,12 @@ class WorkerSlot:
     async def run(self) -> int:
         """Serve until drained; the process's exit code.
 
-        Raises:
-            Exception: a side task or the running engine died. The caller exits; the agent gives the jobs back.
+        Where a side task or the running engine dies (a sticky error of the device), the process ends there and then,
+        like one that was killed: its agent gives the requests back, and counts against them that it died.
         """
         self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        self._loop.add_signal_handler(PARK_SIGNAL, self._thread.park, True)
+        self._loop.add_signal_handler(UNPARK_SIGNAL, self._thread.park, False)
         self._start("claims", self._claiming.serve())
         self._start("announcements", self._announce())
         self._start("heartbeat", self._heartbeat())
@@ -116,6 +127,10 @@ class WorkerSlot:
             self._log.error("restore_failed", exc_info=failure.cause)
             self._tell(SlotState.FAILED, describe_failure(self._order.model, failure.cause))
             return EXIT_REPORTED
+        except Exception as error:  # any: what is left of this process is not to be trusted with requests
+            self._log.error("worker_crashed", exc_info=error)
+            sys.stderr.flush()
+            os._exit(EXIT_CRASHED)
         finally:
             await self._close()
         return EXIT_OK
@@ -159,6 +174,7 @@ class WorkerSlot:
     def _change_parked(self, is_parked: bool) -> None:
         if self._state in CLAIMING_STATES:
             self._tell(SlotState.PARKED if is_parked else SlotState.READY)
+            self._runner.is_parked = is_parked
 
     def _be_restoring(self) -> None:
         """The restore takes longer than a blink: say so."""
@@ -169,7 +185,8 @@ class WorkerSlot:
     def _on_engine_ended(self, error: Exception | None) -> None:
         if error is None or self._end.done():
             return
-        self._end.set_exception(error if self._engine is not None else RestoreFailed(error))
+        is_start = self._engine is None or isinstance(error, BackendFull)  # a parked model's way back is one too
+        self._end.set_exception(RestoreFailed(error) if is_start else error)
 
     def _on_sigterm(self) -> None:
         if not self._end.done():
@@ -226,6 +243,7 @@ class WorkerSlot:
         """Tell the scheduler of every state, in order."""
         worker_id, model = self._order.worker_id, self._order.model
         await self._is_settled.wait()
+        has_been_ready = False
         while True:
             state, error = await self._news.get()
 
@@ -235,7 +253,8 @@ class WorkerSlot:
 
             await keep_trying(tell, f"announcing {state}")
             self._news.task_done()
-            if state is SlotState.READY:
+            if state is SlotState.READY and not has_been_ready:
+                has_been_ready = True
                 ready_ms = (self._marks[Mark.RESTORED] - self._marks[Mark.FORKED]) / 1e6
                 self._log.info("worker_ready", since_fork_ms=round(ready_ms, 2), tier=self._order.cold_tier.value)
 

@@ -21,6 +21,7 @@ Signals go through the zygote because it alone reaps: a process id that it still
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from typing import Final
 
@@ -30,6 +31,8 @@ from scheduler.contract.states import Tier
 
 NUM_SPAWN_FDS: Final = range(2, 7)  # weights, guest, and what else the snapshot has for a worker
 NO_FD: Final = -1
+PARK_SIGNAL: Final = signal.SIGUSR1  # to a worker that is ready: leave the device once nothing runs
+UNPARK_SIGNAL: Final = signal.SIGUSR2  # come back
 EXIT_REPORTED: Final = 3  # exit code of a worker that could not start and has reported why
 
 

@@ -34,7 +34,15 @@ from worker.backends.detection import choose_worker_backend
 from worker.model_catalogue import CatalogueEntry, describe_refusal
 from worker.reports import NO_DESCRIPTORS, Reports, describe_exit, describe_no_worker, keep_trying
 from worker.sealed_cache import NoRoom, SealedCache
-from worker.spawn_order import EXIT_REPORTED, PrepareModel, SpawnedFds, SpawnOrder, WorkerExited
+from worker.spawn_order import (
+    EXIT_REPORTED,
+    PARK_SIGNAL,
+    UNPARK_SIGNAL,
+    PrepareModel,
+    SpawnedFds,
+    SpawnOrder,
+    WorkerExited,
+)
 from worker.zygote_client import SpawnFailed, ZygoteClient
 
 #: A worker that ends by itself at the end of its grace gets this much longer before it is killed.
@@ -180,6 +188,12 @@ class WorkerProcesses:
         process.kill_timer = asyncio.get_running_loop().call_later(grace_s + KILL_MARGIN_S, self._kill, worker_id)
         if not was_stopping:  # a second one would end its drain at once
             await self._zygote.signal(worker_id, signal.SIGTERM)
+
+    async def park(self, worker_id: str, is_parked: bool) -> None:
+        """Have a worker leave its device, or come back. Only one that said it was ready may be asked."""
+        process = self._processes.get(worker_id)
+        if process is not None and not process.is_stopping:
+            await self._zygote.signal(worker_id, PARK_SIGNAL if is_parked else UNPARK_SIGNAL)
 
     def pids(self) -> dict[str, int]:
         """Workers that were forked and have not ended, as far as is known."""

@@ -254,6 +254,14 @@ class DrainWorker(msgspec.Struct, frozen=True, tag="drain"):
     grace_s: float
 
 
+class ParkWorker(msgspec.Struct, frozen=True, tag="park"):
+    """Have a worker that is ready return its device memory once nothing runs (T4 to T3), or come back."""
+
+    worker_id: str
+    fencing_token: int
+    is_parked: bool = True
+
+
 class ForgetModel(msgspec.Struct, frozen=True, tag="forget"):
     """Drop the sealed bytes of ``model`` from host memory (T2 to T1); refused while a worker maps them."""
 
@@ -268,7 +276,7 @@ class PrefetchModel(msgspec.Struct, frozen=True, tag="prefetch"):
     fencing_token: int
 
 
-AgentCommand = SpawnWorker | DrainWorker | ForgetModel | PrefetchModel
+AgentCommand = SpawnWorker | DrainWorker | ParkWorker | ForgetModel | PrefetchModel
 
 
 # --- published reports (advisory, with a timestamp) --------------------------------------------------------

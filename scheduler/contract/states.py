@@ -20,6 +20,7 @@ class ModelAct(StrEnum):
     """What an operator can ask for, once, of a model."""
 
     WAKE = "wake"  # a worker, without a request
+    PARK = "park"  # device memory returned, processes kept
     UNLOAD = "unload"  # workers drained, sealed bytes forgotten
     PREFETCH = "prefetch"  # sealed bytes, without a worker
 
@@ -49,8 +50,9 @@ class SlotState(StrEnum):
     restoring ready      model mapped, guest restored, plan bound
     restoring failed     anything was refused or went wrong
     ready     draining   drain order, SIGTERM, or idle limit
-    ready     parked     idle for ``park_after_s``, on a backend that can
-    parked    ready      a request was claimed; the weights are on their way back
+    ready     parked     idle for ``park_after_s``, or asked to, on a backend that can
+    parked    ready      a request was claimed, or a wake asked for; the weights are on their way back
+    parked    failed     somebody else has the device memory and keeps it
     parked    draining   as from ready
     draining  cold       no request in flight; the process exits
     ========= ========== =========================================

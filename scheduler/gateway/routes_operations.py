@@ -8,7 +8,8 @@ prefetch T1 to T2: verified into sealed memory, no process                   the
 unload   present workers drain, then sealed bytes are forgotten              the leader, until done
 pin      wakes now and is never scaled to zero                               Redis: survives restarts
 unpin    may sleep again                                                     Redis
-park     refused: no backend has a parked state
+park     workers return their device memory once idle (T4 to T3); refused    the workers
+         on backends without such a state, and where there is no worker
 drain    (node) takes no new workers; present ones finish                    Redis
 undrain  (node) takes workers again                                          Redis
 ======== =================================================================== =================================
@@ -27,13 +28,15 @@ from aiohttp import web
 from scheduler.contract import codec, keys
 from scheduler.contract.environment import SettingsError
 from scheduler.contract.errors import ErrorCode, GlowplugError
-from scheduler.contract.messages import InboxMessage, ModelOrder, ModelStatus, PolicyChanged
-from scheduler.contract.states import ModelAct
+from scheduler.contract.messages import InboxMessage, ModelCard, ModelOrder, ModelStatus, PolicyChanged
+from scheduler.contract.states import ModelAct, Task
 from scheduler.gateway.errors import HttpError, redis_within
 from scheduler.gateway.gateway import GATEWAY, Gateway
 from scheduler.gateway.routes_admin import check_admin
 
 MODEL_ACTS: Final = ("wake", "prefetch", "unload", "pin", "unpin", "park")
+#: Backends whose workers can leave their device and come back.
+PARKING_BACKENDS: Final = frozenset({"cuda"})
 NODE_ACTS: Final = ("drain", "undrain")
 
 
@@ -51,7 +54,7 @@ async def post_model_act(request: web.Request) -> web.Response:
         raise GlowplugError(card.refused.code, card.refused.message)
     status = gateway.directory.status_of(model)
     if act == "park":
-        raise _park_refused(gateway, model)
+        _check_park(gateway, card)
     if act == "unload" and status is not None and status.pinned:
         raise HttpError(409, f'"{model}" is pinned: unpin it first', code="model_pinned")
     if act == "unpin" and status is not None and status.pinned and not await _is_stored_pin(gateway, model):
@@ -103,12 +106,31 @@ def _check_act(act: str, known: tuple[str, ...]) -> None:
         raise HttpError(404, f'no act "{act[:40]}": one of {", ".join(known)}', code="unknown_act")
 
 
-def _park_refused(gateway: Gateway, model: str) -> HttpError:
+def _check_park(gateway: Gateway, card: ModelCard) -> None:
+    """Raise unless the model has a worker that can be parked.
+
+    Raises:
+        HttpError: 409, with what is there instead.
+    """
     status = gateway.directory.status
-    backends = sorted({report.backend for report in status.nodes}) if status is not None else []
+    backends = {report.node_id: report.backend for report in status.nodes} if status is not None else {}
+    if card.task is Task.EMBED or not PARKING_BACKENDS & set(backends.values()):
+        named = (
+            "its own (the CPU's)" if card.task is Task.EMBED else ", ".join(sorted({*backends.values()})) or "unknown"
+        )
+        raise _park_refused(card.name, named)
+    own = [worker for worker in status.workers if worker.model == card.name] if status is not None else []
+    if not own:
+        message = f'"{card.name}" has no worker, so nothing is on a device: there is nothing to park'
+        raise HttpError(409, message, code="model_asleep")
+    if not any(backends.get(worker.node_id) in PARKING_BACKENDS for worker in own):
+        raise _park_refused(card.name, ", ".join(sorted({backends.get(worker.node_id, "unknown") for worker in own})))
+
+
+def _park_refused(model: str, backend: str) -> HttpError:
     return HttpError(
         409,
-        f'"{model}" cannot be parked: backend {", ".join(backends) or "unknown"} has no parked state (T3), a worker is '
+        f'"{model}" cannot be parked: backend {backend} has no parked state (T3), a worker is '
         "hot or gone. Its idle timeout ends it and keeps the weights in sealed memory (T2); unload frees those too",
         code="park_unsupported",
     )

@@ -30,6 +30,10 @@ COLD_START_NAMES: Final[dict[Tier | None, str]] = {
 }
 
 
+#: What needs no start of a worker: its phases are those of a request to a hot one.
+WITHOUT_A_START: Final = frozenset({None, Tier.PARKED})
+
+
 class PhaseRow(msgspec.Struct):
     """One bar of a waterfall; ``start`` and ``end`` name marks."""
 
@@ -75,7 +79,7 @@ def build_trace(
         worker_id=terminal.worker_id,
         accepted_at_s=request.accepted_at_s,
         marks=marks,
-        phases_ms=compute_phases_ms(marks, cold=terminal.cold_tier is not None),
+        phases_ms=compute_phases_ms(marks, cold=terminal.cold_tier not in WITHOUT_A_START),
         total_ms=(now_mono_ns - accepted_mono_ns) / 1e6,
         error=error,
         clock_error_ms=aligned.error_ms,
@@ -95,7 +99,7 @@ def format_server_timing(phases_ms: dict[str, float]) -> str:
 
 def build_document(trace: Trace) -> TraceDocument:
     """``trace`` with its phases as rows, for drawing."""
-    phases = HOT_PHASES if trace.cold_tier is None else COLD_PHASES
+    phases = HOT_PHASES if trace.cold_tier in WITHOUT_A_START else COLD_PHASES
     rows = [PhaseRow(p.name, p.start, p.end, trace.phases_ms[p.name]) for p in phases if p.name in trace.phases_ms]
     return TraceDocument(
         request_id=trace.request_id,

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.eventually import eventually
-from tests.gpu_host_fixtures import GPU, OTHER_GPU, GpuHost
-from tests.worker_fixtures import copy_state_dir
+from loadtest.processes import Server, glowplug_command
+from loadtest.streaming_client import get_json
+from scheduler.contract import keys
+from scheduler.contract.errors import ErrorCode
+from scheduler.contract.messages import ParkWorker
+from scheduler.contract.states import Tier
+from scheduler.contract.telemetry import Mark
+from tests.eventually import eventually, eventually_sync
+from tests.gpu_host_fixtures import GPU, OTHER_GPU, EmulatedGpus, GpuHost
+from tests.worker_fixtures import MODEL, copy_state_dir, make_request, wait_gone
 
 
 @pytest.fixture
@@ -21,6 +34,11 @@ async def host(redis_url: str, short_tmp_path: Path) -> AsyncIterator[GpuHost]:
 def mapped_libraries(pid: int) -> str:
     """All that a process has mapped."""
     return Path(f"/proc/{pid}/maps").read_text()
+
+
+def just_accepted() -> dict[str, int]:
+    """Marks of a request that a gateway accepts now."""
+    return {Mark.ACCEPTED: time.monotonic_ns()}
 
 
 async def test_a_node_reports_its_gpus_and_a_worker_sees_only_its_own(host: GpuHost) -> None:
@@ -35,8 +53,8 @@ async def test_a_node_reports_its_gpus_and_a_worker_sees_only_its_own(host: GpuH
     assert f"emulated gpu 0 of {OTHER_GPU} in {worker.pid}" in host.log.read_text()
     _, terminal = await host.ask("r1")
     assert (terminal.error, terminal.usage.completion_tokens) == (None, 12)
-    host.driver.processes = [(1, worker.pid, 123456)]
-    host.driver.write()
+    host.gpus.driver.processes = [(1, worker.pid, 123456)]
+    host.gpus.driver.write()
 
     async def told() -> bool:
         found = await host.node_report()
@@ -47,3 +65,109 @@ async def test_a_node_reports_its_gpus_and_a_worker_sees_only_its_own(host: GpuH
     assert "libnvidia-ml" in agent
     assert "libcuda" not in agent
     assert not any(name in zygote for name in ("libnvidia", "libcuda", "cublas"))
+
+
+async def test_a_parked_worker_is_called_back_by_a_request(host: GpuHost) -> None:
+    """Asked to, it leaves the device (T3) and keeps its process; the request that meets it says so, the next is hot.
+
+    While the device is full of others' data it waits for room instead of dying of it.
+    """
+    worker = await host.spawn("w1", device=GPU)
+    expected, terminal = await host.ask("r0", marks=just_accepted())
+    assert (terminal.error, terminal.cold_tier) == (None, None)
+    await host.order(ParkWorker("w1", host.fencing_token))
+    await host.wait_change("w1", "parked")
+    host.gpus.govern(capacity_bytes=1 << 16)
+    await host.dispatcher.enqueue(make_request("r1", marks=just_accepted()))
+
+    async def is_taken() -> bool:
+        return bool(await host.redis.exists(keys.in_progress("r1")))
+
+    await eventually(is_taken, what="r1 taken by the parked worker")
+    host.gpus.govern()
+    text, terminal = await host.wait_answer("r1")
+    assert (text, terminal.error, terminal.cold_tier) == (expected, None, Tier.PARKED)
+    _, terminal = await host.ask("r2", marks=just_accepted())
+    assert (terminal.error, terminal.cold_tier) == (None, None)
+    assert (await host.worker_report("w1")).pid == worker.pid
+
+
+async def test_an_idle_worker_is_parked_by_its_policy_and_drained_from_there(host: GpuHost) -> None:
+    """After ``park_after_s`` without a request; a drain order ends it as any other."""
+    worker = await host.spawn("w1", device=GPU, park_after_s=0.1)
+    await host.wait_change("w1", "parked")
+    await host.order_drain("w1")
+    assert (await host.wait_change("w1", "cold", exited=True)).error is None
+    await wait_gone(worker.pid)
+
+
+async def test_a_sticky_error_ends_the_worker_and_its_request_goes_on_in_the_next(host: GpuHost) -> None:
+    """The device is lost in the middle of a stream: another worker, on the other GPU, ends it without gap or repeat."""
+    long = {"max_tokens": 100, "num_choices": 2}
+    worker = await host.spawn("w1", device=GPU)
+    undisturbed, _ = await host.ask("calm", **long)
+    storm = await host.stop_in_mid_stream(worker.pid, **long)
+    logged = await host.frames(storm)
+    host.gpus.govern(lose=worker.pid)
+    os.kill(worker.pid, signal.SIGCONT)
+    lost = await host.wait_change("w1", "failed", exited=True)
+    assert lost.error is not None
+    assert lost.had_requests
+    await host.spawn("w2", device=OTHER_GPU)
+    text, terminal = await host.wait_answer(storm)
+    assert (text, terminal.error, terminal.worker_id) == (undisturbed, None, "w2")
+    assert (await host.frames(storm))[: len(logged)] == logged
+
+
+async def test_a_model_that_does_not_fit_is_refused_and_the_agent_lives(host: GpuHost) -> None:
+    """An allocation failure of a start: reported with its cause, the process gone, the next order served."""
+    host.gpus.govern(capacity_bytes=1 << 20)
+    await host.order_spawn("w1", device=GPU)
+    failed = await host.wait_change("w1", "failed")
+    assert failed.error is not None
+    assert (failed.error.code, "device memory" in failed.error.message) == (ErrorCode.OUT_OF_MEMORY, True)
+    await host.wait_change("w1", "cold", exited=True)
+    host.gpus.govern()
+    await host.spawn("w2", device=GPU)
+    _, terminal = await host.ask("r1")
+    assert (terminal.error, terminal.worker_id) == (None, "w2")
+
+
+def glowplug(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
+    """A verb on the server."""
+    env = {**os.environ, "GLOWPLUG_STATE_DIR": str(server.state_dir)}
+    return subprocess.run([*glowplug_command(), *words], env=env, capture_output=True, text=True, timeout=60)
+
+
+def cold_start_of_a_chat(server: Server) -> str:
+    """What a request met, as its answer's header says."""
+    body = {"model": MODEL, "max_tokens": 3, "messages": [{"role": "user", "content": "Hello"}]}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return str(response.headers["X-Cold-Start"])
+
+
+def test_a_server_parks_and_wakes_a_model_on_a_gpu(short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`glowplug serve` whole: a wake goes to a GPU by the scheduler's choice; park gives its memory back and the next
+    request says that it met a parked model; park refuses what is asleep, and `wake` brings a parked model back."""
+    state_dir = copy_state_dir(short_tmp_path / "state")
+    (state_dir / "glowplug.yaml").write_text("defaults: {idle_timeout_s: 600, kv_budget_bytes: 67108864}\n")
+    for name, value in EmulatedGpus(state_dir).env.items():
+        monkeypatch.setenv(name, value)
+    with Server(state_dir) as server:
+        server.wait_ready()
+        server.wait_listed(MODEL)
+        asleep = glowplug(server, "park", MODEL)
+        assert (asleep.returncode, "nothing to park" in asleep.stderr) == (1, True)
+        assert cold_start_of_a_chat(server) == "disk"
+        parked = glowplug(server, "park", MODEL)
+        assert (parked.stdout, parked.stderr) == ("tiny: T3, parked\n", "")
+        assert cold_start_of_a_chat(server) == "parked"
+        assert cold_start_of_a_chat(server) == "hot"
+        assert glowplug(server, "park", MODEL).returncode == 0
+        assert glowplug(server, "wake", MODEL).stdout == "tiny: T4, ready\n"
+        assert cold_start_of_a_chat(server) == "hot"
+        workers = eventually_sync(lambda: get_json(server.url, "/admin/status")["workers"], what="the worker's report")
+        assert [worker["device"] in (GPU, OTHER_GPU) for worker in workers] == [True]
+        assert server.stop() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from llama_programs import TINY, random_plan
 from scheduler.autoscaler import Drain, FleetView, ModelView, WorkerView, decide
 from scheduler.config import ModelPolicy
 from scheduler.contract.states import SlotState
+from worker.backends.cuda.device import OutOfDeviceMemory
 from worker.backends.numpy_reference import NumpyBackend
+from worker.backends.protocol import BackendFull
 from worker.engine.mailbox import Mailbox
 from worker.engine.parking import IdleParking
 
@@ -62,6 +65,76 @@ def test_parked_model_is_not_fetched_to_be_stopped() -> None:
     parking = IdleParking(model, AFTER_S, lambda is_parked: mailbox.stop())  # type: ignore[arg-type]
     assert parking.wait_collect(mailbox).stop
     assert model.calls == ["park"]
+
+
+def test_a_model_is_parked_and_fetched_when_asked_to_be() -> None:
+    """Without any idle time; a wish to park that comes while it works is kept until it is idle."""
+    model, mailbox, heard = FakeModel(), Mailbox(), []
+
+    def on_parked(is_parked: bool) -> None:
+        heard.append(is_parked)
+        if is_parked:
+            parking.ask(False)
+
+    parking = IdleParking(model, 0.0, on_parked)  # type: ignore[arg-type]
+    parking.ask(True)
+    assert parking.wait_collect(mailbox).is_empty
+    assert (model.calls, heard) == (["park", "unpark"], [True, False])
+
+
+class CrowdedModel(FakeModel):
+    """Its device is full for the first ``num_full`` tries."""
+
+    def __init__(self, num_full: int, mailbox: Mailbox) -> None:
+        super().__init__()
+        self.num_full = num_full
+        self.mailbox = mailbox
+
+    def unpark(self) -> None:
+        super().unpark()
+        if len(self.calls) - 1 == 2:
+            self.mailbox.cancel("late")
+        if len(self.calls) - 1 <= self.num_full:
+            raise OutOfDeviceMemory("no room")
+
+
+def test_a_full_device_is_waited_for() -> None:
+    """A parked model whose room is taken tries again; what arrives meanwhile is not lost."""
+    mailbox = Mailbox()
+    model = CrowdedModel(3, mailbox)
+    request: Any = object()
+    parking = IdleParking(model, AFTER_S, lambda is_parked: mailbox.submit(request) if is_parked else None)  # type: ignore[arg-type]
+    mail = parking.wait_collect(mailbox)
+    assert (mail.requests, mail.cancelled) == ([request], ["late"])
+    assert model.calls == ["park"] + ["unpark"] * 4
+
+
+def test_a_device_that_stays_full_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a request the worker gives up, so that another is placed; with a mere wish the model stays parked."""
+    monkeypatch.setattr("worker.engine.parking.RETURN_LIMIT_S", 0.0)
+    mailbox = Mailbox()
+    model = CrowdedModel(99, mailbox)
+    parking = IdleParking(model, 0.0, lambda is_parked: parking.ask(False))  # type: ignore[arg-type]
+    parking.ask(True)
+    assert parking.wait_collect(mailbox).requests == []
+    request: Any = object()
+    mailbox.submit(request)
+    with pytest.raises(BackendFull):
+        parking.wait_collect(mailbox)
+
+
+def test_a_stop_ends_the_wait_for_room() -> None:
+    """A worker that is drained does not wait for memory that it no longer needs."""
+    mailbox = Mailbox()
+    model = CrowdedModel(99, mailbox)
+
+    def on_parked(_is_parked: bool) -> None:
+        request: Any = object()
+        mailbox.submit(request)
+
+    parking = IdleParking(model, AFTER_S, on_parked)  # type: ignore[arg-type]
+    threading.Timer(0.1, mailbox.stop).start()
+    assert parking.wait_collect(mailbox).stop
 
 
 @pytest.mark.parametrize("after_s", [0.0, AFTER_S])

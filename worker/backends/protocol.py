@@ -29,6 +29,10 @@ class BackendLost(BackendError):
     """Nothing that this process asks of the device will succeed any more: the worker must end."""
 
 
+class BackendFull(BackendError):
+    """The device has no room for it now. What was there before is as it was."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightTensor:
     """A weight where it lies in mapped memory; a view, never a copy.

@@ -56,8 +56,8 @@ class Engine:
     ``max_running`` bounds the sequences (choices) of a batch, ``kv_budget_bytes`` their KV memory together with what is
     kept of earlier ones for prompts to come (nothing without ``prefix_caching``). Up to ``max_draft_tokens`` tokens of
     a sequence are guessed ahead (0: none), which changes no text. ``on_steps`` is called on the engine thread after
-    every step with what it did, and must not block; what it raises ends :meth:`run`. ``park_after_s`` and
-    ``on_parked``: see :class:`~worker.engine.parking.IdleParking`.
+    every step with what it did, and must not block; what it raises ends :meth:`run`. ``parking`` waits for work on the
+    engine's behalf (None: the model stays where it is).
     """
 
     def __init__(
@@ -70,8 +70,7 @@ class Engine:
         on_steps: Callable[[list[RequestStep]], None],
         prefix_caching: bool = True,
         max_draft_tokens: int = 0,
-        park_after_s: float = 0.0,
-        on_parked: Callable[[bool], None] = lambda _is_parked: None,
+        parking: IdleParking | None = None,
     ) -> None:
         self._model = model
         self._bound = bound
@@ -84,7 +83,7 @@ class Engine:
         self._max_draft_tokens = max_draft_tokens
         self._grammars = Grammars(model.open_text, model.plan.vocab_size, model.eos_token_ids)
         self._mailbox = Mailbox()
-        self._parking = IdleParking(bound, park_after_s, on_parked)
+        self._parking = parking or IdleParking(bound)
         self._compiling: list[tuple[RunningRequest, Future[Any]]] = []
         self._waiting: list[RunningRequest] = []  # in service order
         self._running: list[RunningRequest] = []  # in service order

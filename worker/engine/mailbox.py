@@ -20,6 +20,12 @@ class Mail:
     def is_empty(self) -> bool:
         return not (self.requests or self.cancelled or self.stop)
 
+    def add(self, later: Mail) -> None:
+        """Take in what arrived after it."""
+        self.requests += later.requests
+        self.cancelled += later.cancelled
+        self.stop |= later.stop
+
 
 class Mailbox:
     """Thread-safe and never blocking for senders; one thread collects."""

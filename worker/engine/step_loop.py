@@ -10,6 +10,7 @@ from worker.backends.protocol import Backend, BoundModel, ModelPlan
 from worker.engine.encoder_engine import EncoderEngine
 from worker.engine.engine import Engine
 from worker.engine.engine_statistics import EngineStatistics
+from worker.engine.parking import IdleParking
 from worker.engine.types import AnyRequest, RequestStep
 from worker.loaded_model import LoadedEncoder, LoadedModel
 
@@ -45,8 +46,7 @@ def make_step_loop(
     kv_budget_bytes: int,
     on_steps: Callable[[list[RequestStep]], None],
     max_draft_tokens: int = 0,
-    park_after_s: float = 0.0,
-    on_parked: Callable[[bool], None] = lambda _is_parked: None,
+    parking: IdleParking | None = None,
 ) -> StepLoop:
     """The engine of ``model``; encoders have no drafts and are not parked.
 
@@ -62,6 +62,5 @@ def make_step_loop(
         kv_budget_bytes=kv_budget_bytes,
         on_steps=on_steps,
         max_draft_tokens=max_draft_tokens,
-        park_after_s=park_after_s,
-        on_parked=on_parked,
+        parking=parking,
     )

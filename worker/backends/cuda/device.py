@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.backends.cuda_kernels import Activation, Launch
-from worker.backends.protocol import BackendError, BackendLost
+from worker.backends.protocol import BackendError, BackendFull, BackendLost
 
 ByteArray = npt.NDArray[np.uint8]
 Stream = Any  # handles: whatever the device gives
@@ -36,7 +36,7 @@ class DeviceError(BackendError):
     """The device refused or failed; the message says what was asked of it."""
 
 
-class OutOfDeviceMemory(DeviceError):
+class OutOfDeviceMemory(DeviceError, BackendFull):
     """An allocation did not fit. The device goes on: make room, or refuse."""
 
 

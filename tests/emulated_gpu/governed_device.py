@@ -1,0 +1,46 @@
+"""The emulated GPU of a worker, as the file in EMULATED_GPU says: ``capacity_bytes`` of memory, and ``lose``, the
+process whose next launch is a sticky error (JSON).
+
+Streams, events, copies, parking and memory are as in every other test of it; kernels are not run, and memory begins as
+zeros, so that every token is the first of the vocabulary: what kernels compute is the conformance suite's, and would
+take seconds here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from worker.backends.cuda.device import Place
+from worker.backends.cuda.emulated_device import EmulatedDevice, EmulatedMemory
+from worker.backends.cuda_kernels import Launch
+
+
+class GovernedDevice(EmulatedDevice):
+    """Its memory and its faults are in the hands of the test."""
+
+    def allocate(self, num_bytes: int) -> Place:
+        self.capacity_bytes = int(_orders()["capacity_bytes"])
+        place = super().allocate(num_bytes)
+        assert isinstance(place.memory, EmulatedMemory)
+        assert place.memory.bytes is not None
+        place.memory.bytes[:] = 0
+        return place
+
+    def launch(self, launch: Launch, stream: object) -> None:
+        if _orders()["lose"] == os.getpid():
+            self.lose_after = 0
+        super().launch(launch, stream)  # type: ignore[arg-type]
+
+
+def _orders() -> dict[str, int]:
+    found: dict[str, int] = json.loads(Path(os.environ["EMULATED_GPU"]).read_text())
+    return found
+
+
+def open_emulated(number: int, _load_kernels: object) -> GovernedDevice:
+    """Instead of CuPy's. Says which GPU this process may see."""
+    print(f"emulated gpu {number} of {os.environ.get('CUDA_VISIBLE_DEVICES')} in {os.getpid()}", file=sys.stderr)
+    return GovernedDevice(lambda launch: None)
