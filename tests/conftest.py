@@ -14,9 +14,21 @@ import pytest
 import redis
 import structlog
 import uvloop
+from hypothesis import HealthCheck, settings
+
+from tests import one_blas_thread  # noqa: F401  # imported for its side effect, before NumPy
+
+# isort: split
 
 from scheduler.embedded_redis import ensure_server, stop_server
-from tests import one_blas_thread  # noqa: F401  # imported for its side effect
+
+#: The same examples in every run, and no deadline that a loaded machine could miss; ``--hypothesis-profile=explore``
+#: looks for new ones.
+for _profile, _is_steady in (("explore", False), ("steady", True)):
+    settings.register_profile(
+        _profile, derandomize=_is_steady, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+settings.load_profile("steady")
 
 _LEFT_OUT = pytest.StashKey[int]()
 
