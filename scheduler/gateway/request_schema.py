@@ -23,7 +23,7 @@ from scheduler.gateway.field_reader import FieldReader, json_type
 from scheduler.gateway.ignored_fields import check_ignored_fields
 from scheduler.gateway.sampling_fields import read_chat_logprobs, read_completion_logprobs, read_sampling
 from scheduler.gateway.tool_calls import ToolUse
-from scheduler.gateway.tool_fields import ToolRequest, read_tools
+from scheduler.gateway.tool_fields import read_tools
 
 MAX_CHOICES: Final = 16  # prompts times n
 MAX_MODEL_CHARS: Final = 256
@@ -118,22 +118,11 @@ def read_chat_call(body: dict[str, Any], card: ModelCard, templates: ChatTemplat
     default_max_tokens = card.context_length or UNLIMITED_TOKENS
     sampling = read_sampling(reader, card, default_max_tokens=default_max_tokens, num_top_logprobs=num_top_logprobs)
     if tools is not None:
-        sampling = enforce_tools(sampling, tools)
+        sampling = structs.replace(sampling, grammar=tools.build_grammar(sampling.grammar))
     definitions = None if tools is None else tools.definitions
     prompt = templates.render(card, read_messages(reader.raw("messages")), definitions)
     call = _build_call(reader, card, Endpoint.CHAT, (prompt,), sampling, echo=False)
     return call if tools is None else replace(call, tools=tools.use)
-
-
-def enforce_tools(sampling: SamplingParams, tools: ToolRequest) -> SamplingParams:
-    """``sampling`` with the grammar of the calls that ``tools`` asks for.
-
-    Raises:
-        GlowplugError: an output format is asked for too, which no call would match.
-    """
-    if sampling.grammar is not None:
-        raise bad_field("response_format", 'cannot be enforced beside tools; send tool_choice "none", or drop one')
-    return sampling if tools.grammar is None else structs.replace(sampling, grammar=tools.grammar)
 
 
 def read_completion_call(body: dict[str, Any], card: ModelCard) -> Call:

@@ -2,6 +2,7 @@
 
 ``auto`` leaves the choice to the model. ``required`` and a named function make a grammar of the call, so that the
 output is one and its arguments match their schema. ``none`` renders no tools: the model never hears of them.
+Beside a ``response_format`` of JSON, ``auto`` makes a grammar of both: calls, or an answer that matches the format.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scheduler.gateway.field_reader import FieldReader, json_type
 from scheduler.gateway.output_format import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH
 from scheduler.gateway.request_body import is_deeper
 from scheduler.gateway.tool_calls import ToolUse
-from scheduler.gateway.tool_styles import build_call_grammar, find_tool_style
+from scheduler.gateway.tool_styles import begins_unlike_calls, build_call_grammar, find_tool_style
 
 MAX_TOOLS: Final = 128
 MAX_TOOL_NAME_CHARS: Final = 64
@@ -33,7 +34,34 @@ class ToolRequest:
 
     definitions: list[dict[str, Any]]
     use: ToolUse
-    grammar: OutputGrammar | None
+    is_required: bool
+    schemas: dict[str, dict[str, Any]]  # of the arguments of the functions to choose from
+    several: bool
+
+    def build_grammar(self, wanted: OutputGrammar | None) -> OutputGrammar | None:
+        """What the output must match, where ``wanted`` is what ``response_format`` asks for; None: anything.
+
+        A call that is required takes the place of the answer, and of its format.
+
+        Raises:
+            GlowplugError: the grammar is too large, or the format is no JSON, beside which a call cannot be told.
+        """
+        answer = None
+        if not self.is_required:
+            if wanted is None:
+                return None
+            if wanted.kind is not GrammarKind.JSON_SCHEMA:
+                message = 'beside tools only json_object and json_schema can be enforced; send tool_choice "none"'
+                raise bad_field("response_format", message)
+            answer = json.loads(wanted.source)
+            if not begins_unlike_calls(self.use.style, answer):
+                message = "this model's calls are JSON that begins like such an answer"
+                raise bad_field("response_format", f'{message}; send tool_choice "none" or "required"')
+        source = build_call_grammar(self.use.style, self.schemas, several=self.several, answer=answer)
+        if len(source) > MAX_GRAMMAR_BYTES:
+            message = f"as a grammar they have {len(source)} bytes; at most {MAX_GRAMMAR_BYTES} can be enforced"
+            raise bad_field("tools", f"{message}: send fewer, or tool_choice auto without a response_format")
+        return OutputGrammar(GrammarKind.LARK, source)
 
 
 def read_tools(reader: FieldReader, card: ModelCard, templates: ChatTemplates) -> ToolRequest | None:
@@ -55,16 +83,13 @@ def read_tools(reader: FieldReader, card: ModelCard, templates: ChatTemplates) -
             f'the chat template of "{card.name}" takes no tools, or has its model write calls in a way that is not '
             "read here; leave tools out, or choose a model of which GET /v1/models says tools: true",
         )
-    grammar = None
-    if mode == "required":
-        schemas = {name: functions[name].get("parameters", {}) for name in chosen}
-        source = build_call_grammar(style, schemas, several=several and len(chosen) == len(functions))
-        if len(source) > MAX_GRAMMAR_BYTES:
-            message = f"as a grammar they have {len(source)} bytes; at most {MAX_GRAMMAR_BYTES} can be enforced"
-            raise bad_field("tools", f"{message}: send fewer, or tool_choice auto")
-        grammar = OutputGrammar(GrammarKind.LARK, source)
-    definitions = [{"type": "function", "function": function} for function in functions.values()]
-    return ToolRequest(definitions, ToolUse(style, frozenset(functions)), grammar)
+    return ToolRequest(
+        definitions=[{"type": "function", "function": function} for function in functions.values()],
+        use=ToolUse(style, frozenset(functions)),
+        is_required=mode == "required",
+        schemas={name: functions[name].get("parameters", {}) for name in chosen},
+        several=several and len(chosen) == len(functions),
+    )
 
 
 def _refuse_functions(reader: FieldReader) -> None:

@@ -49,13 +49,28 @@ def find_tool_style(template: str) -> ToolStyle | None:
     return None
 
 
-def build_call_grammar(style: ToolStyle, schemas: Mapping[str, dict[str, Any]], *, several: bool) -> str:
+def begins_unlike_calls(style: ToolStyle, answer: dict[str, Any]) -> bool:
+    """Whether the first bytes tell an ``answer`` of this JSON schema from calls, as a grammar of both needs it.
+
+    llguidance's lexer takes the longest match and never goes back: of ``{"name": ...`` and ``{`` it follows the first.
+    """
+    return style is ToolStyle.HERMES or (style is ToolStyle.MISTRAL and answer.get("type") == "object")
+
+
+def build_call_grammar(
+    style: ToolStyle, schemas: Mapping[str, dict[str, Any]], *, several: bool, answer: dict[str, Any] | None = None
+) -> str:
     """A Lark grammar (llguidance's) of one call to one of the functions, or of ``several`` where the style has that.
 
     ``schemas`` holds the JSON schema of each function's arguments. Each is a root of its own, so that ``$ref`` in it
-    goes on working.
+    goes on working. With the schema of an ``answer`` (which :func:`begins_unlike_calls`), the text is calls or such an
+    answer, as the model likes.
     """
     rules = []
+    otherwise = ""
+    if answer is not None:
+        rules.append(f"answer: %json {json.dumps({'x-guidance': JSON_OPTIONS, **answer})}")
+        otherwise = " | answer"
     for i, (name, schema) in enumerate(schemas.items()):
         begin = f'{{"name": {json.dumps(name)}, "{style.arguments_key}": '
         arguments = {**(schema or NO_PARAMETERS), "x-guidance": JSON_OPTIONS}
@@ -66,12 +81,13 @@ def build_call_grammar(style: ToolStyle, schemas: Mapping[str, dict[str, Any]], 
         case ToolStyle.HERMES:
             one = " ".join([_quote(f"{HERMES_OPEN}\n"), "call", _quote(f"\n{HERMES_CLOSE}")])
             start = 'tagged ("\\n" tagged)*' if several else "tagged"
-            return "\n".join([f"start: {start}", f"tagged: {one}", f"call: {any_call}", *rules])
+            return "\n".join([f"start: {start}{otherwise}", f"tagged: {one}", f"call: {any_call}", *rules])
         case ToolStyle.MISTRAL:
             more = f" ({_quote(', ')} call)*" if several else ""
-            return "\n".join([f"start: {_quote('[')} call{more} {_quote(']')}", f"call: {any_call}", *rules])
+            start = f"{_quote('[')} call{more} {_quote(']')}"
+            return "\n".join([f"start: {start}{otherwise}", f"call: {any_call}", *rules])
         case ToolStyle.LLAMA:
-            return "\n".join(["start: call", f"call: {any_call}", *rules])
+            return "\n".join([f"start: call{otherwise}", f"call: {any_call}", *rules])
 
 
 def _quote(text: str) -> str:

@@ -11,9 +11,10 @@ import pytest
 from scheduler.contract.chat_template import ChatTemplates
 from scheduler.contract.errors import GlowplugError
 from scheduler.contract.messages import ModelCard
+from scheduler.contract.states import GrammarKind
 from scheduler.gateway.request_schema import Call, read_chat_call
 from scheduler.gateway.tool_calls import ToolCall, ToolUse, read_items
-from scheduler.gateway.tool_styles import ToolStyle, build_call_grammar, find_tool_style
+from scheduler.gateway.tool_styles import ToolStyle, begins_unlike_calls, build_call_grammar, find_tool_style
 from tests.gateway_fixtures import TOOL_TEMPLATE, function_tool, make_card
 
 WEATHER = function_tool("weather", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]})
@@ -40,7 +41,7 @@ def chat(body: dict[str, Any], card: ModelCard | None = None) -> Call:
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice.function.name"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "regex", "pattern": "a+"}}, "response_format"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0]"),
     ],
@@ -60,6 +61,32 @@ def test_tools_reach_the_template_unless_the_choice_is_none() -> None:
     assert with_tools.sampling.grammar is None
     assert "weather" not in str(without.prompts[0])
     assert without.tools is None
+
+
+def test_an_output_format_beside_tools_holds_for_the_answer_that_is_no_call() -> None:
+    """With ``auto`` the grammar has both; where a call is required the format has nothing to say."""
+    wanted = {"response_format": {"type": "json_object"}}
+    either, required = chat(wanted).sampling.grammar, chat({**wanted, "tool_choice": "required"}).sampling.grammar
+    assert either is not None
+    assert required is not None
+    assert either.kind is required.kind is GrammarKind.LARK
+    assert "| answer" in either.source
+    assert required == chat({"tool_choice": "required"}).sampling.grammar
+    without = chat({**wanted, "tool_choice": "none"}).sampling.grammar
+    assert without is not None
+    assert without.kind is GrammarKind.JSON_SCHEMA
+
+
+def test_calls_that_begin_like_the_answer_are_refused_beside_a_format() -> None:
+    """A grammar could not tell them apart: Llama 3's always, Mistral's from answers that may be an array."""
+    assert not begins_unlike_calls(ToolStyle.LLAMA, {"type": "object"})
+    assert not begins_unlike_calls(ToolStyle.MISTRAL, {})
+    assert begins_unlike_calls(ToolStyle.MISTRAL, {"type": "object"})
+    template = TOOL_TEMPLATE.replace("<tool_call>", "[TOOL_CALLS]")
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}
+    with pytest.raises(GlowplugError) as caught:
+        chat({"response_format": schema}, make_card(chat_template=template))
+    assert caught.value.info.param == "response_format"
 
 
 def test_calls_and_results_go_back_through_the_template() -> None:

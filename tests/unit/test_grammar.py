@@ -17,6 +17,7 @@ from guests.errors import GuestContractError, GuestTrap
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import OutputGrammar
 from scheduler.contract.states import GrammarKind
+from scheduler.gateway.tool_styles import ToolStyle, begins_unlike_calls, build_call_grammar
 from worker.backends.host_sampling import list_allowed
 from worker.benchmarks.schema_generator import generate_schema
 from worker.engine.grammar import MAX_CACHED_GRAMMARS, MAX_SOURCE_BYTES, GrammarMatcher, Grammars
@@ -98,6 +99,34 @@ def test_end_is_allowed_exactly_where_the_text_may_end(grammars: Grammars) -> No
     assert not matcher.is_complete
     matcher.accept(ord("d"))
     assert matcher.is_complete
+
+
+@pytest.mark.parametrize("style", [ToolStyle.HERMES, ToolStyle.MISTRAL])
+def test_calls_or_an_answer_of_a_schema(grammars: Grammars, style: ToolStyle) -> None:
+    """Beside tools, ``response_format`` holds for what is no call: both texts fit, one that is neither does not."""
+    answer = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
+    source = build_call_grammar(style, {"stop": {}}, several=True, answer=answer)
+    call = f'{{"name": "stop", "{style.arguments_key}": {{}}}}'
+    wrapped = {
+        ToolStyle.HERMES: f"<tool_call>\n{call}\n</tool_call>",
+        ToolStyle.MISTRAL: f"[{call}]",
+    }
+    assert begins_unlike_calls(style, answer)
+    for text, fits in ((wrapped[style], True), ('{"n": 7}', True), ('{"m"', False), ("Hello", False)):
+        matcher = open_matcher(grammars, OutputGrammar(GrammarKind.LARK, source))
+        fitted = 0
+        for token in spell(text):
+            if token not in allowed(matcher):
+                break
+            matcher.accept(token)
+            fitted += 1
+        assert (fitted == len(text)) == fits, text
+        assert not fits or EOS in allowed(matcher)
 
 
 def test_tokens_of_several_characters_are_allowed_where_they_fit(grammars: Grammars) -> None:
