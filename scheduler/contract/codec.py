@@ -20,6 +20,7 @@ Frame = StepFrame | VectorFrame | TerminalFrame
 
 _KINDS: Final = {StepFrame: STEP_KIND, VectorFrame: VECTOR_KIND, TerminalFrame: TERMINAL_KIND}
 _encoder: Final = msgspec.msgpack.Encoder()
+_step_decoder: Final = msgspec.msgpack.Decoder(StepFrame)
 _decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
 
 
@@ -57,8 +58,11 @@ def decode_frame(data: bytes) -> Frame:
     Raises:
         ContractError: unknown kind, too large, or malformed.
     """
-    if data[:1] == STEP_KIND:
-        return decode(data[1:], StepFrame)
+    if data[:1] == STEP_KIND and len(data) <= MAX_MESSAGE_BYTES:  # once a token: no detour
+        try:
+            return _step_decoder.decode(memoryview(data)[1:])
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ContractError(f"not a step frame: {error}") from error
     if data[:1] == TERMINAL_KIND:
         return decode(data[1:], TerminalFrame)
     if data[:1] == VECTOR_KIND:

@@ -40,7 +40,7 @@ BATCHES: Final = PREFIX + "batches"  # hash batch id -> tenant, of those that ha
 BATCH_RUNS: Final = PREFIX + "batches:runs"  # counter: numbers of the runs of batches
 BATCH_TTL_S: Final = 30 * 86_400  # a batch's record, as long as its files
 INBOX_MAX_ENTRIES: Final = 10_000
-TRACES_MAX_ENTRIES: Final = 1_000
+TRACES_MAX_ENTRIES: Final = 10_000  # and so many traces: some 10 MiB
 
 LISTENER_MARK: Final = "#"  # after the gateway's id in the value of a listener key
 

@@ -58,9 +58,10 @@ for i = 4, #ARGV, 4 do
       refuse(rid, n)
     else
       redis.call('RPUSH', log, ARGV[i + 3])
-      if n % 64 == 0 or string.byte(ARGV[i + 3]) == {codec.TERMINAL_KIND[0]} then
+      local is_end = string.byte(ARGV[i + 3]) == {codec.TERMINAL_KIND[0]}
+      if n % 64 == 0 or is_end then
         redis.call('EXPIRE', log, ARGV[2])
-        redis.call('EXPIRE', fence, ARGV[3])
+        redis.call('EXPIRE', fence, ARGV[is_end and 2 or 3])
       end
     end
   end

@@ -29,6 +29,7 @@ from scheduler.gateway.responses import (
     finish_word,
 )
 from scheduler.gateway.responses_events import ResponseEventWriter
+from scheduler.gateway.text_mould import TextMould
 from scheduler.gateway.tool_calls import ToolCallParser, choice_seed, read_deltas
 
 _encoder = msgspec.json.Encoder()
@@ -100,6 +101,7 @@ class ChatChunkWriter(CompletionChunkWriter):
         self._id = f"chatcmpl-{request_id}"
         self._created_at_s = created_at_s
         self._fingerprint = fingerprint(call.card)
+        self._moulds: dict[int, TextMould] = {}  # by choice; made with its first text
 
     def begin(self, part: int) -> bytes:
         role = Delta(role="assistant", content="")
@@ -109,6 +111,9 @@ class ChatChunkWriter(CompletionChunkWriter):
         pieces = []
         for event in events:
             index = part * self._call.num_choices + event.choice
+            if event.text and event.logprob is None and event.finish_reason is None and not self._parsers:
+                pieces.append(self._text_event(part, index, event.text))
+                continue
             logprobs = None if event.logprob is None else ChatLogprobs([build_chat_token(event.logprob)])
             num_calls = 0
             if self._parsers:
@@ -132,14 +137,27 @@ class ChatChunkWriter(CompletionChunkWriter):
             return b""
         return self._chunk(len(self._call.prompts) - 1, [], usage)
 
-    def _chunk(self, part: int, choices: list[ChatChunkChoice], usage: UsageBody | None = None) -> bytes:
+    def _text_event(self, part: int, index: int, text: str) -> bytes:
+        """Nearly every event of nearly every stream: ``text`` and nothing else."""
         event_id = self._ids.next(part)
         if event_id is None:
             return b""
+        mould = self._moulds.get(index)
+        if mould is None:
+            mould = self._moulds[index] = TextMould(
+                lambda text: self._build([ChatChunkChoice(index, Delta(content=text))])
+            )
+        return mould.event(text, event_id)
+
+    def _chunk(self, part: int, choices: list[ChatChunkChoice], usage: UsageBody | None = None) -> bytes:
+        event_id = self._ids.next(part)
+        return b"" if event_id is None else sse.event(_encoder.encode(self._build(choices, usage)), event_id)
+
+    def _build(self, choices: list[ChatChunkChoice], usage: UsageBody | None = None) -> ChatChunk:
         chunk = ChatChunk(self._id, self._created_at_s, self._call.card.name, self._fingerprint, choices)
         if self._call.include_usage:
             chunk.usage = usage
-        return sse.event(_encoder.encode(chunk), event_id)
+        return chunk
 
 
 class LegacyChunkWriter(CompletionChunkWriter):

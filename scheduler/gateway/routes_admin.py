@@ -64,7 +64,8 @@ async def get_trace(request: web.Request) -> web.Response:
     async with redis_within(gateway.settings.redis_limit_s, "reading a trace"):
         trace = await (gateway.traces.find_last() if wanted == "last" else gateway.traces.find(wanted))
     if trace is None:
-        message = f'no trace of "{wanted[:64]}"; traces are kept for {keys.TRACE_TTL_S // 60} minutes'
+        limits = f"the newest {keys.TRACES_MAX_ENTRIES} are kept, for {keys.TRACE_TTL_S // 60} minutes"
+        message = f'no trace of "{wanted[:64]}"; {limits}'
         raise HttpError(404, message, code="trace_not_found")
     return web.Response(body=msgspec.json.encode(build_document(trace)), content_type="application/json")
 

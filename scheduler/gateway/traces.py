@@ -118,11 +118,22 @@ def build_document(trace: Trace) -> TraceDocument:
     )
 
 
+#: KEYS: trace, list of ids. ARGV: trace, TTL s, id, most traces kept, prefix of traces. The oldest above that go: by
+#: their TTL alone, a busy gateway would keep an hour of them.
+SAVE: Final = """
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+for _ = redis.call('LPUSH', KEYS[2], ARGV[3]), ARGV[4] + 1, -1 do
+  redis.call('DEL', ARGV[5] .. redis.call('RPOP', KEYS[2]))
+end
+"""
+
+
 class TraceStore:
     """Writes and finds traces. Event loop only."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis: Any = redis  # redis-py types each reply as sync-or-async
+        self._save = redis.register_script(SAVE)
         self._newest: OrderedDict[str, Trace] = OrderedDict()
 
     def remember(self, trace: Trace) -> None:
@@ -137,11 +148,10 @@ class TraceStore:
         Raises:
             RedisError: Redis does not answer.
         """
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            pipeline.set(keys.trace(trace.request_id), codec.encode(trace), ex=keys.TRACE_TTL_S)
-            pipeline.lpush(keys.TRACES, trace.request_id)
-            pipeline.ltrim(keys.TRACES, 0, keys.TRACES_MAX_ENTRIES - 1)
-            await pipeline.execute()
+        await self._save(
+            keys=[keys.trace(trace.request_id), keys.TRACES],
+            args=[codec.encode(trace), keys.TRACE_TTL_S, trace.request_id, keys.TRACES_MAX_ENTRIES, keys.trace("")],
+        )
 
     async def find(self, request_id: str) -> Trace | None:
         """The trace of a request, or None when unknown or expired.

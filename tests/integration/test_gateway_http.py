@@ -312,3 +312,18 @@ async def test_no_prompt_reaches_the_log(gateway: GatewayHarness, capfd: pytest.
     captured = capfd.readouterr()
     assert secret not in captured.out + captured.err
     assert json.dumps(secret) not in captured.out
+
+
+async def test_only_the_newest_traces_are_kept(gateway: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy gateway does not fill Redis with an hour of traces: the oldest above the limit are deleted."""
+    monkeypatch.setattr("scheduler.contract.keys.TRACES_MAX_ENTRIES", 2)
+    for _ in range(4):
+        assert (await gateway.post("/v1/chat/completions", chat_body()))[0] == 200
+    redis: Any = gateway.redis
+
+    async def kept() -> bool:
+        ids = await redis.lrange(keys.TRACES, 0, -1)
+        there = {key async for key in redis.scan_iter(match=keys.trace("*"))}
+        return len(ids) == 2 and there == {keys.trace(request_id.decode()).encode() for request_id in ids}
+
+    await eventually(kept, what="two traces")
