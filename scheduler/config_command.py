@@ -191,8 +191,25 @@ def schema() -> None:
 @click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def reload_command(state_dir: Path, url: str | None, as_json: bool) -> None:
-    """Let a running server read policies of models and tenants again; streams go on."""
+    """Let every running process read policies of models and tenants again; streams go on. Exit code 1: one did not."""
     from scheduler.client_commands import post_json, server_url
 
     answer = post_json(server_url(state_dir, url), "/admin/config:reload")
-    click.echo(json.dumps(answer) if as_json else "reloaded: models, defaults, tenants; sections need a restart")
+    if as_json:
+        click.echo(json.dumps(answer))
+    else:
+        _show_reload(answer)
+    if answer["failed"] or answer["silent"]:
+        raise SystemExit(1)
+
+
+def _show_reload(answer: dict[str, Any]) -> None:
+    """Who reloaded, and who did not and why."""
+    for row in answer["reloaded"]:
+        changed = ", ".join(row.get("needs_restart", ()))
+        click.echo(f"{row['part']:<9}  {row['member']}: reloaded{'; after a restart: ' if changed else ''}{changed}")
+    for row in answer["failed"]:
+        click.echo(f"{row['part']:<9}  {row['member']}: not reloaded: {row['error']}", err=True)
+    for row in answer["silent"]:
+        remedy = "goes on with what it had; restart it, or reload again"
+        click.echo(f"{row['part']:<9}  {row['member']}: did not answer, {remedy}", err=True)

@@ -30,8 +30,8 @@ from scheduler.autoscaler import (
 )
 from scheduler.config import SchedulerConfig, load_config
 from scheduler.contract import codec, keys
+from scheduler.contract.config_file import find_changed
 from scheduler.contract.connection import CONNECTION_ERRORS
-from scheduler.contract.environment import SettingsError
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
 from scheduler.contract.job_queue import release_worker
 from scheduler.contract.messages import (
@@ -53,6 +53,7 @@ from scheduler.contract.messages import (
     WorkerChanged,
     WorkerReport,
 )
+from scheduler.contract.reloading import SCHEDULER, ReloadListener
 from scheduler.contract.states import ModelAct, SlotState
 from scheduler.contract.telemetry import Mark
 from scheduler.dispatch import Dispatcher
@@ -91,6 +92,7 @@ class Scheduler:
         self._sweeper = Sweeper(redis, self._dispatcher, config.unheard_grace_s)
         self._renewed_s = self._status_s = self._nodes_s = self._swept_s = 0.0
         self._nodes: list[NodeReport] = []
+        self.reloading = ReloadListener(redis, SCHEDULER, scheduler_id, self._reload_config)
         self._stopping = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
 
@@ -100,24 +102,26 @@ class Scheduler:
         if self._loop_task is not None:
             self._loop_task.cancel()
 
-    def reload_config(self) -> None:
-        """Read the configuration again; policies hold from the next decision on. One that is wrong changes nothing."""
-        try:
-            self._config = load_config(self._config_path)  # a file of some KiB on the local disk: a millisecond
-        except SettingsError as error:
-            self._log.error("config_not_reloaded", error=str(error))
-            return
+    async def _reload_config(self) -> tuple[str, ...]:
+        """Read the configuration again; policies hold from the next decision on.
+
+        Raises:
+            SettingsError: it is wrong, and nothing changed.
+        """
+        self._config = load_config(self._config_path)  # a file of some KiB on the local disk: a millisecond
         self._fleet.set_config(self._config)
-        self._log.info("config_reloaded", path=str(self._config_path))
+        return find_changed(("logging",))
 
     async def run(self) -> None:
         """Lead when possible, stand by otherwise, until :meth:`stop`. Survives a Redis that goes away."""
         self._loop_task = asyncio.create_task(self._loop(), name="scheduler-loop")
+        self.reloading.start()
         try:
             await self._loop_task
         except asyncio.CancelledError:
             if not self._stopping.is_set():
                 raise
+        await self.reloading.aclose()
         with contextlib.suppress(*CONNECTION_ERRORS):
             await self._leadership.release()
 
@@ -231,7 +235,7 @@ class Scheduler:
             case PolicyChanged(reload_config=reload_config):
                 await self._read_policies()
                 if reload_config:
-                    self.reload_config()
+                    await self.reloading.reload()
         return isinstance(message, Demand)
 
     async def _tell_deaths(self, change: WorkerChanged, now_s: float) -> None:

@@ -25,7 +25,7 @@ async def run_scheduler(settings: ProcessSettings) -> None:
     scheduler_id = f"{settings.node_id}:{secrets.token_hex(3)}"
     scheduler = Scheduler(redis, load_config(settings.config_path), scheduler_id, settings.config_path)
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, scheduler.reload_config)
+    loop.add_signal_handler(signal.SIGHUP, scheduler.reloading.reload_in_background)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, scheduler.stop)
     try:

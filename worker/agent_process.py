@@ -9,8 +9,10 @@ from typing import Final
 
 import uvloop
 
+from scheduler.contract.config_file import find_changed
 from scheduler.contract.connection import connect
 from scheduler.contract.environment import SettingsError
+from scheduler.contract.reloading import AGENT, ReloadListener
 from scheduler.contract.telemetry import configure_logging
 from snapshots.errors import KeyRingError
 from snapshots.keyring import KeyRing
@@ -26,13 +28,26 @@ async def run_agent(settings: AgentSettings, keyring: KeyRing, zygote: ZygotePro
     """Run a node agent until SIGTERM or SIGINT; a second signal ends it without draining."""
     redis = connect(settings.process.redis_url)
     agent = NodeAgent(settings, keyring, redis, zygote)
+    reloading = ReloadListener(redis, AGENT, settings.process.node_id, _check_config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)
+    loop.add_signal_handler(signal.SIGHUP, reloading.reload_in_background)
+    reloading.start()
     try:
         await agent.run()
     finally:
+        await reloading.aclose()
         await redis.aclose()
+
+
+async def _check_config() -> tuple[str, ...]:
+    """All that an agent has of the file holds from its start on: whether the file is right, and what a restart changes.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    return await asyncio.to_thread(find_changed, ("agent", "logging"))
 
 
 def main(zygote: ZygoteProcess | None = None) -> int:

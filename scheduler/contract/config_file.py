@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -105,6 +105,8 @@ SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "logging": LoggingSection,
     "tracing": TracingSection,
 }
+#: Names of the variables that were set from the file, by comma: they are not the environment's own words.
+FROM_FILE: Final = "GLOWPLUG_FROM_FILE"
 #: (section, field) -> the variable that it stands for.
 VARIABLES: Final[dict[tuple[str, str], str]] = {
     ("gateway", "host"): "GLOWPLUG_HOST",
@@ -317,6 +319,30 @@ def apply_config_file(env: MutableMapping[str, str] = os.environ) -> None:
     if path is None:
         return
     env[CONFIG] = str(path.absolute())
+    from_file = {name for name in (env.get(FROM_FILE) or "").split(",") if name}  # a parent's, which we inherit
     for name, value in section_variables(read_document(path)).items():
         if not env.get(name):
             env[name] = value
+            from_file.add(name)
+    env[FROM_FILE] = ",".join(sorted(from_file))
+
+
+def find_changed(sections: Collection[str], env: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Settings of ``sections``, as ``section.field``, that the file has now and this process does not: they hold after
+    a restart.
+
+    Raises:
+        SettingsError: the file cannot be used.
+    """
+    named = env.get(CONFIG)
+    if not named:
+        return ()
+    wanted = section_variables(read_document(Path(named)))
+    from_file = (env.get(FROM_FILE) or "").split(",")
+    changed = []
+    for (section, field), variable in VARIABLES.items():
+        has, wants = env.get(variable), wanted.get(variable)
+        is_ours = variable in from_file or not has  # else the environment has the last word
+        if section in sections and is_ours and (has or None) != wants:
+            changed.append(f"{section}.{field}")
+    return tuple(changed)

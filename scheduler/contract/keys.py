@@ -25,6 +25,7 @@ WORKERS: Final = PREFIX + "workers"  # set of worker ids; owner: node agents
 GATEWAYS: Final = PREFIX + "gateways"  # set of gateway ids; owner: gateways (in), sweeper (out)
 INBOX: Final = PREFIX + "inbox"  # stream of InboxMessage; owner: scheduler leader (trimmed)
 EVENTS: Final = PREFIX + "events"  # pub/sub: StageEvent
+CONTROL: Final = PREFIX + "control"  # pub/sub: ReloadOrder
 LEADER: Final = PREFIX + "leader"  # string: leader id, with TTL
 LEADER_TOKEN: Final = PREFIX + "leader:token"  # counter: fencing tokens
 STATUS: Final = PREFIX + "status"  # string: StatusReport; owner: scheduler leader
@@ -172,6 +173,11 @@ def batch_cancelled(batch_id: str) -> str:
     return f"{PREFIX}batch:{batch_id}:cancel"
 
 
+def reload_answers(order_id: str) -> str:
+    """Hash of what processes made of an order to reload, with TTL."""
+    return f"{PREFIX}reload:{order_id}"
+
+
 def tenant_batches(tenant: str) -> str:
     """Sorted set of a tenant's batches; score: when each was created. With TTL."""
     return f"{PREFIX}tenant:{tenant}:batches"
@@ -193,6 +199,7 @@ TTL_PREFIXES: Final = (
     trace(""),
     crashes(""),
     batch(""),
+    reload_answers(""),
 )
 #: Keys that live as long as their owner, which is named beside each.
 OWNED_KEYS: Final = frozenset(

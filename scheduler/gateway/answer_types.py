@@ -111,6 +111,9 @@ class Order(msgspec.Struct):
     model: str | None = None
     node: str | None = None
     status: dict[str, Any] | None = None
+    reloaded: list[dict[str, Any]] | None = None  # of config:reload: part, member and, if any, needs_restart
+    failed: list[dict[str, Any]] | None = None  # part, member, error
+    silent: list[dict[str, Any]] | None = None  # did not answer in time
 
 
 class Health(msgspec.Struct):

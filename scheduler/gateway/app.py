@@ -19,9 +19,12 @@ from aiohttp import web
 from scheduler.api_keys import key_file_path
 from scheduler.audit_log import open_audit_log
 from scheduler.contract import job_queue
+from scheduler.contract.config_file import find_changed
 from scheduler.contract.connection import connect
 from scheduler.contract.environment import ProcessSettings, SettingsError, read_process_settings
 from scheduler.contract.errors import GlowplugError
+from scheduler.contract.reloading import GATEWAY as GATEWAY_PART
+from scheduler.contract.reloading import ReloadListener
 from scheduler.contract.telemetry import configure_logging
 from scheduler.gateway import (
     health,
@@ -124,6 +127,7 @@ class GatewayServer:
         self._config_path = process.config_path
         self._tls: ssl.SSLContext | None = None
         self._presence = Presence(self._redis, gateway_id)
+        self._reloading = ReloadListener(self._redis, GATEWAY_PART, gateway_id, self.reload)
         self._runner = web.AppRunner(
             build_app(self.gateway),
             handler_cancellation=True,
@@ -148,6 +152,7 @@ class GatewayServer:
         preloading = asyncio.create_task(asyncio.to_thread(self._preload), name="preload")
         await self._hub.start()
         self._presence.start()
+        self._reloading.start()
         await self._runner.setup()
         await ListeningSite(self._runner, settings, self._tls).start()
         self.host, self.port = self._runner.addresses[0][:2]
@@ -169,6 +174,7 @@ class GatewayServer:
         await self.gateway.quotas.aclose()
         await self.gateway.usage.aclose()
         await self._hub.aclose()
+        await self._reloading.aclose()
         await self._presence.aclose()
         await self._redis.aclose()
         if self.gateway.audit is not None:
@@ -185,32 +191,28 @@ class GatewayServer:
         except SettingsError as error:
             _log.error("certificate_not_reloaded", error=str(error))
 
-    async def reload(self) -> None:
+    async def reload(self) -> tuple[str, ...]:
         """Read certificate and configuration again; streams go on. What cannot be used changes nothing.
+
+        Returns the settings in the file that hold after a restart only.
 
         Raises:
             SettingsError: the configuration is not valid; names file, line and remedy.
         """
         self.reload_certificate()
         path = self._config_path
-        if path is not None:
-            from scheduler.config import load_config  # YAML is not imported where there is no file
+        if path is None:
+            return ()
+        from scheduler.config import load_config  # YAML is not imported where there is no file
 
-            self.gateway.admission.set_config(await asyncio.to_thread(load_config, path))
-            if self.gateway.admission.has_quotas:
-                await asyncio.to_thread(self.gateway.quotas.ensure_ready)
-            _log.info("config_reloaded", path=str(path))
+        self.gateway.admission.set_config(await asyncio.to_thread(load_config, path))
+        if self.gateway.admission.has_quotas:
+            await asyncio.to_thread(self.gateway.quotas.ensure_ready)
+        return await asyncio.to_thread(find_changed, ("gateway", "logging"))
 
     def reload_in_background(self) -> None:
         """:meth:`reload`, for a signal handler; an error goes to the log."""
-
-        async def run() -> None:
-            try:
-                await self.reload()
-            except SettingsError as error:
-                _log.error("config_not_reloaded", error=str(error))
-
-        self.gateway.run_in_background(run(), name="reload")
+        self._reloading.reload_in_background()
 
     def _preload(self) -> None:
         self.gateway.metrics.ensure_ready()

@@ -84,7 +84,7 @@ class Gateway:
         )
         self.on_batch: Callable[[], None] | None = None  # told of each new one; set by what runs them
         self.draining = False
-        self.reload: Callable[[], Awaitable[None]] | None = None  # reads certificate and configuration again
+        self.reload: Callable[[], Awaitable[tuple[str, ...]]] | None = None  # reads certificate and configuration again
         self._background: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
 

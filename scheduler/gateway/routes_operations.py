@@ -25,7 +25,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from scheduler.contract import codec, keys
+from scheduler.contract import codec, keys, reloading
 from scheduler.contract.environment import SettingsError
 from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.messages import InboxMessage, ModelCard, ModelOrder, ModelStatus, PolicyChanged
@@ -88,7 +88,8 @@ async def post_node_act(request: web.Request) -> web.Response:
 
 
 async def post_reload(request: web.Request) -> web.Response:
-    """Read the configuration again, here and in the scheduler. One that is wrong is a 400 and changes nothing."""
+    """Read the configuration again, here first (one that is wrong is a 400 and changes nothing), then in every gateway,
+    scheduler and agent; the answer says who did."""
     gateway = request.app[GATEWAY]
     check_admin(request, gateway.settings)
     try:
@@ -97,8 +98,10 @@ async def post_reload(request: web.Request) -> web.Response:
     except SettingsError as error:
         raise HttpError(400, str(error), code="invalid_configuration") from error
     async with redis_within(gateway.settings.redis_limit_s, "giving an order"):
-        await _tell(gateway, PolicyChanged(reload_config=True))
-    return _accepted({"act": "reload"})
+        await _tell(gateway, PolicyChanged(reload_config=True))  # also if the leader hears no channel just now
+    async with redis_within(gateway.settings.redis_limit_s + reloading.WAIT_S, "waiting for who reloads"):
+        outcome = await reloading.order_reload(gateway.redis)
+    return _accepted({"act": "reload", **msgspec.to_builtins(outcome)})
 
 
 def _check_act(act: str, known: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from scheduler.command import main
 from scheduler.config import SchedulerConfig, load_config
 from scheduler.config_command import DEFAULTS, config_schema, effective_settings
-from scheduler.contract.config_file import SECTIONS, VARIABLES, apply_config_file
+from scheduler.contract.config_file import SECTIONS, VARIABLES, apply_config_file, find_changed
 from scheduler.contract.environment import SettingsError
 from scheduler.gateway.settings import GatewaySettings, read_gateway_settings
 from worker.agent_settings import read_agent_settings
@@ -104,6 +104,24 @@ def test_limits_of_files_and_batches_come_from_file_and_environment(tmp_path: Pa
     for name, text in (("GLOWPLUG_FILE_RETENTION_S", "59"), ("GLOWPLUG_BATCHES_AT_ONCE", "0.5")):
         with pytest.raises(SettingsError, match=name):
             read_gateway_settings({name: text})
+
+
+def test_what_a_restart_would_change_is_told(tmp_path: Path) -> None:
+    """Values that the file has now and the process does not; where a variable was set by hand it has the last word."""
+    path = tmp_path / "glowplug.yaml"
+    path.write_text("gateway: {port: 9, max_batches: 3}\nagent: {threads: 2}\nlogging: {level: debug}\n")
+    env = {"GLOWPLUG_CONFIG": str(path), "GLOWPLUG_THREADS": "1"}
+    apply_config_file(env)
+    child = dict(env)
+    apply_config_file(child)  # a child inherits the variables and what they are from
+    for one in (env, child):
+        assert find_changed(("gateway", "agent", "logging"), one) == ()
+    path.write_text("gateway: {port: 10, host: '::1'}\nagent: {threads: 4}\nlogging: {level: debug}\n")
+    for one in (env, child):
+        assert find_changed(("gateway", "agent"), one) == ("gateway.host", "gateway.port", "gateway.max_batches")
+    path.write_text("gateway: {prot: 10}\n")
+    with pytest.raises(SettingsError, match="did you mean port"):
+        find_changed(("gateway",), env)
 
 
 def test_a_file_in_the_state_folder_is_found_and_a_named_one_wins(tmp_path: Path) -> None:
