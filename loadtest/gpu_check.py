@@ -1,67 +1,49 @@
 """``python -m loadtest gpu-check``: everything about the GPU backend that this machine can show, in one command.
 
-With a GPU: its tests, the sanitizer where it is installed, and the measurements, as a table and as JSON. Without one it
-says so and runs what needs none: the kernels' digests, the kernels on the CPU from the same source, the stream of
-weights on the emulated device, and the conformance suite of all backends.
+With a GPU: its tests, the kernels' suite, the measurements beside the peers, the sanitizer where it is installed, as a
+table and as JSON in ``loadtest/results/gpu/``. Without one it says so and runs what needs none: the kernels' digests,
+the kernels for every architecture and on the CPU from the same source with a table of errors, the stream of weights on
+the emulated device, the device's own tests on a stand-in for CuPy, and the conformance suite of all backends.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
+from loadtest.gpu_steps import GpuRun, Step, run_step
+from loadtest.gpu_table import format_report
+
+RESULTS: Final = Path(__file__).resolve().parent / "results" / "gpu"
 #: What fits into a lent machine's time with room to spare.
-TOTAL_S = 480.0
-WITHOUT_GPU = (
-    ("kernels are of their sources", ["-m", "worker.backends.kernels.build", "--check"]),
-    (
-        "kernels for every architecture; the same source on the CPU against float64",
-        ["-m", "pytest", "-q", "tests/conformance", "-k", "cuda_kernels"],
-    ),
-    (
-        "weight stream, order of streams, graphs, sampling on the emulated device",
-        ["-m", "pytest", "-q", "tests/conformance/test_cuda_backend.py", "tests/unit/test_cuda_opening.py"],
-    ),
-    ("every backend against the reference", ["-m", "pytest", "-q", "tests/conformance/test_backends.py"]),
+TOTAL_S: Final = 480.0
+_SUITE: Final = tuple(
+    f"tests/conformance/test_cuda_kernels_{name}.py" for name in ("elementwise", "linear", "attention", "sampling")
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One stage's end."""
-
-    name: str
-    passed: bool
-    elapsed_s: float
-    output: str
-
-
-def run_stage(name: str, command: list[str], limit_s: float) -> Outcome:
-    """Run ``command`` with this interpreter and show how it ended. Never longer than ``limit_s``."""
-    begin_s = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(limit_s, 1)
-        )
-        passed, output = done.returncode == 0, done.stdout + done.stderr
-    except subprocess.TimeoutExpired:
-        passed, output = False, f"not done after {limit_s:.0f} s"
-    outcome = Outcome(name, passed, time.monotonic() - begin_s, output)
-    last = output.strip().splitlines()[-1] if output.strip() else ""
-    print(f"{'ok    ' if passed else 'FAILED'} {outcome.elapsed_s:6.1f} s  {name}: {last}", flush=True)
-    if not passed:
-        print(output[-4000:], flush=True)
-    return outcome
+_ON_DEVICE: Final = {"GLOWPLUG_KERNELS_ON": "cuda"}
+_PYTEST: Final = ("-m", "pytest", "-q")
+_DEVICE_PYTEST: Final = (*_PYTEST, "-c", "tests/gpu.ini")
+WITHOUT_GPU: Final = (
+    Step("digests", "kernels are of their sources", ("-m", "worker.backends.kernels.build", "--check"), 60),
+    Step("compiled", "kernels for every architecture", (*_PYTEST, "tests/conformance/test_cuda_kernels_build.py"), 240),
+    Step("coverage", "kernels on the CPU against float64", ("tests/kernel_coverage.py",), 240),
+    Step(
+        "emulated",
+        "weight stream, order of streams, graphs, sampling on the emulated device",
+        (*_PYTEST, "tests/conformance/test_cuda_backend.py", "tests/unit/test_cuda_opening.py"),
+        240,
+    ),
+    Step("stand-in", "a device's own tests on a stand-in", (*_PYTEST, "tests/conformance/test_cuda_stand_in.py"), 240),
+    Step("conformance", "every backend against the reference", (*_PYTEST, "tests/conformance/test_backends.py"), 240),
+)
 
 
 def find_gpu() -> str | None:
@@ -74,70 +56,108 @@ def find_gpu() -> str | None:
     return lines[0] if done.returncode == 0 and lines else None
 
 
-def read_figures(text: str) -> dict[str, Any]:
-    """The JSON object that a measurement printed; empty: none."""
-    start = text.find("{")
-    try:
-        found, _ = json.JSONDecoder().raw_decode(text[start:]) if start >= 0 else ({}, 0)
-    except json.JSONDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def format_table(figures: dict[str, Any]) -> list[str]:
-    """Lines of the table: one model a line, beside the ceilings of the same run."""
-    ceiling, bandwidth = figures["copy_ceiling_bytes_per_s"], figures["memory_bytes_per_s"]
-    lines = [
-        f"copy ceiling {ceiling / 1e9:.1f} GB/s, device memory {bandwidth / 1e9:.0f} GB/s, "
-        f"context and modules {figures['context_and_modules_ms']:.0f} ms, "
-        f"used by a warm worker {figures['device_used_warm_bytes'] / 2**20:.0f} MiB",
-        f"{'model':12} {'T3 ms':>8} {'T2 ms':>8} {'unverified':>10} {'copy/ceiling':>12} "
-        f"{'decode ms':>9} {'eager':>7} {'of bandwidth':>12} {'batch 32 ms':>11}",
+def list_steps(options: argparse.Namespace, work: Path) -> list[Step]:
+    """What is run on a GPU, what matters most first."""
+    ladder = (
+        "-m",
+        "worker.benchmarks.gpu_ladder",
+        "--rounds",
+        str(options.rounds),
+        "--probe-mib",
+        str(options.probe_mib),
+    )
+    models = options.models.split(",")
+    shape = options.checkpoint
+    checkpoint, http = str(work / "checkpoint"), str(work / "http")
+    ask_http = ("-m", "loadtest.gpu_http", checkpoint, http, "--rounds", str(options.rounds))
+    steps = [
+        Step("open", "context, modules, warm-up", (*ladder, "--models", ""), 60),
+        Step("device-tests", "tests on the device", (*_DEVICE_PYTEST, "tests/conformance/test_cuda_gpu.py"), 90),
+        Step("kernels", "kernel suite on the device", (*_DEVICE_PYTEST, *_SUITE), 60, environment=_ON_DEVICE),
+        Step(
+            "ladder-" + models[0],
+            f"ladder of {models[0]}, sweep",
+            (*ladder, "--models", models[0], "--sweep"),
+            100,
+            "open",
+        ),
+        *(Step(f"ladder-{name}", f"ladder of {name}", (*ladder, "--models", name), 110, "open") for name in models[1:]),
+        Step(
+            "checkpoint",
+            "a checkpoint to serve",
+            ("-m", "loadtest.random_checkpoint", checkpoint, "--shape", shape),
+            60,
+        ),
+        Step("http", "T3, T2, T1 through HTTP", ask_http, 170, "checkpoint"),
+        *(
+            Step(
+                f"peer-{name}",
+                f"peer: {name}",
+                ("-m", "loadtest.gpu_peers", checkpoint, "--peer", name),
+                60,
+                "checkpoint",
+            )
+            for name in ("naive", "fastsafetensors", "runai")
+        ),
+        Step("suspend", "the driver's checkpoint", ("-m", "worker.benchmarks.gpu_suspend"), 40, "open"),
+        Step("sanitizer", "compute-sanitizer", ("-m", "worker.benchmarks.gpu_sanitizer"), 90, "open"),
     ]
-    for name, model in figures["models"].items():
-        lines.append(
-            f"{name:12} {model['t3_ms']['median']:8.1f} {model['t2_spare_ms']['median']:8.1f} "
-            f"{model['t2_spare_unverified_ms']['median']:10.1f} {model['copy_bytes_per_s'] / ceiling:12.0%} "
-            f"{model['decode_ms']['1']:9.2f} {model['decode_eager_ms']:7.2f} "
-            f"{model['decode_bytes_per_s'] / bandwidth:12.0%} {model['decode_ms'].get('32', 0.0):11.2f}"
-        )
-    for row in sorted(figures.get("sweep", []), key=lambda row: -row["bytes_per_s"])[:8]:
-        lines.append(
-            f"  {row['threads']:2} threads, {row['slots']:2} slots of {row['slot_bytes'] >> 20:2} MiB: "
-            f"{row['bytes_per_s'] / 1e9:.1f} GB/s"
-        )
-    return lines
+    chosen = options.only.split(",") if options.only else []
+    return [step for step in steps if not chosen or any(step.key.startswith(one) for one in chosen)]
 
 
-def check_with_gpu(gpu: str, models: str, rounds: int) -> int:
+def check_with_gpu(gpu: str, options: argparse.Namespace) -> int:
     """Tests and measurements on the GPU; writes the JSON. The exit code."""
-    deadline_s = time.monotonic() + TOTAL_S
     print(f"GPU: {gpu}", flush=True)
-    outcomes = [run_stage("tests on the device", ["-m", "pytest", "-q", "-m", "gpu"], 120)]
-    ladder = ["-m", "worker.benchmarks.gpu_ladder", "--models", models, "--rounds", str(rounds), "--sweep"]
-    measured = run_stage("measurements", ladder, deadline_s - time.monotonic() - 60)
-    outcomes.append(measured)
-    outcomes.append(run_stage("sanitizer", ["-m", "worker.benchmarks.gpu_sanitizer"], deadline_s - time.monotonic()))
-    figures = read_figures(measured.output)
-    if figures:
-        print("\n".join(format_table(figures)))
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        target = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-        record = {"gpu": gpu, "python": platform.python_version(), **figures}
-        target.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {target.relative_to(ROOT)}")
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+    target = options.out / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    run = GpuRun(target, gpu, options.total_s)
+    with tempfile.TemporaryDirectory(dir=options.work, prefix="gpu-check-") as work:
+        for step in list_steps(options, Path(work)):
+            run.run(step)
+    print("\n".join(format_report(run.record)))
+    print(f"wrote {target}")
+    return 1 if any(outcome.state == "FAILED" for outcome in run.outcomes) else 0
+
+
+def check_without_gpu() -> int:
+    """Everything that needs none. The exit code."""
+    print("no GPU at hand: what follows needs none", flush=True)
+    failed = False
+    for step in WITHOUT_GPU:
+        outcome = run_step(step, step.limit_s)
+        failed |= outcome.state == "FAILED"
+        print(f"{outcome.state:8} {outcome.elapsed_s:6.1f} s  {step.name}: {outcome.last_line}", flush=True)
+        if outcome.state == "FAILED":
+            print(outcome.output[-4000:], flush=True)
+        elif step.key == "coverage":
+            print(outcome.output.rstrip(), flush=True)
+    return 1 if failed else 0
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest gpu-check", description=__doc__)
+    parser.add_argument("--models", default="1b-bf16,8b-bf16,8b-int4", help="shape-type, comma separated")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--probe-mib", type=int, default=1024, help="size of the copies that show the ceilings")
+    parser.add_argument("--checkpoint", default="8b", help="shape that is served through HTTP and loaded by the peers")
+    parser.add_argument("--only", help="steps to run, by the beginnings of their keys, comma separated")
+    parser.add_argument("--total-s", type=float, default=TOTAL_S)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints and snapshots, twice the model's size")
+    return parser.parse_args(arguments)
 
 
 def run_gpu_check(arguments: list[str]) -> int:
     """Command line; 0 where all that this machine can show is as it should be."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest gpu-check", description=__doc__)
-    parser.add_argument("--models", default="1b-bf16,8b-bf16,8b-int8", help="shape-type, comma separated")
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args(arguments)
+    options = parse_options(arguments)
     gpu = find_gpu()
-    if gpu is not None:
-        return check_with_gpu(gpu, options.models, options.rounds)
-    print("no GPU at hand: what follows needs none", flush=True)
-    outcomes = [run_stage(name, command, TOTAL_S) for name, command in WITHOUT_GPU]
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+    if gpu is None:
+        return check_without_gpu()
+    if importlib.util.find_spec("cupy") is None:
+        print(
+            f"GPU: {gpu}, but {sys.executable} has no CuPy: "
+            "pip install 'glowplug[gpu-cuda12]' or 'glowplug[gpu-cuda13]'"
+        )
+        return 1
+    return check_with_gpu(gpu, options)

@@ -22,8 +22,9 @@ STOP_TIMEOUT_S = 60.0
 
 
 def glowplug_command() -> list[str]:
-    """The installed ``glowplug`` beside the running interpreter."""
-    return [str(Path(sys.executable).parent / "glowplug")]
+    """The installed ``glowplug`` beside the running interpreter; where none is, the checkout's."""
+    installed = Path(sys.executable).parent / "glowplug"
+    return [str(installed)] if installed.exists() else [sys.executable, "-m", "scheduler.command"]
 
 
 def wait_until(probe: Callable[[], T | None], *, within_s: float, what: str, every_s: float = 0.01) -> T:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from worker.backends.cuda.device import Device, Place, align
 from worker.backends.cuda_kernels import Launch
 from worker.backends.kernels.emulation.emulator import KernelEmulator, ThreadOrder, build_emulator
+from worker.backends.kernels.manifest import load_manifest
 
 CACHE_FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "kernels"
 Array = npt.NDArray[Any]
@@ -39,9 +40,14 @@ class DeviceKernels:
         self._device = device
         self._stream, self._done = device.make_stream(), device.make_event()
         self._pinned = device.pin(1 << 24)
+        self.kernels = frozenset(load_manifest().resources)
+        self.launched: set[str] = set()
+        self.num_launches = 0
 
     def launch(self, launch: Launch, order: ThreadOrder = ThreadOrder.ASCENDING) -> None:
         """Run ``launch``; array arguments hold the result afterwards. A device has an order of its own."""
+        self.launched.add(launch.kernel)
+        self.num_launches += 1
         places: dict[int, tuple[Place, Array]] = {}
         arguments = [self._move(argument, places) for argument in launch.arguments]
         self._device.launch(replace(launch, arguments=tuple(arguments)), self._stream)

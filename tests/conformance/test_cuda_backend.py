@@ -11,7 +11,7 @@ from cuda_device_fixtures import SETTINGS, bind, make_device, make_resources, pu
 from engine_fixtures import EngineHarness, greedy, make_request
 from llama_programs import TINY, compute_logits, random_plan
 
-from loadtest.gpu_check import format_table
+from loadtest.gpu_table import format_report
 from snapshots.errors import BlobCorrupt
 from worker.backends.cuda.cuda_backend import CudaBackend
 from worker.backends.cuda.cuda_model import CudaModel
@@ -416,4 +416,4 @@ def test_ladder_measures_every_tier_of_a_tiny_model() -> None:
     model = figures["models"]["tiny-bf16"]
     assert model["t3_ms"]["median"] > 0
     assert model["decode_ms"].keys() == {"1"}
-    assert any(line.startswith("tiny-bf16") for line in format_table({"context_and_modules_ms": 0.0, **figures}))
+    assert any(line.startswith("tiny-bf16") for line in format_report({"ladder-tiny-bf16": figures}))

@@ -18,6 +18,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from worker.backends.cores import count_usable_cores
+from worker.backends.cuda.cuda_backend import CudaBackend
 from worker.backends.cuda.cuda_model import CudaModel, CudaResources
 from worker.backends.cuda.device import Device, DeviceError
 from worker.backends.cuda.opening import open_device
@@ -145,6 +147,29 @@ def measure_decode(model: CudaModel, batch: int, num_steps: int) -> float:
     return statistics.median(measure(lambda: run(next(positions)), num_steps))
 
 
+def measure_copies(model: CudaModel, num_rounds: int) -> list[float]:
+    """Seconds from the order to come back until all weights are on the device, verified: the copy phase of T3."""
+    elapsed = []
+    for _ in range(num_rounds):
+        model.park()
+        begin_s = time.perf_counter()
+        model.unpark()
+        model.wait_weights()
+        elapsed.append(time.perf_counter() - begin_s)
+    return elapsed
+
+
+def measure_queueing(model: CudaModel, num_steps: int) -> float:
+    """Seconds that the host takes to queue a decode step, nothing waited for: what launching costs."""
+    elapsed = []
+    for position in range(num_steps):
+        begin_s = time.perf_counter()
+        model.step((SequenceInput((3, 4), position, (1,)),))
+        elapsed.append(time.perf_counter() - begin_s)
+        model.sample([SamplingRow(0)])
+    return statistics.median(elapsed)
+
+
 def measure_model(
     shape: SampleShape, stored: str, resources: CudaResources, num_rounds: int, num_steps: int
 ) -> Figures:
@@ -152,32 +177,54 @@ def measure_model(
     plan = make_sample_plan(shape, stored, fill_random)
     num_bytes = plan.blob.data.nbytes if plan.blob is not None else 0
     unverified = replace(resources, settings=replace(resources.settings, verifies=False))
-    wakes = [measure_wake(plan, resources) for _ in range(num_rounds)]
-    unverified_wakes = [measure_wake(plan, unverified) for _ in range(num_rounds)]
+    figures: Figures = {"weights_bytes": num_bytes, "stored": stored}
+    for name, used in (("", resources), ("_unverified", unverified)):
+        figures[f"t2_spare{name}_ms"] = _milliseconds([measure_wake(plan, used) for _ in range(num_rounds)])
+        figures |= _measure_parked(plan, used, num_rounds, name)
+    figures |= _measure_steps(plan, resources, num_bytes, num_steps)
+    return figures
+
+
+def _measure_parked(plan: ModelPlan, resources: CudaResources, num_rounds: int, name: str) -> Figures:
     model = CudaModel(plan, resources)
-    model.open_kv(NUM_BLOCKS)
-    serve_first_token(model)
-    copied_s = model.statistics()["weights_queued_us"] / 1e6
-    resumes, parkings = zip(*measure_resumes(model, num_rounds), strict=True)
-    steps = {batch: measure_decode(model, batch, num_steps) for batch in BATCHES if batch <= num_steps * 2}
-    model.close()
-    eager = CudaModel(plan, replace(resources, uses_graphs=False))
-    eager.open_kv(NUM_BLOCKS)
-    eager.wait_weights()
-    eager_s = measure_decode(eager, 1, num_steps)
-    eager.close()
-    return {
-        "weights_bytes": num_bytes,
-        "stored": stored,
-        "t2_spare_ms": _milliseconds(wakes),
-        "t2_spare_unverified_ms": _milliseconds(unverified_wakes),
-        "t3_ms": _milliseconds(resumes),
-        "park_ms": _milliseconds(parkings),
-        "copy_bytes_per_s": num_bytes / copied_s if copied_s else 0,
-        "decode_ms": {str(batch): round(seconds * 1000, 3) for batch, seconds in steps.items()},
-        "decode_eager_ms": round(eager_s * 1000, 3),
-        "decode_bytes_per_s": num_bytes / steps[1],
-    }
+    try:
+        model.open_kv(NUM_BLOCKS)
+        serve_first_token(model)
+        resumes, parkings = zip(*measure_resumes(model, num_rounds), strict=True)
+        copies = measure_copies(model, num_rounds)
+        model.park()
+        memory = resources.device.read_memory()
+        num_bytes = plan.blob.data.nbytes if plan.blob is not None else 0
+        return {
+            f"t3{name}_ms": _milliseconds(resumes),
+            f"park{name}_ms": _milliseconds(parkings),
+            f"t3_copy{name}_bytes_per_s": round(num_bytes / statistics.median(copies)),
+            f"parked{name}_device_used_bytes": memory.total_bytes - memory.free_bytes,
+        }
+    finally:
+        model.close()
+
+
+def _measure_steps(plan: ModelPlan, resources: CudaResources, num_bytes: int, num_steps: int) -> Figures:
+    """Decode steps by graph at each batch size, eager ones, and what queueing them costs."""
+    found: Figures = {}
+    for name, uses_graphs in (("", True), ("_eager", False)):
+        model = CudaModel(plan, replace(resources, uses_graphs=uses_graphs))
+        try:
+            model.open_kv(NUM_BLOCKS)
+            serve_first_token(model)
+            model.wait_weights()
+            batches = [batch for batch in BATCHES if batch <= num_steps * 2]
+            steps = {batch: measure_decode(model, batch, num_steps) for batch in batches}
+            found[f"decode{name}_ms"] = {str(batch): round(seconds * 1e3, 3) for batch, seconds in steps.items()}
+            found[f"queueing{name}_ms"] = round(measure_queueing(model, num_steps) * 1e3, 4)
+            found[f"num_graphs{name}"] = model.statistics()["num_graphs"]
+            if uses_graphs:
+                found["decode_bytes_per_s"] = num_bytes / steps[1]
+                found["bytes_per_s_by_batch"] = {str(batch): round(num_bytes / s) for batch, s in steps.items()}
+        finally:
+            model.close()
+    return found
 
 
 def sweep_stream(shape: SampleShape, device: Device, settings: StreamSettings) -> list[Figures]:
@@ -188,12 +235,14 @@ def sweep_stream(shape: SampleShape, device: Device, settings: StreamSettings) -
     for threads, slots, slot_bytes in SWEEP:
         tried = replace(settings, num_threads=threads, num_slots=slots, slot_bytes=slot_bytes)
         resources = CudaResources(device, PinnedRing(device, tried), tried)
-        begin_s = time.perf_counter()
-        model = CudaModel(plan, resources)
-        model.wait_weights()
-        rate = num_bytes / (time.perf_counter() - begin_s)
-        model.close()
-        rows.append({"threads": threads, "slots": slots, "slot_bytes": slot_bytes, "bytes_per_s": round(rate)})
+        rates = []
+        for _ in range(2):
+            begin_s = time.perf_counter()
+            model = CudaModel(plan, resources)
+            model.wait_weights()
+            rates.append(num_bytes / (time.perf_counter() - begin_s))
+            model.close()
+        rows.append({"threads": threads, "slots": slots, "slot_bytes": slot_bytes, "bytes_per_s": round(max(rates))})
     return rows
 
 
@@ -211,7 +260,7 @@ def run_ladder(
     num_steps: int = NUM_STEPS,
 ) -> Figures:
     """All figures of ``device`` for ``(shape, stored)`` models."""
-    settings = StreamSettings()
+    settings = StreamSettings.for_cores(count_usable_cores())
     resources = CudaResources(device, PinnedRing(device, settings), settings)
     memory = device.read_memory()
     figures: Figures = {
@@ -219,6 +268,7 @@ def run_ladder(
         "multiprocessors": device.num_processors,
         "device_total_bytes": memory.total_bytes,
         "device_used_warm_bytes": memory.total_bytes - memory.free_bytes,
+        "stream": {"threads": settings.num_threads, "slots": settings.num_slots, "slot_bytes": settings.slot_bytes},
         "copy_ceiling_bytes_per_s": measure_copy_ceiling(device, probe_bytes),
         "memory_bytes_per_s": measure_memory_bandwidth(device, probe_bytes),
         "models": {
@@ -235,21 +285,42 @@ def main() -> int:
     """Command line; 3 where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", type=int, default=0)
-    parser.add_argument("--models", default="1b-bf16,8b-bf16,8b-int8", help="shape-type, comma separated")
+    parser.add_argument("--models", default="1b-bf16,8b-bf16,8b-int4", help="shape-type, comma separated")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--probe-mib", type=int, default=1024, help="size of the copies that show the ceilings")
     parser.add_argument("--sweep", action="store_true", help="try threads, slots and slot sizes with the first model")
     options = parser.parse_args()
-    shapes = [(name, stored) for name, _, stored in (one.partition("-") for one in options.models.split(","))]
-    begin_s = time.perf_counter()
+    shapes = [(name, stored) for name, _, stored in (one.partition("-") for one in options.models.split(",") if one)]
     try:
-        device = open_device(options.device)
+        opened = measure_opening(options.device)
+        device = opened.pop("device")
     except DeviceError as error:
         print(f"no GPU at hand: {error}", file=sys.stderr)
         return 3
-    opened_ms = round((time.perf_counter() - begin_s) * 1000, 1)
-    figures = run_ladder(device, shapes, options.rounds, sweeps=options.sweep, probe_bytes=1 << 30)
-    print(json.dumps({"context_and_modules_ms": opened_ms, **figures}, indent=1))
+    probe_bytes = options.probe_mib << 20
+    figures = run_ladder(device, shapes, options.rounds, sweeps=options.sweep, probe_bytes=probe_bytes)
+    print(json.dumps({**opened, **figures}, indent=1))
     return 0
+
+
+def measure_opening(number: int) -> Figures:
+    """What a spare worker costs: milliseconds to context and modules and to all that warm-up does, and device memory
+    then, of all processes. ``device`` is the device, open.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    begin_s = time.perf_counter()
+    device = open_device(number)
+    opened_s = time.perf_counter()
+    CudaBackend(lambda: device).warm()
+    memory = device.read_memory()
+    return {
+        "device": device,
+        "context_and_modules_ms": round((opened_s - begin_s) * 1e3, 1),
+        "warm_up_ms": round((time.perf_counter() - opened_s) * 1e3, 1),
+        "spare_device_used_bytes": memory.total_bytes - memory.free_bytes,
+    }
 
 
 if __name__ == "__main__":

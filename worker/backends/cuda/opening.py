@@ -22,6 +22,7 @@ def make_cuda_backend(number: int, num_threads: int, settings: StreamSettings | 
     def bind_encoder(plan: EncoderPlan) -> BoundEncoder:
         return NumKongBackend(num_threads).bind_encoder(plan)
 
+    settings = settings or StreamSettings.for_cores(num_threads)
     return CudaBackend(lambda: open_device(number), settings, bind_encoder=bind_encoder)
 
 

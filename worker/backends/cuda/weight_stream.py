@@ -47,6 +47,11 @@ class StreamSettings:
     slot_bytes: int = 8 * 1024 * 1024
     verifies: bool = True
 
+    @classmethod
+    def for_cores(cls, num_cores: int) -> StreamSettings:
+        """All cores but two read and hash, 12 at most: the engine and the loop need one each."""
+        return cls(num_threads=max(2, min(12, num_cores - 2)))
+
 
 class PinnedRing:
     """Page-locked slots, made once when a worker warms up, used by one stream of weights after the other."""

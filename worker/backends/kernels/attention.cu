@@ -246,11 +246,14 @@ DEVICE void row_attention(A* out, const A* queries, const A* kv_layer, const int
     KERNEL_ENTRY(decode_attention_##A##_d##D##_h##HEADS)
 
 
-#define ATTENTION_KERNELS(A)                                                                                         \
+#define COMBINE_KERNEL(A)                                                                                            \
     KERNEL(128) combine_splits_##A(A* out, const float* partial, const float* statistics, const int* first_rows,     \
                                    int num_splits, int num_heads, int head_dim) {                                    \
         combine_splits<A>(out, partial, statistics, first_rows, num_splits, num_heads, head_dim);                    \
     }                                                                                                                \
+    KERNEL_ENTRY(combine_splits_##A)
+
+#define ROW_KERNEL(A)                                                                                                \
     KERNEL(128) row_attention_##A(A* out, const A* queries, const A* kv_layer, const int* block_tables,              \
                                   const int* sequence_of_row, const int* positions, long long block_stride,          \
                                   int num_rows, int row_stride, int table_width, int num_heads, int num_kv_heads,    \
@@ -258,13 +261,13 @@ DEVICE void row_attention(A* out, const A* queries, const A* kv_layer, const int
         row_attention<A>(out, queries, kv_layer, block_tables, sequence_of_row, positions, block_stride, num_rows,   \
                          row_stride, table_width, num_heads, num_kv_heads, head_dim, window_tokens, scale);          \
     }                                                                                                                \
-    KERNEL_ENTRY(combine_splits_##A)                                                                                 \
     KERNEL_ENTRY(row_attention_##A)
 
 // The serving types; float32 models and other head sizes take row_attention. Several heads of a group share what is
 // loaded: 4 heads of 64, 2 of 128 (4 would take 255 registers, two warps a scheduler). Models with heads of 80 and 96
 // have no groups.
 #define DECODE_KERNELS(A)    \
+    COMBINE_KERNEL(A)        \
     DECODE_KERNEL(A, 64, 1)  \
     DECODE_KERNEL(A, 64, 4)  \
     DECODE_KERNEL(A, 80, 1)  \
@@ -272,8 +275,8 @@ DEVICE void row_attention(A* out, const A* queries, const A* kv_layer, const int
     DECODE_KERNEL(A, 128, 1) \
     DECODE_KERNEL(A, 128, 2)
 
-ATTENTION_KERNELS(f32)
-ATTENTION_KERNELS(bf16)
-ATTENTION_KERNELS(f16)
+ROW_KERNEL(f32)
+ROW_KERNEL(bf16)
+ROW_KERNEL(f16)
 DECODE_KERNELS(bf16)
 DECODE_KERNELS(f16)

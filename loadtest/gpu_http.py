@@ -1,0 +1,233 @@
+"""``python -m loadtest.gpu_http CHECKPOINT FOLDER``: the ladder of a GPU node through HTTP, as JSON lines.
+
+Builds a snapshot of the checkpoint in FOLDER and serves it there; each line is one tier: first content byte of a
+streamed answer, its phases, and the tier that the answer's trace names. T3: parked. T2: weights sealed, no worker, with
+and without a spare one. T1: a fresh server and nothing in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from loadtest.first_serve import drop_page_cache
+from loadtest.processes import Server, glowplug_command, wait_until
+from loadtest.streaming_client import chat_body, get_json, post_stream
+
+MODEL: Final = "gpu-check"
+_PARK_AFTER_S: Final = 0.5
+_IDLE_TIMEOUT_S: Final = 1.0
+_WORKER_START_S: Final = 120.0
+
+Figures = dict[str, Any]
+
+BIAS: dict[str, float] = {}  # of every request; see choose_bias
+
+
+def build(checkpoint: Path, state_dir: Path, quantize: str | None) -> float:
+    """Seconds that ``glowplug build`` took.
+
+    Raises:
+        RuntimeError: it failed; its output is in the message.
+    """
+    begin_s = time.perf_counter()
+    options = ["--quantize", quantize, *(["--calibrate", "none"] if quantize == "int8" else [])] if quantize else []
+    command = [*glowplug_command(), "build", str(checkpoint), "--name", MODEL, "--state-dir", str(state_dir), "--dev"]
+    done = subprocess.run([*command, "--no-prime", *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"build failed: {(done.stdout + done.stderr)[-600:]}")
+    return time.perf_counter() - begin_s
+
+
+def write_config(path: Path, *, parks: bool) -> Path:
+    """A configuration in which a worker parks soon and stays, or ends soon."""
+    policy = {"park_after_s": _PARK_AFTER_S if parks else 0.0, "idle_timeout_s": 600.0 if parks else _IDLE_TIMEOUT_S}
+    path.write_text(json.dumps({"defaults": policy}))  # JSON is YAML
+    return path
+
+
+def choose_bias(checkpoint: Path) -> dict[str, float]:
+    """A bias that makes a letter of every token: most of a made-up vocabulary has no text that could be sent."""
+    vocab = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]
+    letter = next(text for text in ("a", "e", *vocab) if text in vocab and text.isalpha())
+    return {str(vocab[letter]): 100.0}
+
+
+def ask(server: Server) -> Figures:
+    """One token: milliseconds to its first content byte, the tier that served it, its phases.
+
+    Raises:
+        RuntimeError: an error came instead of content.
+    """
+    answer = post_stream(server.url, chat_body(MODEL, max_tokens=1, ignore_eos=True, logit_bias=BIAS))
+    if answer.error or not answer.content_at_ms:
+        raise RuntimeError(f"request failed: status {answer.status} {answer.error[:400]}")
+    trace = get_json(server.url, f"/admin/traces/{answer.request_id}")
+    return {
+        "first_content_ms": round(answer.first_content_ms, 2),
+        "tier": trace.get("cold_tier") or "hot",
+        "phases_ms": trace.get("phases_ms", {}),
+    }
+
+
+def measure(name: str, rounds: int, once: Callable[[], Figures]) -> Figures:
+    """``rounds`` times ``once``; medians of the whole and of each phase. Stops at the first error, and tells it."""
+    samples: list[Figures] = []
+    error = ""
+    try:
+        for _ in range(rounds):
+            samples.append(once())
+    except (RuntimeError, TimeoutError, OSError) as failure:
+        error = str(failure)
+    found: Figures = {"tier": name, "num_samples": len(samples)}
+    if samples:
+        values = sorted(sample["first_content_ms"] for sample in samples)
+        phases = {phase for sample in samples for phase in sample["phases_ms"]}
+        found |= {
+            "median_ms": round(statistics.median(values), 2),
+            "min_ms": values[0],
+            "max_ms": values[-1],
+            "tiers_seen": sorted({str(sample["tier"]) for sample in samples}),
+            "phase_medians_ms": {
+                phase: round(statistics.median(sample["phases_ms"].get(phase, 0.0) for sample in samples), 2)
+                for phase in sorted(phases)
+            },
+        }
+    return found | ({"error": error[-800:]} if error else {})
+
+
+def measure_parked(state_dir: Path, folder: Path, rounds: int) -> Figures:
+    """T3: the model parks after each answer; VRAM meanwhile is what the driver counts."""
+    config = write_config(folder / "parks.yaml", parks=True)
+    with Server(state_dir, "--config", str(config), log=folder / "parked.log") as server:
+        prepare(server)
+
+        def once() -> Figures:
+            wait_until(lambda: is_parked(server), within_s=_WORKER_START_S, what="the model parked", every_s=0.05)
+            return ask(server)
+
+        found = measure("T3", rounds, once)
+        if "error" not in found:
+            wait_until(lambda: is_parked(server), within_s=_WORKER_START_S, what="the model parked", every_s=0.05)
+        return found | {"device_mib": read_device_mib()}
+
+
+def measure_sealed(state_dir: Path, folder: Path, rounds: int, *, spares: int) -> Figures:
+    """T2: the worker has ended, the weights are sealed; with ``spares`` warm workers of no model, where they exist."""
+    name = "T2 with a spare" if spares else "T2"
+    config = write_config(folder / "ends.yaml", parks=False)
+    before = os.environ.get("GLOWPLUG_SPARE_WORKERS")
+    os.environ["GLOWPLUG_SPARE_WORKERS"] = str(spares)
+    try:
+        with Server(state_dir, "--config", str(config), log=folder / f"sealed-{spares}.log") as server:
+            prepare(server)
+
+            def once() -> Figures:
+                server.wait_asleep(MODEL, within_s=_WORKER_START_S)
+                if spares:
+                    wait_until(lambda: num_spares(server) >= spares, within_s=60, what="a spare worker", every_s=0.05)
+                return ask(server)
+
+            server.wait_asleep(MODEL, within_s=_WORKER_START_S)
+            idle_mib = read_device_mib()
+            return measure(name, rounds, once) | {"device_mib": idle_mib}
+    finally:
+        os.environ.pop("GLOWPLUG_SPARE_WORKERS")
+        if before is not None:
+            os.environ["GLOWPLUG_SPARE_WORKERS"] = before
+
+
+def measure_first(state_dir: Path, folder: Path, rounds: int) -> Figures:
+    """T1: a fresh server, files dropped from the page cache."""
+
+    def once() -> Figures:
+        config = write_config(folder / "first.yaml", parks=False)
+        with Server(state_dir, "--config", str(config), log=folder / "first.log") as server:
+            server.wait_ready()
+            server.wait_listed(MODEL)
+            drop_page_cache(state_dir / "store")
+            return ask(server)
+
+    return measure("T1", rounds, once)
+
+
+def prepare(server: Server) -> None:
+    """Wait until the model is there, and serve it once."""
+    server.wait_ready()
+    server.wait_listed(MODEL)
+    ask(server)
+
+
+def read_gpus(server: Server) -> list[Figures]:
+    """What the nodes report of their GPUs."""
+    nodes = get_json(server.url, "/admin/status").get("nodes", [])
+    return [gpu for node in nodes for gpu in node.get("gpus", [])]
+
+
+def num_spares(server: Server) -> int:
+    """Warm workers of no model."""
+    return sum(int(gpu.get("spare_workers", 0)) for gpu in read_gpus(server))
+
+
+def read_device_mib() -> int | None:
+    """MiB of the first GPU in use, all processes, as the driver's own tool says; None: no such tool."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    first = done.stdout.strip().partition("\n")[0]
+    return int(first) if first.isdecimal() else None
+
+
+def is_parked(server: Server) -> bool:
+    """Whether the model's worker says that it is parked."""
+    text = json.dumps(server.model_status(MODEL))
+    return '"parked"' in text or '"T3"' in text
+
+
+def main() -> int:
+    """Command line; 1 where a tier gave no figure."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.gpu_http", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--quantize", choices=["int8", "fp8", "int4"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tiers", default="T3,T2,T2s,T1", help="comma separated; T2s: with a spare")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["GLOWPLUG_BACKEND"] = "cuda"
+    BIAS.update(choose_bias(options.checkpoint))
+    state_dir = options.folder / "state"
+    print(json.dumps({"build_s": round(build(options.checkpoint, state_dir, options.quantize), 1)}), flush=True)
+    tiers: dict[str, Callable[[Path], Figures]] = {
+        "T3": lambda logs: measure_parked(state_dir, logs, options.rounds),
+        "T2": lambda logs: measure_sealed(state_dir, logs, options.rounds, spares=0),
+        "T2s": lambda logs: measure_sealed(state_dir, logs, options.rounds, spares=1),
+        "T1": lambda logs: measure_first(state_dir, logs, min(options.rounds, 3)),
+    }
+    failed = False
+    for tier in options.tiers.split(","):
+        with tempfile.TemporaryDirectory(dir=options.folder) as logs:
+            try:
+                found = tiers[tier](Path(logs))
+            except (RuntimeError, TimeoutError, OSError, ValueError, KeyError) as error:
+                found = {"tier": tier, "error": f"{type(error).__name__}: {error}"[-800:]}
+            if "error" in found:
+                failed = True
+                found["log_tail"] = "".join(path.read_text()[-1500:] for path in Path(logs).glob("*.log"))
+        print(json.dumps(found), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

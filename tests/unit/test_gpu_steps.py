@@ -1,0 +1,59 @@
+"""gpu-check on a device machine: no step ends the others or outlasts its limit, and the record is always whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from loadtest.gpu_check import list_steps, parse_options
+from loadtest.gpu_steps import GpuRun, Step, read_documents
+from loadtest.gpu_table import format_report
+
+
+def test_failing_and_hanging_steps_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """One fails, one hangs, one lacks something, one needs the failed one; the last still runs. All are in the JSON."""
+    run = GpuRun(tmp_path / "out.json", "stand-in", 60.0)
+    steps = [
+        Step("bad", "fails", ("-c", "print('reason'); raise SystemExit(1)"), 10),
+        Step("slow", "hangs", ("-c", "import time; time.sleep(60)"), 0.2),
+        Step("no", "lacks", ("-c", "raise SystemExit(3)"), 10),
+        Step("later", "needs bad", ("-c", "print(1)"), 10, after="bad"),
+        Step("good", "works", ("-c", "print('{\"figure\": 1}')"), 10),
+    ]
+    states = [run.run(step).state for step in steps]
+    assert states == ["FAILED", "FAILED", "lacking", "left out", "ok"]
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert [step["key"] for step in record["steps"]] == [step.key for step in steps]
+    assert record["good"] == {"figure": 1}
+    assert "reason" in record["steps"][0]["output_tail"]
+    assert "not done after" in record["steps"][1]["output_tail"]
+    assert record["gpu"] == "stand-in"
+
+
+def test_no_step_begins_after_the_deadline(tmp_path: Path) -> None:
+    """What no time is left for is left out, and says so."""
+    run = GpuRun(tmp_path / "out.json", "stand-in", 0.0)
+    outcome = run.run(Step("one", "one", ("-c", "print(1)"), 10))
+    assert (outcome.state, outcome.output) == ("left out", "no time is left")
+
+
+def test_documents_are_found_between_other_text() -> None:
+    """JSON objects of a step, whatever is printed around them."""
+    assert read_documents('log {x\n{"a": {"b": 1}}\nmore {"c": 2} {') == [{"a": {"b": 1}}, {"c": 2}]
+
+
+def test_report_tells_what_is_missing() -> None:
+    """A run that was cut off at once still gives a report, part by part."""
+    lines = format_report({})
+    assert any("no figure" in line for line in lines)
+    assert len(lines) >= 5
+
+
+def test_steps_of_a_run_have_keys_of_their_own(tmp_path: Path) -> None:
+    """Keys are where results go; --only picks by them."""
+    keys = [step.key for step in list_steps(parse_options([]), tmp_path)]
+    assert len(keys) == len(set(keys))
+    assert [step.key for step in list_steps(parse_options(["--only", "open,peer"]), tmp_path)] == [
+        "open",
+        *(f"peer-{name}" for name in ("naive", "fastsafetensors", "runai")),
+    ]
