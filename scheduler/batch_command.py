@@ -66,6 +66,9 @@ output_option = click.option(
 @click.argument("requests", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--wait", is_flag=True, help="Wait for the end, then write the results in the order of the requests.")
 @click.option("--window", default="24h", show_default=True, help="Completion window: such as 90m, 24h or 7d.")
+@click.option(
+    "--run-in", "run_window", help="Begin lines in these local times of the server only: such as 22:00-06:00."
+)
 @click.option("--new", is_flag=True, help="Run the file again, even if it was submitted before.")
 @output_option
 @server_options
@@ -73,6 +76,7 @@ def submit(
     requests: Path,
     wait: bool,
     window: str,
+    run_window: str | None,
     new: bool,
     output: Path | None,
     state_dir: Path,
@@ -92,6 +96,7 @@ def submit(
             "endpoint": endpoint,
             "completion_window": window,
             "metadata": {DIGEST: digest, "file": requests.name[:200]},
+            **({"run_window": run_window} if run_window else {}),
         }
         found = _post(server, "/v1/batches", body)
         text = f"batch {found['id']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from scheduler.contract.errors import ErrorCode
@@ -21,9 +22,9 @@ WAITS_FOR_WINDOW: Final = "window"
 WAITS_FOR_WAKE: Final = "wake"
 
 
-def decide_wait(window: str, minute_of_day: int, *, may_wake: bool, is_hot: bool) -> str:
-    """What a batch waits for before its next line; empty: nothing."""
-    if not is_within(window, minute_of_day):
+def decide_wait(windows: Iterable[str], minute_of_day: int, *, may_wake: bool, is_hot: bool) -> str:
+    """What a batch waits for before its next line, which begins within all ``windows``; empty: nothing."""
+    if not all(is_within(window, minute_of_day) for window in windows):
         return WAITS_FOR_WINDOW
     return "" if may_wake or is_hot else WAITS_FOR_WAKE
 

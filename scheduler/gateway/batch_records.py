@@ -71,6 +71,7 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     failed: int = 0
     errors: tuple[LineError, ...] = ()
     waits_for: str = ""
+    run_window: str = ""  # local times of day, HH:MM-HH:MM, in which lines are begun; empty: as the model's policy says
     in_flight: int = 0  # lines that are queued or running, as last told
     is_promoted: bool = False  # it has waited too long: its lines take the order of interactive requests
 

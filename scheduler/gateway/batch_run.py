@@ -158,7 +158,8 @@ class BatchRun:
             await directory.ensure_fresh()
             is_hot = directory.is_hot(self._record.model)
         now = datetime.now().astimezone()
-        return decide_wait(policy.batch_window, now.hour * 60 + now.minute, may_wake=policy.batch_wakes, is_hot=is_hot)
+        windows = (policy.batch_window, self._record.run_window)
+        return decide_wait(windows, now.hour * 60 + now.minute, may_wake=policy.batch_wakes, is_hot=is_hot)
 
     async def _wait_turn(self, waits_for: str) -> None:
         if self._tasks:

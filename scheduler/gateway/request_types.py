@@ -324,4 +324,5 @@ class BatchRequest(msgspec.Struct, kw_only=True):
     input_file_id: str
     endpoint: str
     completion_window: str
+    run_window: str | None = None  # ours
     metadata: Metadata | None = None

@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
+from scheduler.config import is_day_window
 from scheduler.gateway import batch_records
 from scheduler.gateway.batch_lines import ENDPOINTS
 from scheduler.gateway.batch_policy import read_window_s
@@ -43,7 +44,8 @@ class BatchErrors(msgspec.Struct):
 
 
 class BatchBody(msgspec.Struct):
-    """A batch as OpenAI's clients read it. ``waits_for`` is ours: "window", "wake", or null while it may run."""
+    """A batch as OpenAI's clients read it. Ours are ``waits_for`` ("window", "wake", or null while it may run) and
+    ``run_window``."""
 
     id: str
     endpoint: str
@@ -66,6 +68,7 @@ class BatchBody(msgspec.Struct):
     metadata: dict[str, str] | None
     model: str | None
     waits_for: str | None
+    run_window: str | None
     object: str = "batch"
 
 
@@ -95,6 +98,7 @@ def describe_batch(record: BatchRecord) -> BatchBody:
         metadata=record.metadata,
         model=record.model or None,
         waits_for=record.waits_for or None,
+        run_window=record.run_window or None,
     )
 
 
@@ -109,6 +113,9 @@ async def create_batch(request: web.Request) -> web.Response:
     window_s = read_window_s(window)
     if window_s is None:
         raise bad_field("completion_window", f'expected such as "24h", "90m" or "2d" (1m to 7d), got "{window}"')
+    run_window = reader.string("run_window", max_chars=16) or ""
+    if not is_day_window(run_window):
+        raise bad_field("run_window", f'expected local times of day such as "22:00-06:00", got "{run_window}"')
     metadata = _read_metadata(reader)
     file_id = reader.string("input_file_id", max_chars=64) or ""
     found = await asyncio.to_thread(gateway.files.find, identity.tenant, file_id)
@@ -128,6 +135,7 @@ async def create_batch(request: web.Request) -> web.Response:
         expires_at=now + window_s,
         output_file_id=create_file_id(),
         error_file_id=create_file_id(),
+        run_window=run_window,
         metadata=metadata,
     )
     try:

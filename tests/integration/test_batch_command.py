@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -96,6 +98,49 @@ async def test_after_ctrl_c_the_batch_goes_on(gateway: GatewayHarness, tmp_path:
     code, out, _ = await run(gateway, "submit", str(path), "--new")
     code, out, err_text = await run(gateway, "cancel", out.decode().strip())
     assert (code, b"cancel" in out) == (0, True), err_text
+
+
+async def test_on_a_terminal_a_bar_shows_how_far_it_is(gateway: GatewayHarness, tmp_path: Path) -> None:
+    """Status, lines done of all, time so far and time left, while the results go elsewhere."""
+    gate, answered = asyncio.Event(), 0
+
+    async def held(request: GenerateRequest, publish: Publish) -> None:
+        nonlocal answered
+        answered += 1
+        if answered > 2:
+            await gate.wait()
+        await say("done")(request, publish)
+
+    gateway.worker.script = held
+    path = tmp_path / "requests.jsonl"
+    path.write_bytes(encode_lines(batch_line(i) for i in range(4)))
+    terminal, end = os.openpty()
+    os.set_blocking(terminal, False)
+    words = ("submit", str(path), "--wait", "-o", str(tmp_path / "out.jsonl"), "--url", gateway.url)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "scheduler.command", "batch", *words),
+        stderr=end,
+        env={**os.environ, "GLOWPLUG_STATE_DIR": "/nonexistent", "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(end)
+    seen = b""
+
+    def read() -> bytes:
+        nonlocal seen
+        with contextlib.suppress(OSError):  # nothing there, or the other end is closed
+            while data := os.read(terminal, 65536):
+                seen += data
+        return seen
+
+    await eventually(lambda: b"2/4" in read(), what="two of four lines in the bar")
+    gate.set()
+    assert await process.wait() == 0
+    read()
+    os.close(terminal)
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", seen).decode()
+    assert re.search(r"in_progress .*2/4 \d:\d\d:\d\d left [-\d]+:[-\d]+", text), text
+    assert "completed    4/4 lines" in text
+    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 4
 
 
 async def test_wrong_usage_and_no_server_have_their_own_exit_codes(gateway: GatewayHarness, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,42 @@ async def test_a_batch_that_may_not_wake_waits_until_somebody_else_did(gateway: 
     await gateway.publish(make_card(), status=make_status(Tier.HOT, state="ready"))
     done = await wait_status(client, batch)
     assert (done.status, len(gateway.worker.seen)) == ("completed", 3)
+
+
+def other_times() -> str:
+    """A window that begins in six hours."""
+    hour = datetime.now().astimezone().hour
+    return f"{(hour + 6) % 24:02}:00-{(hour + 12) % 24:02}:00"
+
+
+async def test_a_batch_waits_for_the_window_of_its_models_policy(gateway: GatewayHarness) -> None:
+    """Outside of it nothing is queued, and the batch says so; as soon as the policy allows, it runs."""
+    client = client_of(gateway)
+    set_policy(gateway, batch_window=other_times())
+    batch = await submit(client, encode_lines(batch_line(i) for i in range(3)))
+    await eventually(lambda: is_waiting(client, batch, "window"), what="a batch that waits for its window")
+    assert gateway.worker.seen == []
+    set_policy(gateway)
+    assert (await wait_status(client, batch)).status == "completed"
+
+
+async def test_one_batch_may_wait_for_a_window_of_its_own(gateway: GatewayHarness) -> None:
+    """Its lines stay where they are while another batch runs; what cannot be a window is refused."""
+    client = client_of(gateway)
+    waits = await submit(client, encode_lines([batch_line(0)]), extra_body={"run_window": other_times()})
+    assert waits.to_dict()["run_window"] == other_times()
+    await eventually(lambda: is_waiting(client, waits, "window"), what="a batch that waits for its window")
+    other = await submit(client, encode_lines([batch_line(1)]))
+    assert (await wait_status(client, other)).status == "completed"
+    assert len(gateway.worker.seen) == 1
+    await client.batches.cancel(waits.id)
+    assert (await wait_status(client, waits)).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="22:00-06:00"):
+        await submit(client, encode_lines([batch_line(0)]), extra_body={"run_window": "at night"})
+
+
+async def is_waiting(client: openai.AsyncOpenAI, batch: Batch, reason: str) -> bool:
+    return (await client.batches.retrieve(batch.id)).to_dict()["waits_for"] == reason
 
 
 async def test_a_batch_that_waited_too_long_takes_the_order_of_interactive_requests(gateway: GatewayHarness) -> None:
