@@ -8,19 +8,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 
+from scheduler.gateway.openapi_operations import EVENTS, JSON, Operation, list_operations
+
 VERSION: Final = "3.1.0"
-JSON: Final = "application/json"
-EVENTS: Final = "text/event-stream"
-TEXT: Final = "text/plain"
-BYTES: Final = "application/octet-stream"
-HTML: Final = "text/html"
 #: What can go wrong anywhere; an answer to a path or method that there is not is none of an operation's.
 ALWAYS: Final = (400, 401, 403, 500, 503)
 #: Where a body is read.
@@ -44,196 +40,6 @@ DESCRIPTIONS: Final = {
     500: "The server, a worker or a model's guest failed.",
     503: "No capacity now, or the model did not wake; `Retry-After` says when to come back.",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One route as documented. ``answers`` are content types of its 200 with their types (None: any text or bytes)."""
-
-    method: str
-    path: str
-    summary: str
-    answers: dict[str, Any]
-    request: Any = None
-    media: str = JSON
-    statuses: tuple[int, ...] = ()
-    parameters: tuple[dict[str, Any], ...] = ()
-    tag: str = "inference"
-    is_open: bool = False
-    others: tuple[int, ...] = field(default=())  # statuses without a body of ours
-    success: int = 200
-
-
-def _path(name: str, text: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
-
-
-def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "schema": schema}
-
-
-def list_operations() -> list[Operation]:
-    """All of them. Imports what the handlers have imported already."""
-    from scheduler.contract.messages import StatusReport
-    from scheduler.gateway import answer_types as answers
-    from scheduler.gateway import request_types as requests
-    from scheduler.gateway.embeddings import EmbeddingList
-    from scheduler.gateway.responses import ChatCompletion, LegacyCompletion
-    from scheduler.gateway.routes_batches import BatchBody
-    from scheduler.gateway.routes_files import FileBody
-    from scheduler.gateway.routes_models import ModelDocument, ModelList
-    from scheduler.gateway.traces import TraceDocument
-
-    def wakes(path: str, summary: str, request: Any, answer: Any, *, streams: bool = False) -> Operation:
-        content = {JSON: answer, EVENTS: None} if streams else {JSON: answer}
-        return Operation("post", path, summary, content, request, statuses=(404, 429))
-
-    def reads(path: str, summary: str, answer: Any, *, tag: str, **options: Any) -> Operation:
-        return Operation("get", path, summary, {JSON: answer}, tag=tag, **options)
-
-    file_id, batch_id = _path("file_id", "A file's id."), _path("batch_id", "A batch's id.")
-    paging = (_query("after", {"type": "string"}), _query("limit", {"type": "integer", "minimum": 1, "maximum": 100}))
-    tokens = [
-        wakes(f"{prefix}/{verb}", summary, request, answer)
-        for prefix in ("", "/v1")
-        for verb, summary, request, answer in (
-            ("tokenize", "Token ids of a text or chat", requests.TokenizeRequest, answers.TokenizeAnswer),
-            ("detokenize", "Text of token ids", requests.DetokenizeRequest, answers.DetokenizeAnswer),
-        )
-    ]
-    model, act = _path("model", "Its name."), _path("act", "What to do; another word is a 404 that lists them.")
-    node = _path("node", "A node's id.")
-
-    def orders(path: str, summary: str, *parameters: dict[str, Any]) -> Operation:
-        answer = {JSON: answers.Order}
-        statuses = (404, 409)
-        return Operation(
-            "post", path, summary, answer, statuses=statuses, parameters=parameters, tag="admin", success=202
-        )
-
-    return [
-        wakes("/v1/chat/completions", "Answer a chat", requests.ChatCompletionRequest, ChatCompletion, streams=True),
-        wakes("/v1/completions", "Continue a text", requests.CompletionRequest, LegacyCompletion, streams=True),
-        wakes("/v1/responses", "Answer as a response", requests.ResponseRequest, answers.ResponseAnswer, streams=True),
-        wakes(
-            "/v1/messages",
-            "Answer in Anthropic's dialect",
-            requests.MessageRequest,
-            answers.MessageAnswer,
-            streams=True,
-        ),
-        wakes("/v1/embeddings", "Embed texts", requests.EmbeddingRequest, EmbeddingList),
-        *tokens,
-        wakes("/v1/responses/input_tokens", "Count a response's prompt", requests.ResponseRequest, answers.InputTokens),
-        wakes("/v1/messages/count_tokens", "Count a message's prompt", requests.CountRequest, answers.InputTokens),
-        Operation(
-            "get",
-            "/v1/requests/{request_id}/stream",
-            "The rest of a stream that was cut",
-            {EVENTS: None},
-            statuses=(404,),
-            parameters=(_path("request_id", "X-Request-Id of the call."), _query("after", {"type": "string"})),
-        ),
-        Operation(
-            "post",
-            "/v1/files",
-            "Upload a file",
-            {JSON: FileBody},
-            requests.FileUpload,
-            "multipart/form-data",
-            (507,),
-            tag="batches",
-        ),
-        reads("/v1/files", "Files", answers.Page, tag="batches", parameters=paging),
-        reads("/v1/files/{file_id}", "A file", FileBody, tag="batches", parameters=(file_id,), statuses=(404,)),
-        Operation(
-            "get",
-            "/v1/files/{file_id}/content",
-            "A file's bytes",
-            {BYTES: None},
-            statuses=(404,),
-            others=(206, 304, 412, 416),
-            parameters=(file_id,),
-            tag="batches",
-        ),
-        Operation(
-            "delete",
-            "/v1/files/{file_id}",
-            "Delete a file",
-            {JSON: answers.Deleted},
-            statuses=(404, 409),
-            parameters=(file_id,),
-            tag="batches",
-        ),
-        Operation(
-            "post",
-            "/v1/batches",
-            "Begin a batch",
-            {JSON: BatchBody},
-            requests.BatchRequest,
-            statuses=(429,),
-            tag="batches",
-        ),
-        reads("/v1/batches", "Batches", answers.Page, tag="batches", parameters=paging),
-        reads("/v1/batches/{batch_id}", "A batch", BatchBody, tag="batches", parameters=(batch_id,), statuses=(404,)),
-        Operation(
-            "post",
-            "/v1/batches/{batch_id}/cancel",
-            "Cancel a batch",
-            {JSON: BatchBody},
-            statuses=(404, 409),
-            parameters=(batch_id,),
-            tag="batches",
-        ),
-        reads("/v1/models", "Models, at zero workers too", ModelList, tag="models"),
-        reads(
-            "/v1/models/{model}",
-            "A model",
-            ModelDocument,
-            tag="models",
-            statuses=(404,),
-            parameters=(_path("model", "Its name."),),
-        ),
-        *(reads(path, "Health", answers.Health, tag="health", is_open=True) for path in ("/healthz",)),
-        *(
-            reads(path, "Readiness", answers.Health, tag="health", is_open=True, others=(503,))
-            for path in ("/readyz", "/health")
-        ),
-        Operation("get", "/metrics", "Prometheus metrics", {TEXT: None}, tag="admin"),
-        reads("/admin/status", "The fleet", StatusReport, tag="admin"),
-        reads(
-            "/admin/traces/{request_id}",
-            "Where a request's time went",
-            TraceDocument,
-            tag="admin",
-            statuses=(404,),
-            parameters=(_path("request_id", "An id, or last."),),
-        ),
-        reads(
-            "/admin/usage",
-            "Tokens used",
-            answers.Page,
-            tag="admin",
-            parameters=(_query("days", {"type": "integer", "minimum": 1, "maximum": 40}),),
-        ),
-        orders("/admin/models/{model}:{act}", "Wake, prefetch, unload, pin, unpin or park a model", model, act),
-        orders("/admin/nodes/{node}:{act}", "Drain a node, or let it work again", node, act),
-        orders("/admin/config:reload", "Read the configuration again"),
-        Operation("get", "/admin/live", "The dashboard's feed", {EVENTS: None}, tag="admin", statuses=(429,)),
-        Operation("get", "/", "The dashboard", {HTML: None}, tag="dashboard", is_open=True),
-        Operation(
-            "get",
-            "/dashboard/{name}",
-            "The dashboard's parts",
-            {HTML: None},
-            tag="dashboard",
-            statuses=(404,),
-            parameters=(_path("name", "A file's name."),),
-            is_open=True,
-            others=(304,),
-        ),
-        Operation("get", "/openapi.json", "This document", {JSON: dict[str, Any]}, tag="health"),
-    ]
 
 
 @functools.cache

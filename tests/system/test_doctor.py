@@ -88,6 +88,14 @@ def test_a_damaged_snapshot_a_wrong_file_and_a_server_that_died_fail(state_dir: 
     assert "glowplug.yaml:2: gateway.prot: unknown field (did you mean port?)" in findings["configuration"]["seen"]
 
 
+def test_a_wrong_policy_is_named_with_its_line(state_dir: Path) -> None:
+    """What only the scheduler reads is checked too, before it refuses to start."""
+    (state_dir / "glowplug.yaml").write_text("defaults:\n  idle_timeout_s: soon\n")
+    code, findings = run_doctor(state_dir)
+    assert (code, findings["configuration"]["level"]) == (1, "fail")
+    assert "glowplug.yaml:2: defaults.idle_timeout_s" in findings["configuration"]["seen"]
+
+
 def test_nothing_there_yet_says_what_comes_first(tmp_path: Path) -> None:
     """A fresh machine: no key is the failure, and the remedy is the command."""
     code, findings = run_doctor(tmp_path / "fresh")

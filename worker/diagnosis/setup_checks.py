@@ -7,12 +7,14 @@ import http.client
 import json
 import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from scheduler.contract.config_file import find_config, read_document, section_variables
+from scheduler.contract.config_file import find_config
 from scheduler.contract.connection import connect
 from scheduler.contract.environment import SettingsError, read_process_settings
 from snapshots.errors import KeyRingError, SnapshotError
@@ -23,19 +25,32 @@ from worker.diagnosis.findings import Finding
 MIN_REDIS: Final = (6, 2)
 SLOW_REDIS_MS: Final = 5.0
 CONNECT_LIMIT_S: Final = 3.0
+CONFIG_CHECK_LIMIT_S: Final = 20.0
 
 
 def check_configuration() -> Iterator[Finding]:
-    """glowplug.yaml is YAML and its sections are well-formed (`glowplug config check` checks policies too)."""
+    """glowplug.yaml and the variables are what all processes take, policies of models and tenants included."""
     try:
         path = find_config()
-        if path is not None:
-            section_variables(read_document(path))
         read_process_settings()
+        refused = None if path is None else _ask_config_check()
     except SettingsError as error:
-        yield Finding("configuration", "fail", str(error), "correct that line; `glowplug config check` checks it all")
+        refused = str(error)
+    if refused is not None:
+        yield Finding("configuration", "fail", refused, "correct that; `glowplug config check` looks again")
         return
     yield Finding("configuration", "ok", str(path) if path else "defaults and environment")
+
+
+def _ask_config_check() -> str | None:
+    """What `glowplug config check` refuses; None where all is well. A process: policies are the scheduler's to read."""
+    command = [sys.executable, "-c", "from scheduler.command import main; main()", "config", "check", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=CONFIG_CHECK_LIMIT_S, check=False)
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        return f"`glowplug config check` ended with status {done.returncode}: {done.stderr[-300:].strip()}"
+    return None if found["ok"] else str(found["error"])
 
 
 def check_keys(state_dir: Path) -> Iterator[Finding]:
