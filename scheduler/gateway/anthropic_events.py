@@ -12,9 +12,9 @@ from typing import Any, Final
 import msgspec
 
 from scheduler.contract.errors import ErrorInfo
-from scheduler.contract.messages import TokenEvent
 from scheduler.contract.states import FinishReason
 from scheduler.gateway import sse
+from scheduler.gateway.dialect_events import DialectEventWriter
 from scheduler.gateway.request_schema import Call
 from scheduler.gateway.responses import UsageBody
 from scheduler.gateway.tool_calls import (
@@ -24,8 +24,6 @@ from scheduler.gateway.tool_calls import (
     TextDelta,
     ToolCall,
     choice_seed,
-    make_parser,
-    read_deltas,
     read_items,
 )
 
@@ -118,40 +116,21 @@ def build_stop(reason: FinishReason, stop_sequence: str | None, num_calls: int) 
     return {"stop_reason": "tool_use" if num_calls else "end_turn", "stop_sequence": None}
 
 
-class MessageEventWriter:
+class MessageEventWriter(DialectEventWriter):
     """The events of one streamed message. Implements :class:`scheduler.gateway.chunks.ChunkWriter`."""
 
     def __init__(self, call: Call, request_id: str) -> None:
-        self._call = call
-        self._request_id = request_id
-        self._parser = make_parser(call.tools, choice_seed(request_id, 0))
+        super().__init__(call, request_id)
         self._num_blocks = 0
         self._num_calls = 0
         self._open: str | None = None  # the type of the block that is open
-        self._reason = FinishReason.STOP
-        self._stop_sequence: str | None = None
 
     def opening(self) -> bytes:
         return _event("message_start", message=build_message(self._call, self._request_id, [], {}, None))
 
-    def begin(self, part: int) -> bytes:
-        return b""
-
-    def tokens(self, events: tuple[TokenEvent, ...], part: int) -> bytes:
-        pieces = []
-        for event in events:
-            pieces += [self._tell(delta) for delta in read_deltas(self._parser, event)]
-            if event.finish_reason is not None:
-                self._reason, self._stop_sequence = event.finish_reason, event.stop_sequence
-                pieces.append(self._close_block())
-        return b"".join(pieces)
-
     def ending(self, usage: UsageBody) -> bytes:
         delta = build_stop(self._reason, self._stop_sequence, self._num_calls)
         return _event("message_delta", delta=delta, usage=build_message_usage(usage)) + _event("message_stop")
-
-    def done(self) -> bytes:
-        return b""
 
     def error(self, error: ErrorInfo) -> bytes:
         return sse.named_event(
@@ -170,14 +149,14 @@ class MessageEventWriter:
                 return self._block_delta({"type": "input_json_delta", "partial_json": text})
 
     def _open_block(self, block: dict[str, Any]) -> bytes:
-        closed, self._open = self._close_block(), block["type"]
+        closed, self._open = self._close_last(), block["type"]
         self._num_blocks += 1
         return closed + _event("content_block_start", index=self._num_blocks - 1, content_block=block)
 
     def _block_delta(self, delta: dict[str, Any]) -> bytes:
         return _event("content_block_delta", index=self._num_blocks - 1, delta=delta)
 
-    def _close_block(self) -> bytes:
+    def _close_last(self) -> bytes:
         if self._open is None:
             return b""
         self._open = None

@@ -11,9 +11,9 @@ from typing import Any, Final
 import msgspec
 
 from scheduler.contract.errors import ErrorInfo
-from scheduler.contract.messages import TokenEvent
 from scheduler.contract.states import FinishReason
 from scheduler.gateway import sse
+from scheduler.gateway.dialect_events import DialectEventWriter
 from scheduler.gateway.request_schema import Call
 from scheduler.gateway.responses import UsageBody
 from scheduler.gateway.tool_calls import (
@@ -23,8 +23,6 @@ from scheduler.gateway.tool_calls import (
     TextDelta,
     ToolCall,
     choice_seed,
-    make_parser,
-    read_deltas,
     read_items,
 )
 
@@ -112,19 +110,16 @@ def make_call_item(call: ToolCall, status: str) -> dict[str, Any]:
     }
 
 
-class ResponseEventWriter:
+class ResponseEventWriter(DialectEventWriter):
     """The events of one streamed response. Implements :class:`scheduler.gateway.chunks.ChunkWriter`."""
 
     def __init__(self, call: Call, request_id: str, created_at_s: int) -> None:
-        self._call = call
-        self._request_id = request_id
+        super().__init__(call, request_id)
         self._created_at_s = created_at_s
-        self._parser = make_parser(call.tools, choice_seed(request_id, 0))
         self._sequence_number = 0
         self._output: list[dict[str, Any]] = []
         self._text: list[str] | None = None  # of the message that is open
         self._tool_call: ToolCall | None = None  # that is open
-        self._reason = FinishReason.STOP
 
     def opening(self) -> bytes:
         response = self._build(IN_PROGRESS)
@@ -132,23 +127,8 @@ class ResponseEventWriter:
             "response.in_progress", response=response
         )
 
-    def begin(self, part: int) -> bytes:
-        return b""
-
-    def tokens(self, events: tuple[TokenEvent, ...], part: int) -> bytes:
-        pieces = []
-        for event in events:
-            pieces += [self._tell(delta) for delta in read_deltas(self._parser, event)]
-            if event.finish_reason is not None:
-                self._reason = event.finish_reason
-                pieces.append(self._close_item(self._status))
-        return b"".join(pieces)
-
     def ending(self, usage: UsageBody) -> bytes:
         return self._event(f"response.{self._status}", response=self._build(self._status, usage=usage))
-
-    def done(self) -> bytes:
-        return b""
 
     def error(self, error: ErrorInfo) -> bytes:
         told = self._event("error", code=error.code.value, message=error.message, param=error.param)
@@ -176,6 +156,9 @@ class ResponseEventWriter:
                     raise RuntimeError("arguments without a call")
                 self._tool_call.arguments += text
                 return self._arguments_event("delta", self._tool_call, delta=text)
+
+    def _close_last(self) -> bytes:
+        return self._close_item(self._status)
 
     def _open_text(self) -> bytes:
         closed = self._close_item(COMPLETED)
