@@ -48,6 +48,7 @@ from worker.reports import (
     read_memory_total_bytes,
 )
 from worker.sealed_cache import NoRoom, SealedCache
+from worker.spare_workers import SpareWorkers
 from worker.spawn_order import WorkerExited
 from worker.stopped_workers import StoppedWorkers
 from worker.store_watch import StoreWatch
@@ -59,7 +60,6 @@ HEARTBEAT_S: Final = 2.0
 SCAN_S: Final = 1.0
 SETTLE_S: Final = 0.02
 COMMAND_BLOCK_MS: Final = 5000
-EXIT_SETTINGS: Final = 78  # EX_CONFIG
 
 
 class NodeAgent:
@@ -100,6 +100,7 @@ class NodeAgent:
             on_corrupt=self._on_corrupt,
             release_leases=self._release_leases,
             on_device_freed=self._on_device_freed,
+            spares=SpareWorkers(self._zygote, settings, lambda: self._start_task(self._on_device_freed(), "spare")),
         )
         self._fencing_token = 0  # the highest seen; orders with a lower one come from a deposed leader
         self._spawns: set[asyncio.Task[None]] = set()
@@ -164,6 +165,7 @@ class NodeAgent:
             for spawn in self._spawns:
                 spawn.cancel()
             await asyncio.gather(drain, at_once, *self._spawns, return_exceptions=True)
+            self._workers.spares.close()
             await self._zygote.aclose()
             self._cache.close()
             self._gpus.close()
@@ -354,6 +356,7 @@ class NodeAgent:
 
     async def _beat(self) -> None:
         await self._gpus.refresh()
+        self._workers.spares.keep(self._gpus.devices())
         was_registered = await self._reports.node_alive(self._report())
         if not was_registered:  # first time, or Redis lost it: then it lost the cards too
             await self._publish_all_cards()
@@ -373,11 +376,11 @@ class NodeAgent:
             zygote_pid=self._zygote.pid,
             backend=self._settings.backend,
             memory_total_bytes=read_memory_total_bytes(),
-            gpus=self._gpus.reports(self._workers.pids(), {}),
+            gpus=self._gpus.reports(self._workers.pids(), self._workers.spares.pids()),
         )
 
     async def _on_device_freed(self) -> None:
-        """A worker has left its GPU: say at once how much is free there now, before its end is told."""
+        """A worker has left its GPU, or a spare is there: say at once how much is free now."""
         await self._gpus.refresh(now=True)
         await keep_trying(self._beat, "reporting free device memory")
 

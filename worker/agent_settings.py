@@ -26,6 +26,7 @@ DRAIN_GRACE_S: Final = "GLOWPLUG_DRAIN_GRACE_S"
 VERIFY: Final = "GLOWPLUG_VERIFY"
 DRAFT_TOKENS: Final = "GLOWPLUG_DRAFT_TOKENS"
 DEV: Final = "GLOWPLUG_DEV"
+SPARE_WORKERS: Final = "GLOWPLUG_SPARE_WORKERS"
 STOPPED_LIMIT_S: Final = "GLOWPLUG_STOPPED_LIMIT_S"
 
 #: ``auto``: cuda where there is a GPU and CuPy, else numkong.
@@ -35,6 +36,7 @@ VERIFICATION_POLICIES: Final = ("once", "always")
 DEFAULT_DRAIN_GRACE_S: Final = 10.0
 DEFAULT_STOPPED_LIMIT_S: Final = 1.5
 MAX_DRAFT_TOKENS: Final = 32
+MAX_SPARE_WORKERS: Final = 8
 SEALED_MEMORY_FRACTION: Final = 0.8
 
 
@@ -50,6 +52,7 @@ class AgentSettings(msgspec.Struct, frozen=True):
     verification: str = VERIFICATION_POLICIES[0]
     draft_tokens: int = 0  # guessed ahead in each sequence; 0: none
     fill_limit_bytes_per_s: float = 0
+    spare_workers: int = 0  # kept warm on each GPU
     stopped_limit_s: float = DEFAULT_STOPPED_LIMIT_S  # a worker that a signal stopped for so long is ended
 
     @property
@@ -86,17 +89,28 @@ def read_agent_settings(memory_total_bytes: int, env: Mapping[str, str] = os.env
         ),
         drain_grace_s=read_positive_float(DRAIN_GRACE_S, DEFAULT_DRAIN_GRACE_S, env),
         verification=verification,
-        draft_tokens=_read_draft_tokens(env),
+        draft_tokens=_read_count(DRAFT_TOKENS, MAX_DRAFT_TOKENS, env),
+        spare_workers=_read_spare_workers(backend, env),
         fill_limit_bytes_per_s=read_positive_float(FILL_LIMIT_BYTES_PER_S, math.inf, env),
         stopped_limit_s=read_positive_float(STOPPED_LIMIT_S, DEFAULT_STOPPED_LIMIT_S, env),
     )
 
 
-def _read_draft_tokens(env: Mapping[str, str]) -> int:
-    text = env.get(DRAFT_TOKENS) or "0"
-    if not (text.isascii() and text.isdigit() and len(text) < 4 and int(text) <= MAX_DRAFT_TOKENS):
-        raise SettingsError(f'{DRAFT_TOKENS}="{text}": expected a whole number from 0 (off) to {MAX_DRAFT_TOKENS}')
+def _read_count(name: str, maximum: int, env: Mapping[str, str]) -> int:
+    text = env.get(name) or "0"
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and int(text) <= maximum):
+        raise SettingsError(f'{name}="{text}": expected a whole number from 0 (off) to {maximum}')
     return int(text)
+
+
+def _read_spare_workers(backend: str, env: Mapping[str, str]) -> int:
+    number = _read_count(SPARE_WORKERS, MAX_SPARE_WORKERS, env)
+    if number and backend in CPU_BACKENDS:
+        raise SettingsError(
+            f'{SPARE_WORKERS}="{number}": spares are for GPUs, and this node\'s backend is {backend}, whose workers '
+            "are forked in milliseconds with their model prepared: set it to 0"
+        )
+    return number
 
 
 def newest_record(state_dir: Path) -> Path:

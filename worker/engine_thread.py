@@ -21,7 +21,7 @@ from snapshots.errors import Incompatible, SnapshotError
 from snapshots.manifest import Manifest
 from worker.backends.choice import make_backend
 from worker.backends.encoder_protocol import BoundEncoder
-from worker.backends.protocol import BackendError, BackendFull, BoundModel
+from worker.backends.protocol import Backend, BackendError, BackendFull, BoundModel
 from worker.engine.parking import IdleParking
 from worker.engine.step_loop import StepLoop, bind_plan, make_step_loop
 from worker.engine.types import RequestStep
@@ -62,10 +62,13 @@ class EngineThread:
         guest_engine: GuestEngine,
         marks: dict[str, int],
         inherited: InheritedModel | None = None,
+        warm: Backend | None = None,
     ) -> None:
-        """``inherited`` is what the zygote prepared of the order's model, if it did."""
+        """``inherited`` is what the zygote prepared of the order's model, if it did; ``warm`` the backend of a spare
+        that has become this worker."""
         self.marks = marks
         self._inherited = inherited
+        self._warm = warm
         self._order = order
         self._fds = fds
         self._guest_engine = guest_engine
@@ -147,7 +150,8 @@ class EngineThread:
     def _warm_and_map(self) -> tuple[PreparedModel, BoundModel | BoundEncoder]:
         """The device ready, the model mapped and bound: taken over from the zygote, or done here."""
         order, fds, inherited = self._order, self._fds, self._inherited
-        backend = make_backend(order.backend, order.num_threads) if inherited is None else inherited.backend
+        backend = self._warm if inherited is None else inherited.backend
+        backend = backend or make_backend(order.backend, order.num_threads)
         backend.warm()
         self.marks[Mark.DEVICE_READY] = time.monotonic_ns()
         if inherited is not None:

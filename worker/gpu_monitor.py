@@ -77,7 +77,9 @@ class GpuMonitor:
             self._note_errors(reading)
 
     def devices(self) -> list[str]:
-        """UUIDs of the GPUs without a fault."""
+        """UUIDs of the GPUs without a fault; one without a name where there is no library to ask."""
+        if self._source is None:
+            return [""]
         return [reading.uuid for reading in self._readings if not self._fault_of(reading)]
 
     def reports(self, workers: Mapping[str, int], spares: Mapping[str, Mapping[int, bool]]) -> tuple[GpuReport, ...]:

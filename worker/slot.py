@@ -28,7 +28,7 @@ from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import WorkerReport
 from scheduler.contract.states import CLAIMING_STATES, SlotState
 from scheduler.contract.telemetry import Mark
-from worker.backends.protocol import BackendFull
+from worker.backends.protocol import Backend, BackendFull
 from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.step_loop import StepLoop
 from worker.engine.types import RequestStep
@@ -320,8 +320,8 @@ def prepare_to_fork() -> PreparedModels:
     return _prepared
 
 
-def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
-    """Main function of a forked worker; its exit code.
+def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int, warm: Backend | None = None) -> int:
+    """Main function of a forked worker; its exit code. ``warm``: the backend of a spare that becomes it.
 
     Requires: :func:`prepare_to_fork` ran before the fork.
     """
@@ -331,7 +331,7 @@ def run_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     choose_device(order.device)
     marks = {**order.marks, Mark.FORKED: forked_mono_ns}
-    thread = EngineThread(order, fds, _guest_engine, marks, _prepared.selected)
+    thread = EngineThread(order, fds, _guest_engine, marks, _prepared.selected, warm)
     thread.start()
     # Both threads are Python and share one interpreter lock: side by side, a resume of 3 ms takes 12. So the engine
     # thread goes first where the zygote has prepared the model; a longer restore has the rest happen beside it.

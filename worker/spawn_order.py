@@ -12,7 +12,11 @@ message                 direction meaning
 :class:`ModelPrepared`  to agent  done: its workers inherit it
 :class:`PrepareFailed`  to agent  it cannot be prepared; its workers restore it themselves
 :class:`ForgetPrepared` to zygote the snapshot is not held any more: unmap it
+:class:`ForkSpare`      to zygote fork a spare; carries its end of a channel to the agent, see below
 :class:`WorkerExited`   to agent  the worker ended and was reaped
+:class:`SpareReady`     to agent  (spare's channel) the device is warm
+:class:`SpareRefused`   to agent  (spare's channel) it cannot be warmed, and why; the spare ends
+:class:`TakeOrder`      to spare  (spare's channel) be this worker; carries the descriptors of SpawnedFds
 ======================= ========= ==================================================================
 
 Signals go through the zygote because it alone reaps: a process id that it still knows cannot have been reused.
@@ -174,5 +178,33 @@ class WorkerExited(msgspec.Struct, frozen=True, tag="exited"):
         return os.waitstatus_to_exitcode(self.wait_status)
 
 
-ToZygote = ForkWorker | SignalWorker | PrepareModel | ForgetPrepared
+class ForkSpare(msgspec.Struct, frozen=True, tag="fork_spare"):
+    """Fork a process that warms ``backend`` on ``device`` (a GPU's UUID; empty: any) and waits. Answered as
+    :class:`ForkWorker`; signals and its end name it ``spare_id``, whatever becomes of it."""
+
+    spare_id: str
+    device: str
+    backend: str
+    num_threads: int
+
+
+class SpareReady(msgspec.Struct, frozen=True, tag="spare_ready"):
+    """A spare is warm."""
+
+    elapsed_ms: float
+
+
+class SpareRefused(msgspec.Struct, frozen=True, tag="spare_refused"):
+    """A spare could not be warmed."""
+
+    reason: str
+
+
+class TakeOrder(msgspec.Struct, frozen=True, tag="take"):
+    """A spare is to be the worker of ``order``."""
+
+    order: SpawnOrder
+
+
+ToZygote = ForkWorker | ForkSpare | SignalWorker | PrepareModel | ForgetPrepared
 FromZygote = ZygoteReady | WorkerForked | ForkRefused | WorkerExited | ModelPrepared | PrepareFailed

@@ -4,7 +4,7 @@
 from        to          when
 =========== =========== ==================================================================
 (none)      starting    spawn order; the snapshot is being sealed or the fork is under way
-starting    running     the zygote forked it; its weights may still be filled in
+starting    running     the zygote forked it, or it was a spare; its weights may still be filled in
 starting    (none)      refused: snapshot corrupt, no room, no fork; reported as failed
 running     stopping    drain order, or the agent stops: SIGTERM, and SIGKILL past the grace
 running     (none)      it ended by itself: reported with its error
@@ -34,6 +34,7 @@ from worker.backends.detection import choose_worker_backend
 from worker.model_catalogue import CatalogueEntry, describe_refusal
 from worker.reports import NO_DESCRIPTORS, Reports, describe_exit, describe_no_worker, keep_trying
 from worker.sealed_cache import NoRoom, SealedCache
+from worker.spare_workers import SpareWorkers
 from worker.spawn_order import (
     EXIT_REPORTED,
     PARK_SIGNAL,
@@ -62,6 +63,7 @@ class _Process:
     model: str
     entry: CatalogueEntry
     device: str = ""  # UUID of the GPU that it was placed on
+    fork_id: str = ""  # what the zygote calls it: the worker's id, or that of the spare it was
     pid: int = 0  # 0 until forked
     is_stopping: bool = False
     stood_still: bool = False  # killed because a signal had stopped it
@@ -82,6 +84,7 @@ class WorkerProcesses:
         on_corrupt: OnCorrupt,
         release_leases: ReleaseLeases,
         on_device_freed: OnDeviceFreed,
+        spares: SpareWorkers,
     ) -> None:
         self._zygote = zygote
         self._cache = cache
@@ -90,6 +93,7 @@ class WorkerProcesses:
         self._on_corrupt = on_corrupt
         self._release_leases = release_leases
         self._on_device_freed = on_device_freed
+        self.spares: Final = spares
         self._log = structlog.get_logger()
         self._processes: dict[str, _Process] = {}
         self._burials: set[asyncio.Task[None]] = set()
@@ -150,15 +154,38 @@ class WorkerProcesses:
             device=command.device,
             marks={**command.marks, Mark.ORDER_RECEIVED: received_mono_ns, Mark.VERIFIED: time.monotonic_ns()},
         )
-        process.pid = await self._zygote.spawn(order, fds)
+        is_spare = await self._start_process(process, order, fds)
+        if self._processes.get(process.worker_id) is not process:
+            return  # a spare that died as it was taken; told already
         self._start_task(self._prepare_when_whole(process, order, fds), f"preparation of {card.name}")
         self._log.info(
-            "worker_started", worker_id=order.worker_id, model=card.name, pid=process.pid, tier=order.cold_tier
+            "worker_started",
+            worker_id=order.worker_id,
+            model=card.name,
+            pid=process.pid,
+            tier=order.cold_tier,
+            was_spare=is_spare,
         )
         if process.cause is not None:  # so did the wrong chunk
-            await self._zygote.signal(process.worker_id, signal.SIGKILL)
+            await self._zygote.signal(process.fork_id, signal.SIGKILL)
         elif process.is_stopping:  # the drain order overtook the fork
-            await self._zygote.signal(process.worker_id, signal.SIGTERM)
+            await self._zygote.signal(process.fork_id, signal.SIGTERM)
+
+    async def _start_process(self, process: _Process, order: SpawnOrder, fds: SpawnedFds) -> bool:
+        """A spare where there is one for that device, else a fork; whether it was a spare."""
+        spare = self.spares.take_nowait(order.device) if order.backend == self._settings.backend else None
+        if spare is not None:
+            process.fork_id, process.pid = spare.spare_id, spare.pid
+            try:
+                await self.spares.hand_over(spare, order, fds)
+                return True
+            except OSError as error:
+                self._log.warning("spare_lost", spare_id=spare.spare_id, error=str(error))
+                if self._processes.get(process.worker_id) is not process:
+                    return True
+        process.fork_id, process.pid = order.worker_id, 0
+        process.pid = await self._zygote.spawn(order, fds)
+        return False
 
     async def _prepare_when_whole(self, process: _Process, order: SpawnOrder, fds: SpawnedFds) -> None:
         """The zygote restores only what is verified to the last byte: it must not wait for bytes itself."""
@@ -174,7 +201,7 @@ class WorkerProcesses:
         for process in ended:
             process.cause = error
             self._log.error("worker_refused", worker_id=process.worker_id, model=process.model, error=str(error))
-            self._start_task(self._zygote.signal(process.worker_id, signal.SIGKILL), f"end of {process.worker_id}")
+            self._start_task(self._zygote.signal(process.fork_id, signal.SIGKILL), f"end of {process.worker_id}")
 
     async def drain(self, worker_id: str, grace_s: float) -> None:
         """Ask a worker to finish what runs and exit; kill it past ``grace_s``. Unknown ids are gone already."""
@@ -187,13 +214,13 @@ class WorkerProcesses:
             process.kill_timer.cancel()
         process.kill_timer = asyncio.get_running_loop().call_later(grace_s + KILL_MARGIN_S, self._kill, worker_id)
         if not was_stopping:  # a second one would end its drain at once
-            await self._zygote.signal(worker_id, signal.SIGTERM)
+            await self._zygote.signal(process.fork_id, signal.SIGTERM)
 
     async def park(self, worker_id: str, is_parked: bool) -> None:
         """Have a worker leave its device, or come back. Only one that said it was ready may be asked."""
         process = self._processes.get(worker_id)
         if process is not None and not process.is_stopping:
-            await self._zygote.signal(worker_id, PARK_SIGNAL if is_parked else UNPARK_SIGNAL)
+            await self._zygote.signal(process.fork_id, PARK_SIGNAL if is_parked else UNPARK_SIGNAL)
 
     def pids(self) -> dict[str, int]:
         """Workers that were forked and have not ended, as far as is known."""
@@ -205,7 +232,7 @@ class WorkerProcesses:
         if process is not None:
             process.stood_still = True
             self._log.error("worker_stood_still", worker_id=worker_id, model=process.model, pid=process.pid)
-            self._start_task(self._zygote.signal(worker_id, signal.SIGKILL), f"end of {worker_id}")
+            self._start_task(self._zygote.signal(process.fork_id, signal.SIGKILL), f"end of {worker_id}")
 
     async def drain_all(self, grace_s: float) -> None:
         """Drain every worker and wait until all are gone and reported."""
@@ -220,16 +247,18 @@ class WorkerProcesses:
             await self._changed.wait()
 
     def _kill(self, worker_id: str) -> None:
-        if worker_id in self._processes:
+        process = self._processes.get(worker_id)
+        if process is not None:
             self._log.warning("worker_killed_past_grace", worker_id=worker_id)
-            self._start_task(self._zygote.signal(worker_id, signal.SIGKILL), f"kill {worker_id}")
+            self._start_task(self._zygote.signal(process.fork_id, signal.SIGKILL), f"kill {worker_id}")
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
     def on_exit(self, message: WorkerExited) -> None:
         """The zygote reaped a worker."""
-        process = self._processes.get(message.worker_id)
+        process = self._find_forked(message.worker_id)
         if process is None:
+            self.spares.on_exit(message.worker_id)
             return
         is_expected = process.is_stopping or message.exit_code in (0, EXIT_REPORTED)
         error = None if is_expected else describe_exit(process.worker_id, process.model, message.exit_code)
@@ -243,12 +272,18 @@ class WorkerProcesses:
         self._bury(process, error, crashed=not (is_expected or process.cause is not None or process.stood_still))
 
     def on_lost(self, worker_ids: list[str]) -> None:
-        """The zygote died and these workers with it."""
-        for worker_id in worker_ids:
-            process = self._processes.get(worker_id)
+        """The zygote died and these workers, by the names that it had for them, with it."""
+        for fork_id in worker_ids:
+            process = self._find_forked(fork_id)
             if process is not None:
-                message = f"worker {worker_id} of model {process.model!r} died with its zygote; a new one is started"
+                name = f"worker {process.worker_id} of model {process.model!r}"
+                message = f"{name} died with its zygote; a new one is started"
                 self._bury(process, ErrorInfo(ErrorCode.WORKER_FAILED, message))
+            else:
+                self.spares.on_exit(fork_id)
+
+    def _find_forked(self, fork_id: str) -> _Process | None:
+        return next((process for process in self._processes.values() if process.fork_id == fork_id), None)
 
     def _bury(self, process: _Process, error: ErrorInfo | None, *, crashed: bool = False) -> None:
         del self._processes[process.worker_id]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import select
@@ -31,6 +32,7 @@ from worker.spawn_order import (
     NUM_SPAWN_FDS,
     ForgetPrepared,
     ForkRefused,
+    ForkSpare,
     ForkWorker,
     FromZygote,
     PrepareFailed,
@@ -47,6 +49,8 @@ from worker.zygote_channel import PacketReader, encode_packet, send_packet
 
 #: Runs in the child with the order, its file descriptors and the instant of the fork; the result is its exit code.
 RunWorker = Callable[[SpawnOrder, SpawnedFds, int], int]
+
+RunSpare = Callable[[ForkSpare, int, int], int]
 
 EXIT_CRASHED: Final = 70  # EX_SOFTWARE
 _PR_SET_PDEATHSIG: Final = 1
@@ -76,12 +80,20 @@ class ModelPreparer(Protocol):
 
 
 class Zygote:
-    """The blocking loop. One thread, the process's only one. Without ``preparer`` workers restore by themselves."""
+    """The blocking loop. One thread, the process's only one. Without ``preparer`` workers restore by themselves;
+    without ``run_spare`` there are no spares."""
 
-    def __init__(self, channel: socket.socket, run_worker: RunWorker, preparer: ModelPreparer | None = None) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        run_worker: RunWorker,
+        preparer: ModelPreparer | None = None,
+        run_spare: RunSpare | None = None,
+    ) -> None:
         self._channel = channel
         self._run_worker = run_worker
         self._preparer = preparer
+        self._run_spare = run_spare
         self._reader: PacketReader[ToZygote] = PacketReader(ToZygote)
         self._workers: dict[int, str] = {}  # pid -> worker id, until reaped
         self._pid = os.getpid()
@@ -119,6 +131,8 @@ class Zygote:
             match message:
                 case ForkWorker(order):
                     self._fork(order, fds)
+                case ForkSpare():
+                    self._fork_spare(message, fds)
                 case SignalWorker(worker_id, number):
                     self._signal(worker_id, number)
                 case PrepareModel():
@@ -167,8 +181,8 @@ class Zygote:
                 self._send(ForkRefused(order.worker_id, f"fork failed: {error.strerror}"))
                 return
             if pid == 0:
-                forked_mono_ns = time.monotonic_ns()
-                self._become_worker(order, SpawnedFds(*fds), forked_mono_ns)
+                run = functools.partial(self._run_worker, order, SpawnedFds(*fds), time.monotonic_ns())
+                self._become(order.worker_id, order.model, run)
             self._workers[pid] = order.worker_id
             self._send(WorkerForked(order.worker_id, pid))
         finally:
@@ -177,7 +191,26 @@ class Zygote:
             for fd in fds:
                 os.close(fd)
 
-    def _become_worker(self, order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> None:
+    def _fork_spare(self, spare: ForkSpare, fds: tuple[int, ...]) -> None:
+        try:
+            if self._run_spare is None or len(fds) != 1:
+                self._send(ForkRefused(spare.spare_id, f"no spares here, or {len(fds)} descriptors instead of 1"))
+                return
+            try:
+                pid = os.fork()
+            except OSError as error:
+                self._send(ForkRefused(spare.spare_id, f"fork failed: {error.strerror}"))
+                return
+            if pid == 0:
+                run = functools.partial(self._run_spare, spare, fds[0], time.monotonic_ns())
+                self._become(spare.spare_id, "spare", run)
+            self._workers[pid] = spare.spare_id
+            self._send(WorkerForked(spare.spare_id, pid))
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _become(self, worker_id: str, name: str, run: Callable[[], int]) -> None:
         """The child's whole life; never returns, so that no frame of the zygote is unwound in it."""
         code = EXIT_CRASHED
         try:
@@ -190,10 +223,10 @@ class Zygote:
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != self._pid:  # the zygote died before the line above could bind us to it
                 os._exit(EXIT_CRASHED)
-            _prctl(_PR_SET_NAME, f"gp:{order.model}".encode()[:15], 0, 0, 0)
-            code = self._run_worker(order, fds, forked_mono_ns)
+            _prctl(_PR_SET_NAME, f"gp:{name}".encode()[:15], 0, 0, 0)
+            code = run()
         except BaseException:  # whatever it is, it must not run on into the zygote's loop
-            structlog.get_logger().exception("worker crashed", worker_id=order.worker_id, model=order.model)
+            structlog.get_logger().exception("worker crashed", worker_id=worker_id, model=name)
         finally:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):  # a full disk must not let the child run on, either
@@ -244,12 +277,13 @@ def main(channel_fd: int) -> int:
 
     # Imported here and not above: the zygote's own code must stay loadable without the worker's libraries.
     from worker.slot import prepare_to_fork, run_worker
+    from worker.spare import run_spare
 
     prepared = prepare_to_fork()
     gc.collect()
     gc.freeze()
     try:
-        Zygote(channel, run_worker, prepared).serve()
+        Zygote(channel, run_worker, prepared, run_spare).serve()
     except BrokenPipeError:
         pass  # the agent went away between two messages
     return 0

@@ -18,6 +18,7 @@ from worker.model_preparation import ModelPreparation
 from worker.spawn_order import (
     ForgetPrepared,
     ForkRefused,
+    ForkSpare,
     ForkWorker,
     FromZygote,
     ModelPrepared,
@@ -95,18 +96,29 @@ class ZygoteClient:
         Raises:
             SpawnFailed: the fork was refused, or the zygote died or did not answer.
         """
+        return await self._fork(order.worker_id, ForkWorker(order), fds.all)
+
+    async def spawn_spare(self, spare: ForkSpare, channel_fd: int) -> int:
+        """Fork a spare; its process id. The caller keeps its own copy of ``channel_fd``.
+
+        Raises:
+            SpawnFailed: as for :meth:`spawn`.
+        """
+        return await self._fork(spare.spare_id, spare, (channel_fd,))
+
+    async def _fork(self, worker_id: str, message: ForkWorker | ForkSpare, fds: tuple[int, ...]) -> int:
         await self._wait_ready()
         answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._forks[order.worker_id] = answer
+        self._forks[worker_id] = answer
         try:
-            await self._send(ForkWorker(order), fds.all)
+            await self._send(message, fds)
             return await asyncio.wait_for(answer, SPAWN_TIMEOUT_S)
         except TimeoutError:
             raise SpawnFailed(f"the zygote did not answer within {SPAWN_TIMEOUT_S:g} s") from None
         except OSError as error:
             raise SpawnFailed(f"the zygote went away: {error}") from error
         finally:
-            self._forks.pop(order.worker_id, None)
+            self._forks.pop(worker_id, None)
 
     async def signal(self, worker_id: str, number: int) -> None:
         """Send a signal to a worker; nothing happens if it has ended."""

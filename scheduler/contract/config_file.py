@@ -67,6 +67,7 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     drain_grace_s: Positive | None = None
     verify: Literal["once", "always"] | None = None
     draft_tokens: Annotated[int, msgspec.Meta(ge=0, le=32)] | None = None
+    spare_workers: Annotated[int, msgspec.Meta(ge=0, le=8)] | None = None  # on each GPU
     snapshot_keys: str | None = None  # file
 
 
@@ -138,6 +139,7 @@ VARIABLES: Final[dict[tuple[str, str], str]] = {
     ("agent", "drain_grace_s"): "GLOWPLUG_DRAIN_GRACE_S",
     ("agent", "verify"): "GLOWPLUG_VERIFY",
     ("agent", "draft_tokens"): "GLOWPLUG_DRAFT_TOKENS",
+    ("agent", "spare_workers"): "GLOWPLUG_SPARE_WORKERS",
     ("agent", "snapshot_keys"): "GLOWPLUG_SNAPSHOT_KEYS",
     ("logging", "level"): "GLOWPLUG_LOG_LEVEL",
     ("logging", "format"): "GLOWPLUG_LOG_FORMAT",

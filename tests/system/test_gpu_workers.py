@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +133,64 @@ async def test_a_model_that_does_not_fit_is_refused_and_the_agent_lives(host: Gp
     await host.spawn("w2", device=GPU)
     _, terminal = await host.ask("r1")
     assert (terminal.error, terminal.worker_id) == (None, "w2")
+
+
+async def test_a_wake_takes_a_warm_spare_and_another_takes_its_place(redis_url: str, short_tmp_path: Path) -> None:
+    """One on each GPU, told in the node's report with its memory; the worker is that process, on that GPU; a spare that
+    is killed is replaced; with the agent all end."""
+    async with GpuHost(redis_url, copy_state_dir(short_tmp_path / "state"), GLOWPLUG_SPARE_WORKERS="1") as host:
+
+        async def spares() -> dict[str, int]:
+            report = await host.node_report()
+            return {gpu.uuid: gpu.spare_workers for gpu in report.gpus} if report is not None else {}
+
+        async def all_warm() -> bool:
+            return await spares() == {GPU: 1, OTHER_GPU: 1}
+
+        await eventually(all_warm, what="a warm spare on each GPU")
+        pids = {line["pid"] for line in logged(host, "spare_warm")}
+        host.gpus.driver.processes = [(1, pid, 1000 + number) for number, pid in enumerate(sorted(pids))]
+        host.gpus.driver.write()
+        worker = await host.spawn("w1", device=OTHER_GPU)
+        assert worker.pid in pids
+        assert f"emulated gpu 0 of {OTHER_GPU} in {worker.pid}" in host.log.read_text()
+        _, terminal = await host.ask("r1")
+        assert (terminal.error, terminal.worker_id) == (None, "w1")
+
+        async def memory_told() -> bool:
+            report = await host.node_report()
+            return report is not None and report.gpus[1].worker_bytes.keys() == {"w1"}
+
+        await eventually(memory_told, what="the former spare's memory as its worker's")
+        await eventually(all_warm, what="another spare in its place")
+        (idle,) = pids - {worker.pid}
+        os.kill(idle, signal.SIGKILL)
+        await eventually(lambda: len(logged(host, "spare_warm")) == 4, what="the killed spare replaced")
+        os.kill(worker.pid, signal.SIGKILL)
+        lost = await host.wait_change("w1", "failed", exited=True)
+        assert lost.error is not None
+        assert "SIGKILL" in lost.error.message
+        everyone = {line["pid"] for line in logged(host, "spare_warm")}
+    await wait_gone(*everyone)
+
+
+def test_spares_on_a_cpu_are_refused_with_a_reason(redis_url: str, short_tmp_path: Path) -> None:
+    """The setting is for GPUs; the message says why and what to do."""
+    env = {**os.environ, "REDIS_URL": redis_url, "GLOWPLUG_SPARE_WORKERS": "1", "GLOWPLUG_BACKEND": "numkong"}
+    state_dir = copy_state_dir(short_tmp_path / "state")
+    command = [sys.executable, "-m", "worker", "agent"]
+    done = subprocess.run(
+        command, env={**env, "GLOWPLUG_STATE_DIR": str(state_dir)}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 78
+    assert "spares are for GPUs" in done.stderr
+    assert "set it to 0" in done.stderr
+
+
+def logged(host: GpuHost, event: str) -> list[dict[str, Any]]:
+    """Lines of that event in the agent's log."""
+    lines = [json.loads(line) for line in host.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == event]
 
 
 def glowplug(server: Server, *words: str) -> subprocess.CompletedProcess[str]:
