@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from worker.backends.cpu_attention_prompts import attend_many
-from worker.backends.cpu_attention_scratch import AttentionScratch, AttentionShape, SequenceShare
+from worker.backends.cpu_attention_scratch import AttentionScratch, AttentionShape, SequenceShare, StepRoles
 from worker.backends.kv_blocks import KvBlocks, Runs, skip_tokens
 from worker.backends.protocol import FloatArray
 
@@ -46,7 +46,7 @@ def bind_kv_append(
             for share in shares:
                 first = share.first
                 for begin, end in share.targets:
-                    planes[:, begin:end] = both[:, first : first + end - begin]
+                    np.copyto(planes[:, begin:end], both[:, first : first + end - begin])
                     first += end - begin
 
         return append_both
@@ -59,8 +59,8 @@ def bind_kv_append(
         for share in shares:
             first = share.first
             for begin, end in share.targets:
-                planes[:num_heads, begin:end] = keys[:, first : first + end - begin]
-                planes[num_heads:, begin:end] = values[:, first : first + end - begin]
+                np.copyto(planes[:num_heads, begin:end], keys[:, first : first + end - begin])
+                np.copyto(planes[num_heads:, begin:end], values[:, first : first + end - begin])
                 first += end - begin
 
     return append
@@ -83,29 +83,49 @@ def bind_attention(
     by_head = (shape.num_kv_heads, group, shape.head_dim, num_tokens)
     query_heads, out_heads = queries.reshape(by_head), out.reshape(by_head)
     source_queries = source[:width]
+    if num_tokens == 1:  # one sequence, and its column is the whole array
+        query, out_one = query_heads[..., 0], out_heads[..., 0]
+
+        def attend_one() -> None:
+            np.multiply(source_queries, shape.score_scale, queries)
+            _attend_one(query, out_one, memory.layers[shape.layer], shares[0], shape, scratch)
+
+        return attend_one
+
     result = scratch.one_result(by_head[:3])
     result_column = result.reshape(width)
 
     def attend() -> None:
         np.multiply(source_queries, shape.score_scale, queries)
         planes = memory.layers[shape.layer]
-        singles = [share for share in shares if share.num_tokens == 1]
-        if len(singles) > 1 and _is_even(singles):
-            _attend_singles(queries, out, planes, singles, shape, scratch)
-            singles = []
-        for share in singles:
+        roles = scratch.roles.get(shape.window_tokens)
+        if roles is None:
+            roles = scratch.roles[shape.window_tokens] = _assign_roles(shares, shape.window_tokens)
+        if roles.together:
+            _attend_together(queries, out, planes, roles, shape, scratch)
+        for share in roles.alone:
             _attend_one(query_heads[..., share.first], result, planes, share, shape, scratch)
-            out[:, share.first] = result_column
-        num_used = 0
-        for share in shares:
-            first, num_used = share.first, share.first + share.num_tokens
-            if share.num_tokens > 1:
-                columns = slice(first, num_used)
-                attend_many(query_heads[..., columns], out_heads[..., columns], planes, share, shape, scratch)
-        if num_used < num_tokens:
-            out[:, num_used:] = 0  # padding columns: finite, whatever the buffer held before
+            np.copyto(out[:, share.first], result_column)
+        for share in roles.prompts:
+            columns = slice(share.first, share.first + share.num_tokens)
+            attend_many(query_heads[..., columns], out_heads[..., columns], planes, share, shape, scratch)
+        if roles.num_used < num_tokens:
+            out[:, roles.num_used :] = 0  # padding columns: finite, whatever the buffer held before
 
     return attend
+
+
+def _assign_roles(shares: list[SequenceShare], window_tokens: int) -> StepRoles:
+    """How the sequences of a step are attended to, in every layer with that window."""
+    singles = [share for share in shares if share.num_tokens == 1]
+    prompts = [share for share in shares if share.num_tokens > 1]
+    num_used = max(share.first + share.num_tokens for share in shares)
+    if len(singles) < 2 or not _is_even(singles):
+        return StepRoles([], singles, prompts, num_used)
+    first, last = singles[0].first, singles[-1].first
+    is_stretch = last - first == len(singles) - 1  # the common case; fancy indexing takes several times as long
+    columns = slice(first, last + 1) if is_stretch else [share.first for share in singles]
+    return StepRoles([_see_window(share, window_tokens) for share in singles], [], prompts, num_used, columns)
 
 
 def _is_even(singles: list[SequenceShare]) -> bool:
@@ -123,29 +143,32 @@ def _see_window(share: SequenceShare, window_tokens: int) -> tuple[Runs, int]:
     return share.runs, num_keys
 
 
-def _attend_singles(
+def _attend_together(
     queries: FloatArray,
     out: FloatArray,
     planes: FloatArray,
-    singles: list[SequenceShare],
+    roles: StepRoles,
     shape: AttentionShape,
     scratch: AttentionScratch,
 ) -> None:
     """One query of each of several sequences: ``queries`` and ``out`` are ``[H * Dh, T]``. Two products a sequence, and
     everything between them once for all."""
     num_kv_heads, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
-    columns = [share.first for share in singles]
-    rows: FloatArray = queries[:, columns].T.copy().reshape(len(singles), num_kv_heads, group, shape.head_dim)
-    seen = [_see_window(share, shape.window_tokens) for share in singles]
+    seen = roles.together
+    num_queries = len(seen)
     most_keys = max(num_keys for _, num_keys in seen)
-    scores = scratch.scores(len(singles), shape.num_heads, most_keys)
-    scores = scores.reshape(len(singles), num_kv_heads, group, most_keys)
+    flat_rows = scratch.one_result((1, num_queries, len(queries)))[0]
+    np.copyto(flat_rows, queries[:, roles.columns].T)
+    rows = flat_rows.reshape(num_queries, num_kv_heads, group, shape.head_dim)
+    scores = scratch.scores(num_queries, shape.num_heads, most_keys)
+    scores = scores.reshape(num_queries, num_kv_heads, group, most_keys)
     keys, values = planes[:num_kv_heads], planes[num_kv_heads:]
     matmul = np.matmul
     for query, own, (runs, num_keys) in zip(rows, scores, seen, strict=True):
-        _score_one(query, keys, runs, own[:, :, :num_keys], scratch)
         if num_keys < most_keys:
             own[:, :, num_keys:] = -np.inf
+            own = own[:, :, :num_keys]
+        _score_one(query, keys, runs, own, scratch)
     np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
     np.exp(scores, scores)
     sums = np.add.reduce(scores, -1, keepdims=True)
@@ -160,7 +183,7 @@ def _attend_singles(
                 matmul(weights, values[:, begin:end], result)
             first += end - begin
     np.divide(results, sums, results)
-    out[:, columns] = results.reshape(len(singles), -1).T
+    out[:, roles.columns] = flat_rows.T
 
 
 def _score_one(
@@ -174,12 +197,12 @@ def _score_one(
             np.matmul(queries, keys[:, begin:end].transpose(0, 2, 1), scores[..., first : first + end - begin])
             first += end - begin
         return
-    columns = queries.transpose(0, 2, 1).copy()
+    columns = np.array(queries.transpose(0, 2, 1))
     by_key = scratch.by_key(len(keys), num_keys, scores.shape[1])
     for begin, end in runs:
         np.matmul(keys[:, begin:end], columns, by_key[:, first : first + end - begin])
         first += end - begin
-    scores[...] = by_key.transpose(0, 2, 1)
+    np.copyto(scores, by_key.transpose(0, 2, 1))
 
 
 def _attend_one(

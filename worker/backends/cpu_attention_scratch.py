@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -41,6 +41,19 @@ class AttentionShape:
     score_scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class StepRoles:
+    """The sequences of a step by the way they are attended to: those of one token ``together`` in one softmax (runs and
+    number of the keys that each sees; their queries are ``columns`` of the step) or ``alone``, and ``prompts``.
+    ``num_used`` columns belong to sequences."""
+
+    together: list[tuple[Runs, int]]
+    alone: list[SequenceShare]
+    prompts: list[SequenceShare]
+    num_used: int
+    columns: slice | list[int] = field(default_factory=list)
+
+
 class AttentionScratch:
     """Buffers that all attention operations of a model share; grown on demand. ``rounds_long``: long prompts may be
     attended to in bf16 (see :mod:`~worker.backends.cpu_attention_tiles`).
@@ -52,6 +65,7 @@ class AttentionScratch:
     def __init__(self, num_threads: int = 1, *, rounds_long: bool = False) -> None:
         self.rounds_long = rounds_long
         self.tiles = TileMemory()
+        self.roles: dict[int, StepRoles] = {}  # of the step in progress, by window
         self._others = [AttentionScratch() for _ in range(num_threads - 1)]
         self._executor: ThreadPoolExecutor | None = None
         self._flat: FloatArray = np.empty(0, np.float32)

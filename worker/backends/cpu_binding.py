@@ -73,6 +73,7 @@ class BoundTokens:
     token_ids: npt.NDArray[np.int64]
     positions: FloatArray
     calls: list[Call] = field(default_factory=list)
+    waits: set[int] = field(default_factory=set)  # identities of those among them that a first run alone needs
     #: (source, destination value): what LAST_ROWS copies selected columns of, or MEAN_POOL averages, and where to
     selections: list[tuple[FloatArray, int]] = field(default_factory=list)
     result: FloatArray | None = None  # where the program has no LAST_ROWS
@@ -84,6 +85,7 @@ class BoundRows:
 
     targets: dict[int, FloatArray]
     calls: list[Call] = field(default_factory=list)
+    waits: set[int] = field(default_factory=set)  # as in BoundTokens
     result: FloatArray | None = None
 
 
@@ -124,6 +126,7 @@ class ProgramBinder:
         self._repeated: dict[Hashable, Call] = {}
         self._rope_tables: dict[tuple[int, float], RopeTable] = {}
         self._table_waits: list[Call] = []  # for the weights that tables are made of
+        self._waits: set[int] = set()  # identities of all waits among the calls
         self._token_ids = np.zeros(num_rows, np.int64)
         self._positions: FloatArray = np.zeros(num_rows, np.float32)
 
@@ -139,6 +142,7 @@ class ProgramBinder:
             elif source_is_token:
                 self._bind(operation)
         bound.calls = self._table_waits + [table.update for table in self._rope_tables.values()] + self._calls
+        bound.waits = self._waits
         return bound
 
     def bind_rows(self) -> BoundRows:
@@ -153,7 +157,7 @@ class ProgramBinder:
                 bound.result = self._columns(operation.inputs[0])
             else:
                 self._bind(operation)
-        bound.calls = self._calls
+        bound.calls, bound.waits = self._calls, self._waits
         return bound
 
     def _bind(self, operation: Operation) -> None:
@@ -201,6 +205,7 @@ class ProgramBinder:
             wait = self._compiled.plan.tensors[handle].wait_verified if handle != NO_TENSOR else None
             if wait is not None:
                 self._calls.append(wait)
+                self._waits.add(id(wait))
 
     def _columns(self, value: int) -> FloatArray:
         """Feature-major view ``[width, rows]`` of a value."""
@@ -302,7 +307,9 @@ class ProgramBinder:
             table = make_rope_table(self._vector(operation), operation.floats[0], self._positions)
             self._rope_tables[key] = table
             wait = self._compiled.plan.tensors[operation.tensors[0]].wait_verified
-            self._table_waits += [wait] if wait is not None else []
+            if wait is not None:
+                self._table_waits.append(wait)
+                self._waits.add(id(wait))
         heads = self._heads(operation.out, *operation.ints[:3])
         return bind_rope(heads, table, self._take_scratch(heads.shape))
 

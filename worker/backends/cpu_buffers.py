@@ -95,14 +95,14 @@ def assign_buffers(program: Program, shapes: Mapping[int, ValueShape], rows: Row
 
 
 def transpose_into(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
-    """``target[...] = source.T`` in column blocks, which keeps both sides in cache."""
+    """``target`` = ``source.T``, in column blocks, which keeps both sides in cache."""
     num_columns = target.shape[1]
     if target.shape[0] <= TILE_ROWS * 4 and num_columns <= 2048:
-        target[...] = source.T
+        np.copyto(target, source.T)
         return
     for begin in range(0, num_columns, _TRANSPOSE_COLUMNS):
         end = begin + _TRANSPOSE_COLUMNS
-        target[:, begin:end] = source[begin:end].T
+        np.copyto(target[:, begin:end], source[begin:end].T)
 
 
 class TensorMemo:

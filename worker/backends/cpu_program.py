@@ -71,8 +71,7 @@ class CpuProgram:
         bound = self._ensure_rows(pad_rows(len(spans)))
         for source, value in tokens.selections:
             mean_pool(source, spans, bound.targets[value])
-        for call in bound.calls:
-            call()
+        _run_calls(bound)
         if bound.result is None:
             raise RuntimeError("an encoder's program without pooled result was bound")
         return bound.result[:, : len(spans)]
@@ -81,8 +80,8 @@ class CpuProgram:
         bound = self._ensure_tokens(pad_rows(len(token_ids)))
         bound.token_ids[: len(token_ids)] = token_ids
         bound.positions[: len(positions)] = positions
-        for call in bound.calls:
-            call()
+        self._compiled.tokens.scratch.roles.clear()
+        _run_calls(bound)
         return bound
 
     def _run_rows(self, tokens: BoundTokens, last_rows: list[int]) -> FloatArray | None:
@@ -91,8 +90,7 @@ class CpuProgram:
         selected = np.array(last_rows + [0] * (num_rows - len(last_rows)))
         for source, value in tokens.selections:
             source.take(selected, 1, bound.targets[value], "clip")
-        for call in bound.calls:
-            call()
+        _run_calls(bound)
         return None if bound.result is None else bound.result[:, : len(last_rows)]
 
     def _ensure_tokens(self, num_rows: int) -> BoundTokens:
@@ -110,6 +108,14 @@ class CpuProgram:
         if found is None:
             found = self._bound_rows[num_rows] = ProgramBinder(self._compiled, num_rows, Rows.SAMPLED).bind_rows()
         return found
+
+
+def _run_calls(bound: BoundTokens | BoundRows) -> None:
+    for call in bound.calls:
+        call()
+    if bound.waits:  # all that they waited for is there now
+        waits, bound.waits = bound.waits, set()
+        bound.calls = [call for call in bound.calls if id(call) not in waits]
 
 
 def fuse_rotations(operations: tuple[Operation, ...]) -> list[Operation]:

@@ -2,10 +2,11 @@
 
     python -m worker.benchmarks.decode_step STATE_DIR NAME [--batch N] [--steps N] [--json FILE]
 
-Steps run as they are, and, in turn with them, steps in which each call into NumPy or NumKong is timed. What one of
-the second kind takes beyond the sum of its calls and the cost of timing them is Python: the backend's lists of calls,
-and views and copies made by indexing; the least of all steps is shown, because other work only ever adds.
-The engine's share (choosing what runs, sampling, text, events) is what a round takes beyond the backend's step.
+Steps run as they are, and, in turn with them, steps in which each call into NumPy or NumKong is timed, and steps in
+which all of them but the products do nothing: the processor time that those take beside their products is Python (the
+backend's lists of calls, and views made by indexing), with caches as the products leave them. The least of all
+steps is shown, because other work only ever adds. The engine's share (choosing what runs, sampling, text, events) is
+what a round takes beyond the backend's step.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,7 +47,12 @@ BACKEND_MODULES: Final = (
     "cpu_operations",
     "cpu_program",
 )
-NUMKONG_NAMES: Final = ("_dots_packed", "_dots_pack", "_astype", "_minmax")
+PRODUCT_NAMES: Final = ("_dots_packed", "_dots_pack")
+NUMKONG_NAMES: Final = (*PRODUCT_NAMES, "_astype", "_minmax")
+#: What silenced calls give back where somebody looks at it.
+SILENT_RESULTS: Final = {"dot": 1.0, "_minmax": (-1.0, 0, 1.0, 0)}
+#: NumPy's functions that make arrays are never silenced.
+MAKERS: Final = frozenset({"arange", "array", "empty", "full", "ones", "zeros"})
 PROMPT_TOKENS: Final = 37
 WARM_UP_STEPS: Final = 8
 BLOCK_STEPS: Final = 8
@@ -56,7 +63,8 @@ _clock_ns: Final = time.perf_counter_ns
 class KernelClock:
     """Time spent in wrapped functions since :meth:`reset`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        self._clock_ns = clock_ns
         self.total_ns = 0
         self.num_calls = 0
         self.own_ns = 0  # of the wrapper itself, for each call, that lands in the total; set by calibrate
@@ -67,13 +75,14 @@ class KernelClock:
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, timed."""
+        clock_ns = self._clock_ns
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin_ns = _clock_ns()
+            begin_ns = clock_ns()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.total_ns += _clock_ns() - begin_ns
+                self.total_ns += clock_ns() - begin_ns
                 self.num_calls += 1
 
         return timed
@@ -128,24 +137,54 @@ class TimedNamespace:
         return self._call(*args, **kwargs)
 
 
-class Instruments:
-    """Turns the timing of the backend's kernels on and off."""
+class SilentNamespace:
+    """NumPy as the backend's modules see it, its functions without effect."""
 
-    def __init__(self, clock: KernelClock) -> None:
+    def __init__(self, target: Any, result: Any = None) -> None:
+        self._target = target
+        self._result = result
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._target, name)
+        is_kept = not callable(found) or isinstance(found, type) or name in MAKERS
+        silent = found if is_kept else SilentNamespace(found, SILENT_RESULTS.get(name))
+        self.__dict__[name] = silent
+        return silent
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._result
+
+
+class Mode(Enum):
+    """What the backend's calls into NumPy and NumKong do."""
+
+    PLAIN = auto()
+    TIMED = auto()
+    SILENT = auto()  # nothing, but for the products, whose processor time is taken
+
+
+class Instruments:
+    """Changes what the backend's kernels do."""
+
+    def __init__(self, clock: KernelClock, product_clock: KernelClock) -> None:
         modules = [importlib.import_module(f"worker.backends.{name}") for name in BACKEND_MODULES]
-        numpy = TimedNamespace(np, clock)
-        self._places: list[tuple[Any, str, Any, Any]] = []  # module, name, plain, timed
+        numpy = {Mode.PLAIN: np, Mode.TIMED: TimedNamespace(np, clock), Mode.SILENT: SilentNamespace(np)}
+        self._places: list[tuple[Any, str, dict[Mode, Any]]] = []  # module, name, what stands there
         for module in modules:
-            self._places.append((module, "np", np, numpy))
+            self._places.append((module, "np", numpy))
             for name in NUMKONG_NAMES:
                 if hasattr(module, name):
                     plain = getattr(module, name)
-                    self._places.append((module, name, plain, clock.wrap(plain)))
+                    silent = product_clock.wrap(plain) if name in PRODUCT_NAMES else SilentNamespace(plain)
+                    if name in SILENT_RESULTS:
+                        silent = SilentNamespace(plain, SILENT_RESULTS[name])
+                    standing = {Mode.PLAIN: plain, Mode.TIMED: clock.wrap(plain), Mode.SILENT: silent}
+                    self._places.append((module, name, standing))
 
-    def set_timed(self, timed: bool) -> None:
-        """Whether calls are timed from now on."""
-        for module, name, plain, wrapped in self._places:
-            setattr(module, name, wrapped if timed else plain)
+    def set_mode(self, mode: Mode) -> None:
+        """From now on."""
+        for module, name, standing in self._places:
+            setattr(module, name, standing[mode])
 
 
 class TimedModel:
@@ -154,15 +193,24 @@ class TimedModel:
     def __init__(self, bound: BoundModel) -> None:
         self._bound = bound
         self._clock = KernelClock()
-        self.reset = self._clock.reset
+        self._cpu_clock = KernelClock(time.thread_time_ns)
+        self.step = self._cpu_clock.wrap(self._clock.wrap(bound.step))
+
+    def reset(self) -> None:
+        """Forget the steps so far."""
+        self._clock.reset()
+        self._cpu_clock.reset()
 
     def step_ms(self) -> float:
         """Time in the backend since the last reset."""
         return self._clock.total_ns / 1e6
 
+    def step_cpu_ms(self) -> float:
+        """Processor time of this thread in the backend since the last reset."""
+        return self._cpu_clock.total_ns / 1e6
+
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._bound, name)
-        return self._clock.wrap(found) if name in ("step", "logits") else found
+        return getattr(self._bound, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +223,7 @@ class StepFigures:
     step_ms: float  # the backend's part
     kernels_ms: float  # NumPy's and NumKong's part of that
     kernel_calls: int  # a step
-    python_ms: float  # step - kernels, of the same step; the least of all steps, because other work only ever adds
+    python_ms: float  # processor time of a step without kernels, less its products; the least of all steps
     engine_ms: float  # round - step
 
 
@@ -195,30 +243,32 @@ def measure_steps(loaded: LoadedModel, batch: int, num_steps: int, num_threads: 
     engine.run_round(Mail(requests=[*requests]))
     while engine.statistics().tokens_generated < batch * WARM_UP_STEPS:
         engine.run_round(Mail())
-    clock = KernelClock()
+    clock, product_clock = KernelClock(), KernelClock(time.thread_time_ns)
     clock.calibrate()
-    instruments = Instruments(clock)
+    product_clock.calibrate()
+    instruments = Instruments(clock, product_clock)
     rounds: list[float] = []
     steps: list[float] = []
     kernels: list[float] = []
     pythons: list[float] = []
     calls = 0
     for index in range(num_steps):
-        timed = index // BLOCK_STEPS % 2 == 1
-        instruments.set_timed(timed)
-        clock.reset()
-        model.reset()
+        mode = list(Mode)[index // BLOCK_STEPS % len(Mode)]
+        instruments.set_mode(mode)
+        for each in (clock, product_clock, model):
+            each.reset()
         begin_ns = _clock_ns()
         engine.run_round(Mail())
         elapsed_ms = (_clock_ns() - begin_ns) / 1e6
-        if timed:
-            kernels.append(clock.elapsed_ms())
-            pythons.append(model.step_ms() - clock.total_ns / 1e6 - clock.wrappers_ms())
-            calls = clock.num_calls
-        else:
+        if mode is Mode.PLAIN:
             rounds.append(elapsed_ms)
             steps.append(model.step_ms())
-    instruments.set_timed(False)
+        elif mode is Mode.TIMED:
+            kernels.append(clock.elapsed_ms())
+            calls = clock.num_calls
+        else:
+            pythons.append(model.step_cpu_ms() - product_clock.total_ns / 1e6 - product_clock.wrappers_ms())
+    instruments.set_mode(Mode.PLAIN)
     round_ms, step_ms, kernels_ms = (statistics.median(values) for values in (rounds, steps, kernels))
     return StepFigures(batch, num_steps, round_ms, step_ms, kernels_ms, calls, min(pythons), round_ms - step_ms)
 
