@@ -7,7 +7,7 @@ DEV    := $(VENV)/.installed-dev
 PIP_QUIET := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev check test demo bench gpu-check gpu-site gpu-wheels fmt model guests clean
+.PHONY: help setup dev check test demo bench gpu-check gpu-venv gpu-wheels fmt model guests clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,12 +48,11 @@ bench: model  ## measure over HTTP; writes loadtest/results/latest.json
 
 # On a bare machine: GPU_PYTHON is the interpreter that has CuPy, GPU_WHEELS a folder of what else it needs (see
 # loadtest/gpu-wheels.txt); nothing is downloaded, and nothing of the interpreter's own is touched.
-gpu-check: $(if $(GPU_PYTHON),gpu-site,dev)  ## all that this machine can show of the GPU backend; JSON in loadtest/results/gpu/
-	PYTHONPATH=$(if $(GPU_WHEELS),$(CURDIR)/.gpu-site:)$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) \
-		$(or $(GPU_PYTHON),$(BIN)/python) -m loadtest gpu-check $(GPU_ARGS)
+gpu-check: $(if $(GPU_PYTHON),gpu-venv,dev)  ## all that this machine can show of the GPU backend; JSON in loadtest/results/gpu/
+	$(if $(GPU_PYTHON),.gpu-venv/bin/python,$(BIN)/python) -m loadtest gpu-check $(GPU_ARGS)
 
-gpu-site:
-	$(if $(GPU_WHEELS),$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .gpu-site $(GPU_WHEELS)/*.whl)
+gpu-venv:
+	$(GPU_PYTHON) loadtest/bare_python.py .gpu-venv $(if $(GPU_WHEELS),--wheels $(GPU_WHEELS))
 
 gpu-wheels:  ## download what a bare GPU machine with Python 3.12 and CuPy lacks, into .gpu-wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version 3.12 \

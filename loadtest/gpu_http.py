@@ -28,6 +28,7 @@ MODEL: Final = "gpu-check"
 _PARK_AFTER_S: Final = 0.5
 _IDLE_TIMEOUT_S: Final = 1.0
 _WORKER_START_S: Final = 120.0
+_SPARE_S: Final = 30.0
 
 Figures = dict[str, Any]
 
@@ -135,7 +136,9 @@ def measure_sealed(state_dir: Path, folder: Path, rounds: int, *, spares: int) -
             def once() -> Figures:
                 server.wait_asleep(MODEL, within_s=_WORKER_START_S)
                 if spares:
-                    wait_until(lambda: num_spares(server) >= spares, within_s=60, what="a spare worker", every_s=0.05)
+                    wait_until(
+                        lambda: num_spares(server) >= spares, within_s=_SPARE_S, what="a spare worker", every_s=0.05
+                    )
                 return ask(server)
 
             server.wait_asleep(MODEL, within_s=_WORKER_START_S)
@@ -202,7 +205,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quantize", choices=["int8", "fp8", "int4"])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--tiers", default="T3,T2,T2s,T1", help="comma separated; T2s: with a spare")
+    parser.add_argument("--tiers", default="T3,T2,T1,T2s", help="comma separated; T2s: with a spare")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     os.environ["GLOWPLUG_BACKEND"] = "cuda"

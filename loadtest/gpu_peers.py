@@ -2,7 +2,7 @@
 
 ``naive``: a fresh Python, torch, transformers, ``from_pretrained`` in bf16 on the device, one token; then greedy decode
 at batch 1, eager. ``fastsafetensors`` and ``runai``: the time from a fresh process to all weights on the device by
-their loaders. What is not importable says so and exits with 3. Run each with the page cache warm.
+their loaders. What is not importable says so and exits with 77. Run each with the page cache warm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any  # noqa: E402
 
 Figures = dict[str, Any]
 PROMPT_TOKENS = 32
-NOT_IMPORTABLE = 3
+NOT_IMPORTABLE = 77  # what gpu-check takes for "lacking"
 
 
 def elapsed_ms() -> float:
@@ -123,7 +123,7 @@ PEERS: dict[str, tuple[tuple[str, ...], Callable[[Path, int], Figures]]] = {
 
 
 def main() -> int:
-    """Command line; 3 where the peer is not installed."""
+    """Command line; 77 where the peer is not installed."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.gpu_peers", description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--peer", choices=sorted(PEERS), default="naive")

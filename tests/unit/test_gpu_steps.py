@@ -16,7 +16,7 @@ def test_failing_and_hanging_steps_are_told_and_the_rest_goes_on(tmp_path: Path)
     steps = [
         Step("bad", "fails", ("-c", "print('reason'); raise SystemExit(1)"), 10),
         Step("slow", "hangs", ("-c", "import time; time.sleep(60)"), 0.2),
-        Step("no", "lacks", ("-c", "raise SystemExit(3)"), 10),
+        Step("no", "lacks", ("-c", "raise SystemExit(77)"), 10),
         Step("later", "needs bad", ("-c", "print(1)"), 10, after="bad"),
         Step("good", "works", ("-c", "print('{\"figure\": 1}')"), 10),
     ]

@@ -1,6 +1,6 @@
 """``python -m worker.benchmarks.gpu_sanitizer``: warm-up's kernels on the GPU under ``compute-sanitizer``.
 
-Warm-up launches every kernel of a decoder, of each stored format; exits with 3 where the tool is not installed.
+Warm-up launches every kernel of a decoder, of each stored format; exits with 77 where the tool is not installed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _SCRIPT: Final = "from worker.backends.choice import make_backend; make_backend(
 
 
 def main() -> int:
-    """0: clean; 1: something was found; 3: not installed."""
+    """0: clean; 1: something was found; 77: not installed."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         print("compute-sanitizer is not installed")
-        return 3
+        return 77
     is_clean = True
     for tool in _TOOLS:
         try:

@@ -1,7 +1,7 @@
 """``python -m worker.benchmarks.gpu_suspend``: a warm worker taken off its GPU by the driver and back (T3 released).
 
 A child opens the device and holds memory; this process asks the driver to suspend and to resume it, and reads the
-device's free memory beside it. Prints JSON; exits with 3 where the driver has no such calls.
+device's free memory beside it. Prints JSON; exits with 77 where the driver has no such calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 from worker.backends.cuda.checkpoint import DriverCheckpoint, find_checkpoint
 from worker.backends.cuda.device import DeviceError
 
-_NO_CALLS: Final = 3
+_NO_CALLS: Final = 77  # what gpu-check takes for "lacking"
 _CHILD: Final = """
 import sys
 from worker.backends.cuda.opening import open_device
