@@ -1,7 +1,7 @@
-"""``python3 loadtest/bare_python.py FOLDER --wheels WHEELS``: an environment of this interpreter, its packages and ours.
+"""``python3 loadtest/bare_python.py FOLDER --wheels WHEELS``: an environment of this interpreter, its packages, ours.
 
-For machines without a package index: nothing is downloaded, and nothing of the interpreter's own is touched. FOLDER gets
-``bin/python``, which finds the wheels of WHEELS (unpacked in FOLDER), then what this interpreter finds, then this
+For machines without a package index: nothing is downloaded, and nothing of the interpreter's own is touched. FOLDER
+gets ``bin/python``, which finds the wheels of WHEELS (unpacked in FOLDER), then what this interpreter finds, then this
 checkout; also where a process is started with an empty environment. Needs the standard library only.
 """
 

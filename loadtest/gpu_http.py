@@ -178,7 +178,7 @@ def read_gpus(server: Server) -> list[Figures]:
 
 
 def num_spares(server: Server) -> int:
-    """Warm workers of no model."""
+    """Warm workers of no model, as nodes report them."""
     return sum(int(gpu.get("spare_workers", 0)) for gpu in read_gpus(server))
 
 
