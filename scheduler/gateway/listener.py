@@ -86,6 +86,21 @@ class Connection(RequestHandler):
         if self._request_count == 0 and self.transport is not None:
             self.transport.abort()
 
+    def close(self) -> None:
+        """End when what runs has ended; at once where nothing was asked.
+
+        aiohttp ends an idle connection by its handler's wait for a request. One that was accepted a moment ago has no
+        such wait yet: it would be held, deaf, for the whole time that is given to those who are being answered.
+        """
+        super().close()
+        if self._waiter is None and self._current_request is None and not self._messages:
+            self.force_close()
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        """The same for a connection that was accepted after the idle ones had been closed."""
+        self.close()
+        await super().shutdown(timeout)
+
     async def finish_response(
         self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:

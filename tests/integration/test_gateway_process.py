@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from scheduler.contract import codec, keys
 from scheduler.contract.connection import connect
 from scheduler.contract.messages import GenerateRequest
 from scheduler.embedded_redis import ensure_server, stop_server
+from scheduler.gateway.listener import Connection
 from tests.eventually import eventually
 from tests.gateway_fixtures import MODEL, StubWorker, chat_body, make_card, make_status, run_gateway, say
 
@@ -90,6 +92,26 @@ async def test_sigterm_lets_a_stream_finish_and_refuses_new_connections(redis_ur
         assert " end" in text
         assert text.endswith("data: [DONE]\n\n")
         assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
+async def test_a_connection_of_the_last_moment_is_ended_at_once(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accepted when the idle ones are being closed, before its handler waits for a request: its client need not wait
+    for those who are being answered."""
+    made = Connection.connection_made
+
+    def close_before_it_waits(connection: Connection, transport: asyncio.BaseTransport) -> None:
+        made(connection, transport)
+        connection.close()
+
+    async with run_gateway(redis_url, tmp_path, header_limit_s=600.0) as gateway:
+        monkeypatch.setattr(Connection, "connection_made", close_before_it_waits)
+        reader, writer = await asyncio.open_connection(gateway.server.host, gateway.server.port)
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 60) == b""
+        writer.close()
 
 
 async def refuses(client: aiohttp.ClientSession, url: str) -> bool:
