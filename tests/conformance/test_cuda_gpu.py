@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from imported_plans import DATA, import_plan
 from llama_programs import TINY, compute_logits, random_plan
+from safetensors.numpy import load_file
 
 from worker.backends.choice import make_backend
 from worker.backends.host_sampling import sample_rows
 from worker.backends.numpy_reference import NumpyBackend
-from worker.backends.protocol import Backend, SequenceInput
+from worker.backends.protocol import Backend, FloatArray, ModelPlan, SequenceInput
 from worker.backends.sampling_rows import SamplingRow
 
 
@@ -75,6 +77,56 @@ def test_batched_decodes_go_through_graphs(dtype: str) -> None:
     assert models[0].statistics()["num_graph_replays"] == 3
     for model in models:
         model.close()
+
+
+MODELS = ("tiny_llama", "tiny_qwen2", "tiny_qwen3")
+PROMPT_TOKENS, NUM_STEPS = 16, 64
+
+
+def forced_logits(plan: ModelPlan, token_ids: list[int], num_prompt: int) -> FloatArray:
+    """Logits of positions ``num_prompt - 1`` on: a prefill, then a decode for each further token."""
+    model = device_backend().bind(plan)
+    model.open_kv(8)
+    table = tuple(range(8))
+    rows = [compute_logits(model, SequenceInput(table, 0, tuple(token_ids[:num_prompt])))[0]]
+    model.wait_weights()
+    for position in range(num_prompt, len(token_ids)):
+        rows.append(compute_logits(model, SequenceInput(table, position, (token_ids[position],)))[0])
+    model.close()
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_that_transformers_gave(name: str, dtype: str) -> None:
+    """Against float32 logits that transformers computed on a CPU, at every position of 40 tokens."""
+    golden = load_file(DATA / name / "golden.safetensors")
+    found = forced_logits(import_plan(name, dtype), [int(token) for token in golden["input_ids"]], 23)
+    np.testing.assert_allclose(
+        found, golden["logits"][22:], atol=TOLERANCE[dtype] / (5 if dtype == "float32" else 1), rtol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_live_transformers_on_the_same_device(name: str, dtype: str) -> None:
+    """64 greedy steps of transformers on this GPU: the same logits, and the same choice wherever it is no near tie."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = (
+        transformers.AutoModelForCausalLM.from_pretrained(DATA / name, dtype=getattr(torch, dtype)).to("cuda").eval()
+    )
+    token_ids = [(37 * i + 5) % 256 for i in range(PROMPT_TOKENS)]
+    with torch.inference_mode():
+        for _ in range(NUM_STEPS):
+            logits = model(torch.tensor([token_ids], device="cuda")).logits[0].float().cpu().numpy()
+            token_ids.append(int(logits[-1].argmax()))
+    found = forced_logits(import_plan(name, dtype), token_ids[:-1], PROMPT_TOKENS)
+    expected = logits[PROMPT_TOKENS - 1 :]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE[dtype], rtol=0)
+    best = np.sort(expected, axis=1)
+    is_clear = best[:, -1] - best[:, -2] > 2 * np.abs(found - expected).max(axis=1)
+    assert is_clear.any()
+    np.testing.assert_array_equal(found.argmax(axis=1)[is_clear], expected.argmax(axis=1)[is_clear])
 
 
 def test_parked_model_comes_back() -> None:
