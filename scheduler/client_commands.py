@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import click
 
 from scheduler.command import state_dir_option
+from scheduler.gpu_table import gpu_table
 
 NO_SERVER_EXIT: Final = 3
 #: The API key to send, where the server needs one; `ps` and `trace` need the scope admin.
@@ -43,6 +44,7 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
 
     SEALED is verified memory on the host, held once for all workers of all models that share it. PRIVATE is the
     workers' own memory; PSS adds their share of what is mapped by several: weights that ten workers map count once.
+    Where there are GPUs, a second table has their memory, who holds it, warm spares and errors.
     """
     status = get_json(server_url(state_dir, url), "/admin/status")
     if as_json:
@@ -50,7 +52,11 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console().print(model_table(status))
+    console = Console()
+    console.print(model_table(status))
+    if (gpus := gpu_table(status)) is not None:
+        console.print()
+        console.print(gpus)
     for model in status["models"]:
         if model.get("error"):
             click.echo(f"{model['name']}: {model['error']}", err=True)

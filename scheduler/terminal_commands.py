@@ -16,6 +16,7 @@ import click
 from scheduler.client_commands import get_json, model_table, server_url
 from scheduler.command import state_dir_option
 from scheduler.contract.log_file import LOG_NAME
+from scheduler.gpu_table import gpu_table
 
 POLL_S: Final = 0.2
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
@@ -83,7 +84,9 @@ def _picture(status: dict[str, Any]) -> Any:
         + (" (drained)" if node["node_id"] in status["drained_nodes"] else "")
         for node in status["nodes"]
     )
-    return Group(f"leader {status['leader']}   nodes: {nodes or 'none'}", "", model_table(status), "", workers)
+    gpus = gpu_table(status)
+    parts = [model_table(status), "", workers, *(["", gpus] if gpus is not None else [])]
+    return Group(f"leader {status['leader']}   nodes: {nodes or 'none'}", "", *parts)
 
 
 @click.command()

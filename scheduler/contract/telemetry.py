@@ -105,6 +105,8 @@ class Metric(StrEnum):
     SEALED_BYTES = "glowplug_sealed_bytes"  # labels: model
     KV_BYTES = "glowplug_kv_bytes"  # labels: model, kind (used|cached|budget)
     PREFIX_TOKENS = "glowplug_prefix_tokens"  # labels: model, kind (prompt|cached)
+    GPU_BYTES = "glowplug_gpu_bytes"  # labels: node, gpu, kind (total|free|spares)
+    GPU_ERRORS = "glowplug_gpu_errors"  # labels: node, gpu, kind (fault|uncorrected_ecc|xid)
     BATCH_ANSWERS_TOTAL = "glowplug_batch_answers_total"  # labels: model, outcome (completed|failed)
     BATCHES = "glowplug_batches"  # labels: status
     BATCH_LINES = "glowplug_batch_lines"  # labels: model, state (waiting|in_flight|completed|failed)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
-from scheduler.contract.messages import StatusReport, Trace
+from scheduler.contract.messages import GpuReport, StatusReport, Trace
 from scheduler.contract.telemetry import Metric
 from scheduler.gateway.batch_sums import UNKNOWN_MODEL, BatchSums
 from scheduler.gateway.traces import COLD_START_NAMES, compute_ttft_ms
@@ -136,6 +136,8 @@ class _Instruments:
         self.prefix_tokens = gauge(
             Metric.PREFIX_TOKENS, "Prompt tokens of running workers, and how many were cached.", "model", "kind"
         )
+        self.gpu_bytes = gauge(Metric.GPU_BYTES, "Device memory as the driver counts it.", "node", "gpu", "kind")
+        self.gpu_errors = gauge(Metric.GPU_ERRORS, "What the driver told of a GPU's errors.", "node", "gpu", "kind")
         self.batch_answers_total = counter(
             Metric.BATCH_ANSWERS_TOTAL, "Lines of batches that this gateway answered.", "model", "outcome"
         )
@@ -166,7 +168,7 @@ class _Instruments:
     def set_fleet(self, status: StatusReport | None) -> None:
         """Replace the fleet's gauges; a model or worker that is gone leaves no series behind."""
         fleet = (self.queue_depth, self.deaths, self.workers, self.sealed_bytes, self.swept)
-        for gauge in (*fleet, self.kv_bytes, self.prefix_tokens):
+        for gauge in (*fleet, self.kv_bytes, self.prefix_tokens, self.gpu_bytes, self.gpu_errors):
             gauge.clear()
         if status is None:
             return
@@ -183,6 +185,17 @@ class _Instruments:
             self.kv_bytes.labels(worker.model, "budget").inc(worker.kv_budget_bytes)
             self.prefix_tokens.labels(worker.model, "prompt").inc(worker.prompt_tokens)
             self.prefix_tokens.labels(worker.model, "cached").inc(worker.cached_tokens)
+        for node in status.nodes:
+            for gpu in node.gpus:
+                self._set_gpu(node.node_id, gpu)
+
+    def _set_gpu(self, node_id: str, gpu: GpuReport) -> None:
+        sizes = {"total": gpu.total_bytes, "free": gpu.free_bytes, "spares": gpu.spare_bytes}
+        for kind, num_bytes in sizes.items():
+            self.gpu_bytes.labels(node_id, str(gpu.index), kind).set(num_bytes)
+        errors = {"fault": int(bool(gpu.fault)), "uncorrected_ecc": gpu.uncorrected_ecc, "xid": len(gpu.xids)}
+        for kind, count in errors.items():
+            self.gpu_errors.labels(node_id, str(gpu.index), kind).set(count)
 
     def set_batches(self, sums: BatchSums | None) -> None:
         """Replace the gauges of batches; None: they are not known now."""

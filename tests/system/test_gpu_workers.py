@@ -210,10 +210,12 @@ def cold_start_of_a_chat(server: Server) -> str:
 
 def test_a_server_parks_and_wakes_a_model_on_a_gpu(short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`glowplug serve` whole: a wake goes to a GPU by the scheduler's choice; park gives its memory back and the next
-    request says that it met a parked model; park refuses what is asleep, and `wake` brings a parked model back."""
+    request says that it met a parked model; park refuses what is asleep, and `wake` brings a parked model back. A GPU
+    that falls off the bus is told by `ps` and `doctor`, and the next wake goes to the other one."""
     state_dir = copy_state_dir(short_tmp_path / "state")
     (state_dir / "glowplug.yaml").write_text("defaults: {idle_timeout_s: 600, kv_budget_bytes: 67108864}\n")
-    for name, value in EmulatedGpus(state_dir).env.items():
+    gpus = EmulatedGpus(state_dir)
+    for name, value in gpus.env.items():
         monkeypatch.setenv(name, value)
     with Server(state_dir) as server:
         server.wait_ready()
@@ -230,4 +232,14 @@ def test_a_server_parks_and_wakes_a_model_on_a_gpu(short_tmp_path: Path, monkeyp
         assert cold_start_of_a_chat(server) == "hot"
         workers = eventually_sync(lambda: get_json(server.url, "/admin/status")["workers"], what="the worker's report")
         assert [worker["device"] in (GPU, OTHER_GPU) for worker in workers] == [True]
+        index = (GPU, OTHER_GPU).index(workers[0]["device"])
+        gpus.driver.xids = [(index, 31), (index, 79)]
+        gpus.driver.write()
+        eventually_sync(lambda: "FAULT: Xid 79" in glowplug(server, "ps").stdout, what="the fault in `glowplug ps`")
+        doctor = json.loads(glowplug(server, "doctor", "--json").stdout)
+        assert [row["level"] for row in doctor["findings"] if row["check"].startswith(f"GPU {index} of")] == ["fail"]
+        assert glowplug(server, "unload", MODEL).returncode == 0
+        assert cold_start_of_a_chat(server) in ("snapshot", "disk")
+        workers = eventually_sync(lambda: get_json(server.url, "/admin/status")["workers"], what="the new worker")
+        assert workers[0]["device"] == (GPU, OTHER_GPU)[1 - index]
         assert server.stop() == 0

@@ -37,6 +37,7 @@ def diagnose(state_dir: Path) -> list[Finding]:
         ("snapshots", functools.partial(setup_checks.check_store, state_dir)),
         ("Redis", _check_redis),
         ("server", functools.partial(setup_checks.check_server, state_dir)),
+        ("served GPUs", functools.partial(setup_checks.check_served_gpus, state_dir)),
     ]
     try:
         apply_config_file()

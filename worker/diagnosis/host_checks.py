@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib.util
 import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from worker.backends.cores import count_usable_cores
 from worker.diagnosis.findings import Finding
+from worker.gpu_monitor import GpuSource
+from worker.nvml import GpuReading, open_nvml
 
 GIB: Final = 1024**3
 MIN_FILES: Final = 4096
@@ -28,7 +30,7 @@ F_GET_SEALS: Final = 1034
 SEALS: Final = 0x0E  # write, grow, shrink
 MADV_POPULATE_READ: Final = 22
 SANE_YEAR: Final = 2024
-GPU_LIMIT_S: Final = 10.0
+MIN_ARCHITECTURE: Final = 80
 
 
 def check_kernel() -> Iterator[Finding]:
@@ -149,18 +151,35 @@ def check_disk(state_dir: Path) -> Iterator[Finding]:
         yield Finding("disk", "ok", seen)
 
 
-def check_gpu() -> Iterator[Finding]:
-    """Driver and CUDA, where there is a device."""
-    if not Path("/dev/nvidiactl").exists():
-        yield Finding("GPU", "ok", "none; the CPU backend is used")
+def check_gpu(open_driver: Callable[[], GpuSource | None] = open_nvml) -> Iterator[Finding]:
+    """GPUs as the driver's library tells of them, and whether the backend for them is there."""
+    driver = open_driver()
+    if driver is None:
+        if Path("/dev/nvidiactl").exists():
+            remedy = "install its library (libnvidia-ml.so.1), and glowplug[gpu-cuda12] or glowplug[gpu-cuda13]"
+            yield Finding("GPU", "warn", "a device, but its driver cannot be asked", remedy)
+        else:
+            yield Finding("GPU", "ok", "none; the CPU backend is used")
         return
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=GPU_LIMIT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        yield Finding("GPU", "warn", f"a device, but nvidia-smi: {error}", "install the driver's tools")
-        return
-    if done.returncode != 0:
-        yield Finding("GPU", "fail", done.stdout.strip()[:200] or "nvidia-smi failed", "reinstall or reload the driver")
-        return
-    yield Finding("GPU", "ok", done.stdout.strip().replace("\n", "; "))
+        readings = driver.read()
+    finally:
+        driver.close()
+    for gpu in readings:
+        yield _describe_gpu(gpu)
+    if readings and importlib.util.find_spec("cupy") is None:
+        remedy = "pip install 'glowplug[gpu-cuda12]' or 'glowplug[gpu-cuda13]'"
+        yield Finding("GPU backend", "warn", "CuPy is not installed: models run on the CPU", remedy)
+
+
+def _describe_gpu(gpu: GpuReading) -> Finding:
+    memory = f"{(gpu.total_bytes - gpu.free_bytes) / GIB:.1f} of {gpu.total_bytes / GIB:.1f} GiB used"
+    seen = f"{gpu.index}: {gpu.name}, compute capability {gpu.architecture / 10:.1f}, driver {gpu.driver}, {memory}"
+    if gpu.is_lost:
+        return Finding("GPU", "fail", f"{seen}; lost", "nvidia-smi --gpu-reset, or restart the machine")
+    if gpu.uncorrected_ecc:
+        told = f"{seen}; {gpu.uncorrected_ecc} uncorrected memory errors"
+        return Finding("GPU", "warn", told, "nvidia-smi --gpu-reset maps bad rows out; replace a card that goes on")
+    if gpu.architecture < MIN_ARCHITECTURE:
+        return Finding("GPU", "warn", seen, "the GPU backend needs Ampere (8.0) or newer: GLOWPLUG_BACKEND=numkong")
+    return Finding("GPU", "ok", seen)

@@ -157,6 +157,27 @@ def check_server(state_dir: Path) -> Iterator[Finding]:
         yield Finding("server", "ok", f"{address} is ready")
 
 
+def check_served_gpus(state_dir: Path) -> Iterator[Finding]:
+    """Errors of GPUs that the running server's agents have heard of: the driver tells them once, to who listens."""
+    try:
+        found = json.loads((state_dir / "run" / "serve.json").read_text())
+        key = os.environ.get("GLOWPLUG_API_KEY")
+        connection = _open(found)
+        connection.request("GET", "/admin/status", headers={"Authorization": f"Bearer {key}"} if key else {})
+        response = connection.getresponse()
+        status = json.loads(response.read()) if response.status == 200 else {}
+    except (OSError, ValueError, KeyError, http.client.HTTPException):
+        return  # no server, or no key for it: told by check_server
+    for node in status.get("nodes", ()):
+        for gpu in node.get("gpus", ()):
+            name = f"GPU {gpu['index']} of {node['node_id']}"
+            if gpu.get("fault"):
+                yield Finding(name, "fail", f"{gpu['fault']}: no worker is sent there", "nvidia-smi --gpu-reset")
+            elif gpu.get("xids"):
+                numbers = ", ".join(str(xid) for xid in gpu["xids"])
+                yield Finding(name, "warn", f"Xid {numbers}: workers were restarted", "glowplug logs --level error")
+
+
 def _open(found: dict[str, Any]) -> http.client.HTTPConnection:
     if found.get("scheme") != "https":
         return http.client.HTTPConnection(found["host"], found["port"], timeout=CONNECT_LIMIT_S)
