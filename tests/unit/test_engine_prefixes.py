@@ -164,7 +164,8 @@ def test_adopted_tokens_count_against_the_kv_budget_and_are_given_back() -> None
     primed = harness(prime(SYSTEM), kv_budget_bytes=8 * block_bytes)
     plain = harness()
     batch = make_request("batch", SYSTEM + QUESTION, greedy(40), priority=Priority.BATCH)
-    urgent = make_request("urgent", SYSTEM + QUESTION[::-1], greedy(60))
+    # So long that it needs all eight blocks: whatever pace the batch got, one of the two gives way.
+    urgent = make_request("urgent", SYSTEM + QUESTION[::-1], greedy(80, ignore_eos=True))
     outcome = primed.submit(batch)
     primed.run_round()
     assert primed.engine.statistics().kv_used_bytes == 3 * block_bytes
