@@ -24,7 +24,7 @@ from tests.document_pages import read_blocks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = {metric.value for metric in Metric}
-PAGES_WITH_SETTINGS = ("docs/how-to/keys-and-tenants.md",)
+PAGES_WITH_SETTINGS = ("docs/how-to/keys-and-tenants.md", "docs/how-to/tracing.md")
 SUFFIXES = ("_bucket", "_count", "_sum")
 
 
