@@ -188,6 +188,12 @@ def draw_waterfall(found: dict[str, Any]) -> str:
         lines.append(
             f"  {phase['name']:<12}{' ' * left}{'█' * width:<{BAR_COLUMNS - left}} {duration_ns / 1e6:8.2f} ms"
         )
+    if found.get("clock_error_ms") is not None:
+        lines.append(
+            f"  the worker's host has another clock: its phases may lie {found['clock_error_ms']:.1f} ms earlier"
+        )
+    if found.get("trace_id"):
+        lines.append(f"  trace id {found['trace_id']}")
     return "\n".join(lines)
 
 

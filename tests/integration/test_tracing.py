@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
 import structlog
@@ -16,6 +17,7 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import GenerateRequest, StepFrame
 from scheduler.contract.trace_context import parse
 from scheduler.gateway.tracing_settings import TracingSettings
+from tests.batch_fixtures import batch_line, encode_lines
 from tests.eventually import eventually
 from tests.gateway_fixtures import (
     MODEL,
@@ -27,7 +29,7 @@ from tests.gateway_fixtures import (
     run_gateway,
     words,
 )
-from tests.otlp_receiver import OtlpReceiver, run_receiver
+from tests.otlp_receiver import OtlpReceiver, ReceivedSpan, run_receiver
 
 CHAT = "/v1/chat/completions"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -198,6 +200,26 @@ async def test_several_prompts_are_parts_of_one_request(traced: GatewayHarness, 
     assert [part.parent_id for part in parts] == [top.span_id] * 3
     sent = {context.span_id for request in traced.worker.seen if (context := parse(request.trace_context))}
     assert sent == {part.span_id for part in parts}
+
+
+async def test_a_line_of_a_batch_is_a_trace_of_its_own(traced: GatewayHarness, receiver: OtlpReceiver) -> None:
+    """No HTTP request waits for it, so its prompt's span is the root; its batch's uploads are not traced."""
+    form = aiohttp.FormData({"purpose": "batch"})
+    form.add_field("file", encode_lines([batch_line(1), batch_line(2)]), filename="lines.jsonl")
+    async with traced.client.post(traced.url + "/v1/files", data=form) as response:
+        file_id = (await response.json())["id"]
+    body = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+    status, _, _ = await traced.post("/v1/batches", body)
+    assert status == 200
+
+    def roots() -> list[ReceivedSpan]:
+        return [span for span in receiver.spans if span.name == f"chat {MODEL}"]
+
+    await eventually(lambda: len(roots()) == 2, what="two lines' spans")
+    assert {span.parent_id for span in roots()} == {""}
+    assert len({span.trace_id for span in roots()}) == 2
+    assert {span.attributes["glowplug.priority"] for span in roots()} == {"batch"}
+    assert not [span for span in receiver.spans if span.kind == SERVER_KIND]
 
 
 async def test_a_worker_of_another_host_is_moved_onto_this_clock(

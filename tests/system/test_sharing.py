@@ -49,20 +49,22 @@ def resident_bytes(pid: int) -> int:
 async def test_ten_workers_of_the_same_weights_cost_one_copy(host: Host) -> None:
     """1, 2 and 10 workers, two snapshots over one weights file: a further worker costs a small part of its weights.
 
-    Printed with ``-s``. The aim is 1.3 times one worker's total for ten; measured are 1.40 to 1.46 (see DESIGN.md).
+    Printed with ``-s``. The aim is 1.3 times one worker's total for ten; measured are 1.40 to 1.41 (see DESIGN.md).
     """
     pids: list[int] = []
     totals: dict[int, int] = {}
     for number in range(1, 11):
         report = await spawn(host, f"w{number}", SMOLLM2 if number % 2 else "tenant-b")
         pids.append(report.pid)
+        if number == 1:  # the agent, which sealed the weights, may still have them mapped: half of them are its share
+            await eventually(lambda: read_proportional_bytes(pids[0]) > 260 * MEBIBYTE, what="the only mapping")
         if number in (1, 2, 10):
             totals[number] = sum(map(read_proportional_bytes, pids))
     shown = ", ".join(f"{count}: {total / MEBIBYTE:.0f} MiB" for count, total in totals.items())
     print(f"total PSS of workers, {shown}")
     assert totals[1] > 260 * MEBIBYTE
     assert totals[2] <= 1.3 * totals[1], shown
-    assert totals[10] <= 1.5 * totals[1], shown
+    assert totals[10] <= 1.45 * totals[1], shown
 
 
 async def test_a_worker_reports_its_share_of_memory(host: Host) -> None:

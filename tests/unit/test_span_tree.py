@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
+from scheduler.client_commands import draw_waterfall
 from scheduler.contract.errors import ErrorCode
 from scheduler.contract.host_clock import CLOCK_ID, read_clock_id
 from scheduler.contract.messages import EmbeddingInputs, TerminalFrame, Trace, Usage
@@ -21,7 +23,7 @@ from scheduler.gateway.span_tree import (
     build_part_spans,
     build_request_span,
 )
-from scheduler.gateway.traces import build_trace
+from scheduler.gateway.traces import build_document, build_trace
 from tests.queue_fixtures import make_request
 
 MS = 1_000_000
@@ -164,6 +166,17 @@ def test_marks_of_another_host_are_moved_by_one_distance_within_the_bounds(offse
     assert trace.clock_error_ms == pytest.approx(13.0)
     assert trace.phases_ms["claim"] == pytest.approx(1.0)
     assert 0 < trace.phases_ms["dispatch"] < 20
+
+
+def test_the_waterfall_tells_trace_and_clock() -> None:
+    """`glowplug trace` names the trace to look up, and says where its times are not exact."""
+    trace = build_trace(make_request("R"), terminal_of(WORKER_MARKS, "there"), GATEWAY_MARKS, 300 * MS)
+    named = msgspec.structs.replace(trace, trace_id="ab" * 16)
+    text = draw_waterfall(msgspec.to_builtins(build_document(named)))
+    assert "trace id " + "ab" * 16 in text
+    assert "another clock: its phases may lie 13.0 ms earlier" in text
+    here = build_trace(make_request("R"), terminal_of(WORKER_MARKS, ""), GATEWAY_MARKS, 300 * MS)
+    assert "clock" not in draw_waterfall(msgspec.to_builtins(build_document(here)))
 
 
 def test_a_second_run_on_another_host_lies_before_the_end() -> None:
