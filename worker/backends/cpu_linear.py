@@ -210,7 +210,7 @@ class _Int8Row:
     def __init__(self, width: int, fold: int) -> None:
         self.tensors = TensorMemo()  # of what products write
         self.packed: Any = None
-        self.scale = 0.0  # value = (coarse + fine / _FINE_STEPS) * scale
+        self.part_scales: FloatArray = np.zeros(2, np.float32)  # value = coarse * [0] + fine * [1]
         self._parts = np.empty((2, width), np.float32)
         self._parts_tensor = wrap_array(self._parts)
         self._folded = FoldedRows((2, width), np.dtype(np.int8), fold)
@@ -226,11 +226,14 @@ class _Int8Row:
         vector = source.reshape(-1)
         vector_tensor = wrap_array(vector)
         coarse, fine = self._parts
+        part_scales = self.part_scales
         fine_steps = self._fine_steps
 
         def stage() -> None:
             smallest, _, largest, _ = _minmax(vector_tensor)
-            self.scale = scale = max(largest, -smallest, _TINY) / _INT8_MAX
+            scale = max(largest, -smallest, _TINY) / _INT8_MAX
+            part_scales[0] = scale
+            part_scales[1] = scale / _FINE_STEPS
             np.multiply(vector, 1 / scale, fine)
             np.rint(fine, coarse)
             np.subtract(fine, coarse, fine)
@@ -331,18 +334,14 @@ class _Int8Weight:
         return self._bind_many(staging, out, accumulate)
 
     def _bind_row(self, staging: _Int8Row, out: FloatArray, accumulate: Call) -> Call:
-        accumulators, products = (array.reshape(-1) for array in staging.results(len(out)))
-        # Scales of both parts of each output, side by side as the accumulators are: one flat product, which vectorises.
-        part_scales = np.repeat(self._scale, 2)
-        part_scales[1::2] /= _FINE_STEPS
-        coarse, fine = products[::2], products[1::2]
+        accumulators, products = staging.results(len(out))
+        weight_scale, part_scales = self._scale, staging.part_scales
 
         def multiply() -> None:
             accumulate()
             np.copyto(products, accumulators, casting="unsafe")
-            np.multiply(products, part_scales, products)
-            np.add(coarse, fine, out)
-            np.multiply(out, staging.scale, out)
+            np.matmul(products, part_scales, out)
+            np.multiply(out, weight_scale, out)
 
         return multiply
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
-from worker.backends.numkong_cpu import NumKongBackend
+from worker.backends.choice import make_backend
 from worker.backends.protocol import KV_BLOCK_TOKENS, BoundModel, FloatArray, SequenceInput
 from worker.build.priming import restored_snapshot
 
@@ -106,7 +106,12 @@ def count_shared(ours: list[int], theirs: list[int]) -> int:
 
 
 def measure(
-    store: SnapshotStore, keyring: KeyRing, names: list[str], max_pieces: int | None = None, text: Path = TEXT
+    store: SnapshotStore,
+    keyring: KeyRing,
+    names: list[str],
+    max_pieces: int | None = None,
+    text: Path = TEXT,
+    backend: str = "numkong",
 ) -> list[Quality]:
     """Figures of each snapshot on ``text``; the first one is the reference."""
     pieces: npt.NDArray[np.int64] | None = None
@@ -121,7 +126,7 @@ def measure(
                 )
                 num_pieces = min(len(token_ids) // PIECE_TOKENS, max_pieces or len(token_ids))
                 pieces = np.array(token_ids[: num_pieces * PIECE_TOKENS]).reshape(num_pieces, PIECE_TOKENS)
-            bound = NumKongBackend().bind(loaded.plan)
+            bound = make_backend(backend, 0).bind(loaded.plan)
             try:
                 found = predict(bound, pieces, loaded.plan.vocab_size)
             finally:
@@ -150,10 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", help="snapshots of one model, the float32 one first")
     parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE", help="instead of the one beside this file")
     parser.add_argument("--pieces", type=int, metavar="N", help="of the text, at most")
+    parser.add_argument("--backend", default="numkong", help="numpy for formats that are for GPUs (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args(arguments)
     keyring = KeyRing.from_file(options.state_dir / "keys" / "snapshot.keys")
-    results = measure(SnapshotStore(options.state_dir / "store"), keyring, options.names, options.pieces, options.text)
+    store = SnapshotStore(options.state_dir / "store")
+    results = measure(store, keyring, options.names, options.pieces, options.text, options.backend)
     print("\n".join(show(results)))
     if options.json is not None:
         found: list[dict[str, Any]] = [asdict(quality) for quality in results]
