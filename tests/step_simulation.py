@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 from worker.engine.batch import SequenceView, decide_step
 from worker.engine.batch_share import BatchShare
@@ -16,11 +17,20 @@ MS = 1_000_000
 ARRIVAL_MS = 5.0  # from the client to the engine, and from it to the next line of the batch
 
 
-def step_ms_of_cpu(num_rows: int, num_prompts: int) -> float:
-    """A step of SmolLM2-135M on two quiet cores: reading the weights, 0.9 ms a row, whole tiles beyond one."""
-    if num_rows <= 16:
-        return 13.6 + 0.9 * num_rows + 0.5 * num_prompts
-    return 28.0 + 0.45 * (16 * -(-num_rows // 16) - 16) + 0.5 * num_prompts
+#: Rows, and milliseconds of a step of SmolLM2-135M in bf16 on one core, by processor time.
+STEP_MS: Final = (
+    *((1, 26.0), (2, 29.0), (4, 31.0), (8, 36.0), (12, 39.5), (16, 41.0)),
+    *((32, 53.5), (48, 65.0), (64, 71.0), (256, 160.0)),
+)
+
+
+def step_ms_of_cpu(num_rows: int) -> float:
+    """A step as measured; beyond one tile of 16 rows they are whole ones."""
+    rows = num_rows if num_rows <= 16 else 16 * -(-num_rows // 16)
+    for (below, below_ms), (above, above_ms) in pairwise(STEP_MS):
+        if rows <= above:
+            return below_ms + (above_ms - below_ms) * (rows - below) / (above - below)
+    return STEP_MS[-1][1]
 
 
 @dataclass
@@ -69,7 +79,7 @@ class Load:
 
     streams_per_s: float = 0.0
     in_flight: int = 0
-    stream_prompt: int = 13
+    stream_prompt: int = 6  # what the prefix cache leaves of one
     stream_tokens: int = 24
     line_prompt: int = 12
     line_tokens: int = 16
@@ -80,7 +90,7 @@ def simulate(
     *,
     lasts_ms: float,
     seed: int = 1,
-    step_ms: Callable[[int, int], float] = step_ms_of_cpu,
+    step_ms: Callable[[int], float] = step_ms_of_cpu,
     jitter: float = 0.0,
 ) -> Outcome:
     """Run ``load``; ``jitter`` is the standard deviation of a step's time, as a share of it."""
@@ -107,9 +117,8 @@ def simulate(
         views = [SequenceView(i, one.num_pending) for i, (_, one) in enumerate(chosen)]
         num_decodes = sum(view.num_pending == 1 for view in views)
         shares = decide_step(views, prefill_tokens=share.choose_prompt_tokens(num_decodes))
-        num_prompts = len(shares) - num_decodes
         num_rows = sum(one.num_tokens for one in shares)
-        took_ms = step_ms(num_rows, num_prompts) * max(0.7, chance.gauss(1.0, jitter))
+        took_ms = step_ms(num_rows) * max(0.7, chance.gauss(1.0, jitter))
         now_ms += took_ms
         share.observe(num_rows, int(took_ms * MS))
         prefill.observe(num_decodes, num_rows - num_decodes, int(took_ms * MS))

@@ -2,10 +2,11 @@
 
 A step that both share has as many rows (tokens) as keep it within :data:`SLOWDOWN` times a step that interactive
 sequences would meet now and then without any batch: the 98th percentile of their steps, which is one with somebody's
-prompt where prompts come often enough to matter. They are given to interactive decodes, interactive prompts, batch
-decodes and batch prompts, in that order. As all rows share the reading of the weights, and kernels compute whole tiles,
-most of a batch fits in. Steps of batch requests alone are kept short while interactive ones come now and then: each
-of those waits for the end of one.
+prompt where prompts come often enough to matter. But it has at least a tile of batch rows: kernels compute whole tiles,
+and all rows share the reading of the weights, so that fewer cost nearly as much. They are given to batch decodes in
+turn, then to batch prompts. A step with an interactive prompt has no batch row: its first token waits for no batch.
+Steps of batch requests alone are kept short while interactive ones come now and then: each of those waits for the end
+of one.
 
 What steps cost is measured as they go (:class:`StepCosts`); nothing is configured.
 """
@@ -105,15 +106,14 @@ class BatchShare:
         self._num_met = self._num_shared = self._num_without = self._num_wary = self._first = 0
         self._prompt_tokens = 0
         self._is_shared = False
-        self._num_urgent = self._num_urgent_pending = 0  # interactive decodes and prompt tokens, of the step under way
+        self._num_urgent = 0  # interactive decodes of the step under way
 
     def choose(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The sequences of the next step, interactive first."""
         urgent = [one for one in candidates if not one[0].service_order[0]]
         batch = [one for one in candidates if one[0].service_order[0]]
-        self._prompt_tokens, self._is_shared = PREFILL_TOKENS_PER_STEP, bool(urgent and batch)
+        self._prompt_tokens, self._is_shared = PREFILL_TOKENS_PER_STEP, False
         self._num_urgent = sum(choice.num_pending == 1 for _, choice in urgent)
-        self._num_urgent_pending = sum(choice.num_pending for _, choice in urgent) - self._num_urgent
         if not urgent:
             self._be_wary(batch)
             return batch
@@ -122,35 +122,29 @@ class BatchShare:
             return urgent
         self._num_shared += 1
         if self._num_without >= PATIENCE:
-            decodes = [one for one in urgent if one[1].num_pending == 1]
-            self._num_urgent_pending = 0
-            return decodes + self._take(batch, TILE_TOKENS, 0)
-        return urgent + self._take(batch, *self._share_out())
+            return [one for one in urgent if one[1].num_pending == 1] + self._take(batch, TILE_TOKENS)
+        if self._num_urgent < len(urgent) or not self._slow_ns or self._num_shared % _ALONE_EVERY == 0:
+            self._num_without += 1
+            return urgent
+        return urgent + self._take(batch, self._count_rows())
 
     def choose_prompt_tokens(self, num_decodes: int) -> int:
         """Prompt tokens of the step chosen last, which has ``num_decodes`` decodes."""
-        if not self._is_shared:
-            return min(self._prefill.choose_tokens(num_decodes), self._prompt_tokens)
-        return max(self._prompt_tokens, self._count_urgent_tokens())
+        if self._is_shared:
+            return self._prompt_tokens
+        return min(self._prefill.choose_tokens(num_decodes), self._prompt_tokens)
 
     def observe(self, num_rows: int, elapsed_ns: int) -> None:
         """The step that was chosen last had ``num_rows`` rows, and took ``elapsed_ns``."""
         self._costs.observe(num_rows, elapsed_ns)
         if not self._num_urgent:
             return
-        alone_ns = float(elapsed_ns)
-        if self._is_shared:
-            alone_ns = self._costs.estimate_ns(self._num_urgent + self._count_urgent_tokens())
-        self._met_ns.append(alone_ns)
+        self._met_ns.append(self._costs.estimate_ns(self._num_urgent) if self._is_shared else float(elapsed_ns))
         self._num_met += 1
         if self._num_met % _LOOK_EVERY == 0 or self._num_met < _LOOK_EVERY:
             ordered = sorted(self._met_ns)
             self._slow_ns = ordered[min(len(ordered) - 1, int(_SLOW_QUANTILE * len(ordered)))]
             self._costs.forget_above(num_rows)
-
-    def _count_urgent_tokens(self) -> int:
-        """Interactive prompt tokens that the step would have at least without a batch."""
-        return min(self._num_urgent_pending, TILE_TOKENS - self._num_urgent % TILE_TOKENS)
 
     def _be_wary(self, batch: Sequence[Candidate]) -> None:
         """Bound a step of batch requests alone, if interactive ones are likely to come."""
@@ -159,27 +153,21 @@ class BatchShare:
             num_decodes = sum(choice.num_pending == 1 for _, choice in batch)
             self._prompt_tokens = max(TILE_TOKENS, WARY_ROWS - num_decodes) if num_decodes else WARY_PROMPT_TOKENS
 
-    def _share_out(self) -> tuple[int, int]:
-        """Rows for the batch in a step beside interactive sequences, and for the prompts of those."""
-        if self._num_shared % _ALONE_EVERY == 0 or not self._slow_ns:
-            return 0, 0
+    def _count_rows(self) -> int:
+        """Rows for the batch in a step beside interactive decodes: a tile at least."""
         self._most_rows = self._costs.most_rows(SLOWDOWN * self._slow_ns, self._most_rows)
-        left = self._most_rows - self._num_urgent
-        prompt_rows = max(0, min(self._num_urgent_pending, left))
-        return max(0, left - prompt_rows), prompt_rows
+        fewest = -(-(self._num_urgent + TILE_TOKENS) // TILE_TOKENS) * TILE_TOKENS
+        return max(self._most_rows, fewest) - self._num_urgent
 
-    def _take(self, batch: Sequence[Candidate], rows: int, prompt_rows: int) -> list[Candidate]:
-        """Batch sequences for ``rows`` rows: decodes in turn, then prompts; without rows, none."""
+    def _take(self, batch: Sequence[Candidate], rows: int) -> list[Candidate]:
+        """Batch sequences for ``rows`` rows: decodes in turn, then prompts."""
         decodes = [one for one in batch if one[1].num_pending == 1]
         prompts = [one for one in batch if one[1].num_pending > 1]
         num_decodes = min(rows, len(decodes))
-        num_tokens = rows - num_decodes
-        if not prompts or num_tokens < _FEWEST_TOKENS:
-            prompts, num_tokens = [], 0
-        self._prompt_tokens = prompt_rows + num_tokens
-        taken = self._rotate(decodes, num_decodes) + prompts
-        self._num_without = 0 if taken else self._num_without + 1
-        return taken
+        self._prompt_tokens, self._is_shared, self._num_without = rows - num_decodes, True, 0
+        if self._prompt_tokens < _FEWEST_TOKENS:
+            prompts, self._prompt_tokens = [], 0
+        return self._rotate(decodes, num_decodes) + prompts
 
     def _rotate(self, sequences: list[_T], count: int) -> list[_T]:
         """``count`` of ``sequences``, others the next time."""
