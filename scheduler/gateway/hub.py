@@ -22,6 +22,7 @@ from scheduler.contract.connection import CONNECTION_ERRORS
 from scheduler.contract.errors import ContractError, ErrorCode, ErrorInfo
 from scheduler.contract.messages import StageEvent, TerminalFrame
 from scheduler.contract.subscription import Subscription
+from scheduler.gateway.frame_tape import FrameTape
 
 _log = structlog.get_logger()
 
@@ -57,7 +58,7 @@ class _Stream:
     next_seq: int
     heard_s: float  # loop time of the last frame, or of the last look at the log
     silence_s: float
-    delivered: list[bytes] = field(default_factory=list)  # from first_seq on, to give back to a server that lost them
+    delivered: FrameTape = field(default_factory=FrameTape)  # from first_seq on, for a server that lost them
     first_seq: int = 0
     filling: bool = False
     fill_again: bool = False  # more was announced while its log was being read

@@ -7,6 +7,8 @@ may take to be read, and errors in OpenAI's shape for what cannot be parsed. Wha
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import ssl
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +29,9 @@ MAX_HEADERS: Final = 64
 MAX_HEADER_BYTES: Final = 8190  # of one header line
 HANDSHAKE_LIMIT_S: Final = 10.0
 LINGERING_S: Final = 2.0
+#: What the kernel may hold for one client that does not read (it doubles the number). Left to itself it takes up to
+#: 4 MiB, which a stream of tokens fills in half an hour: so long a client that never reads would not be noticed.
+SEND_BUFFER_BYTES: Final = 64 * 1024
 
 _log = structlog.get_logger()
 
@@ -180,6 +185,10 @@ class ListeningSite(web.TCPSite):
             )
 
         options: dict[str, Any] = {} if self._tls is None else {"ssl_handshake_timeout": HANDSHAKE_LIMIT_S}
-        self._server = await loop.create_server(
+        listener = await loop.create_server(
             connect, settings.host, settings.port, ssl=self._tls, backlog=settings.backlog, **options
         )
+        self._server = listener
+        for listening in listener.sockets:
+            with socket.socket(fileno=os.dup(listening.fileno())) as same:  # uvloop's own view of it sets no options
+                same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # accepted ones inherit it

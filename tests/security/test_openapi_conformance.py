@@ -119,6 +119,7 @@ async def gateway(redis_url: str, tmp_path: Path) -> Any:
         yield harness
 
 
+@pytest.mark.timeout(120 + 20 * NUM_EXAMPLES)  # 200 of them take some minutes
 async def test_no_answer_is_undocumented(gateway: GatewayHarness) -> None:
     """Valid and invalid requests to every operation: no 5xx, and only statuses, types and bodies that are named."""
     document = json.loads(build_document())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import re
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.contract import keys
 from scheduler.contract.messages import GenerateRequest, StepFrame, TokenEvent
 from scheduler.gateway.admission import Admission
+from scheduler.gateway.listener import SEND_BUFFER_BYTES
 from scheduler.tenants import TenantPolicy
 from tests.eventually import eventually
 from tests.gateway_fixtures import GatewayHarness, chat_body, run_gateway, stay_silent
@@ -195,6 +198,19 @@ async def test_threat_client_that_never_reads(redis_url: str, tmp_path: Path, bo
         await eventually(lambda: gateway.server.gateway.hub.statistics().open_streams == 0)
         writer.close()
         del reader
+
+
+async def test_threat_client_that_never_reads_in_the_kernel(gateway: GatewayHarness) -> None:
+    """What the kernel holds for a client is bounded too, so that one that never reads is noticed soon."""
+    _, writer = await asyncio.open_connection(gateway.server.host, gateway.server.port)
+    manager = gateway.server._runner.server
+    assert manager is not None
+    await eventually(lambda: manager.connections)
+    transport = manager.connections[0].transport
+    assert transport is not None
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:
+        assert same.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * SEND_BUFFER_BYTES
+    writer.close()
 
 
 async def test_threat_unread_answer(redis_url: str, tmp_path: Path) -> None:
