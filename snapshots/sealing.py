@@ -7,6 +7,7 @@ the bytes are copied in. Failing both, the 4 KiB pages are as right and only slo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -19,6 +20,7 @@ from typing import Final
 import numpy as np
 
 from snapshots import chunks
+from snapshots.cold_reading import ColdReader
 from snapshots.stored_chunks import StoredChunks
 
 HUGE_PAGE_BYTES: Final = 2 * 1024 * 1024
@@ -57,9 +59,11 @@ def fill_and_verify(
     stop = stop or threading.Event()
     piece_bytes = max(PIECE_BYTES, ref.chunk_bytes)
     pace = _Pace(limit_bytes_per_s)
-    with ThreadPoolExecutor(num_threads or chunks.available_cores(), thread_name_prefix="seal") as pool:
+    cold = ColdReader(source_fd, 0 if ref.encryption is not None else ref.size_bytes)
+    pool = ThreadPoolExecutor(num_threads or chunks.available_cores(), thread_name_prefix="seal")
+    with contextlib.closing(cold), pool:  # the pool ends first
         pieces = [
-            (end, pool.submit(_fill_piece, source_fd, memory_fd, target, (start, end), stored, pace, stop))
+            (end, pool.submit(_fill_piece, source_fd, memory_fd, target, (start, end), stored, pace, stop, cold))
             for start, end in chunks.iterate_chunks(ref.size_bytes, piece_bytes)
         ]
         try:
@@ -111,6 +115,7 @@ def _fill_piece(
     stored: StoredChunks,
     pace: _Pace,
     stop: threading.Event,
+    cold: ColdReader,
 ) -> None:
     """Copy one piece chunk by chunk and digest each while it is in the core's cache."""
     start, end = span
@@ -124,7 +129,7 @@ def _fill_piece(
     chunk_bytes = stored.ref.chunk_bytes
     for position in range(start, end, chunk_bytes):
         with target[position : min(position + chunk_bytes, end)] as chunk:
-            stored.read_into(source_fd, position // chunk_bytes, chunk)
+            stored.read_into(source_fd, position // chunk_bytes, chunk, cold)
 
 
 def _back_with_huge_pages(memory_fd: int, target: memoryview, start: int, end: int) -> None:

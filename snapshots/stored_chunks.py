@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from snapshots import chunks
 from snapshots.blob_reference import TAG_BYTES, BlobRef
+from snapshots.cold_reading import ColdReader
 from snapshots.errors import BlobCorrupt, KeyRingError
 from snapshots.keyring import KeyRing
 
@@ -59,14 +60,16 @@ class StoredChunks:
             raise self.corrupt(index, "the file became shorter while it was read")
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def read_into(self, fd: int, index: int, into: memoryview) -> None:
-        """Read chunk ``index``, decrypt it if need be, and verify its digest in ``into``, where it stays.
+    def read_into(self, fd: int, index: int, into: memoryview, cold: ColdReader | None = None) -> None:
+        """Read chunk ``index``, decrypt it if need be, and verify its digest in ``into``, where it stays. ``cold``
+        reads the same file past the page cache, where it can.
 
         Raises:
             BlobCorrupt: ``into`` then holds nothing of use.
         """
         if self._cipher is None:
-            self._read_fully(fd, index, into)
+            if cold is None or not cold.read(self.stored_span(index)[0], into):
+                self._read_fully(fd, index, into)
         else:
             self._decrypt(self.read(fd, index), index, into)
         if chunks.digest_chunk(into) != self.ref.chunk_digest(index):
