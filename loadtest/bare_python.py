@@ -8,6 +8,7 @@ checkout; also where a process is started with an empty environment. Needs the s
 from __future__ import annotations
 
 import argparse
+import shutil
 import site
 import subprocess
 import sys
@@ -21,6 +22,7 @@ def make_environment(folder: Path, wheels: Path | None) -> Path:
     """The interpreter of the environment, made or brought up to date."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     unpacked = folder / "wheels"
+    shutil.rmtree(unpacked, ignore_errors=True)  # a program of an earlier run may still be in use: never written over
     for wheel in sorted(wheels.glob("*.whl")) if wheels is not None else []:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(unpacked)

@@ -25,12 +25,9 @@ from loadtest.gpu_table import format_report
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "gpu"
 #: What fits into a lent machine's time with room to spare.
 TOTAL_S: Final = 480.0
-_SUITE: Final = tuple(
-    f"tests/conformance/test_cuda_kernels_{name}.py" for name in ("elementwise", "linear", "attention", "sampling")
-)
 _ON_DEVICE: Final = {"GLOWPLUG_KERNELS_ON": "cuda"}
 _PYTEST: Final = ("-m", "pytest", "-q")
-_DEVICE_PYTEST: Final = (*_PYTEST, "-c", "tests/gpu.ini")
+_DEVICE_PYTEST: Final = (*_PYTEST, "-c", "tests/gpu.ini", "-p", "no:asyncio")
 WITHOUT_GPU: Final = (
     Step("digests", "kernels are of their sources", ("-m", "worker.backends.kernels.build", "--check"), 60),
     Step("compiled", "kernels for every architecture", (*_PYTEST, "tests/conformance/test_cuda_kernels_build.py"), 240),
@@ -73,7 +70,7 @@ def list_steps(options: argparse.Namespace, work: Path) -> list[Step]:
     steps = [
         Step("open", "context, modules, warm-up", (*ladder, "--models", ""), 60),
         Step("device-tests", "tests on the device", (*_DEVICE_PYTEST, "tests/conformance/test_cuda_gpu.py"), 90),
-        Step("kernels", "kernel suite on the device", (*_DEVICE_PYTEST, *_SUITE), 60, environment=_ON_DEVICE),
+        Step("kernels", "kernel suite on the device", ("tests/kernel_coverage.py",), 60, environment=_ON_DEVICE),
         Step(
             "ladder-" + models[0],
             f"ladder of {models[0]}, sweep",

@@ -6,6 +6,7 @@ never launched.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -38,7 +39,9 @@ class Collector:
 def main() -> int:
     """The exit code."""
     collector = Collector()
-    status = pytest.main(["-q", "-c", str(TESTS / "gpu.ini"), "--no-header", *SUITE], plugins=[collector])
+    status = pytest.main(
+        ["-q", "-c", str(TESTS / "gpu.ini"), "--no-header", "-p", "no:asyncio", *SUITE], plugins=[collector]
+    )
     from cuda_fixtures import emulator
 
     kernels = emulator()
@@ -46,6 +49,8 @@ def main() -> int:
     for name, count in sorted(collector.inputs.items()):
         errors = collector.errors[name]
         print(f"{name.removeprefix('test_'):36} {count:6} {f'{max(errors):.1e}' if errors else 'exact':>24}")
+    largest = {name: max(errors) for name, errors in sorted(collector.errors.items()) if errors}
+    print(json.dumps({"inputs": sum(collector.inputs.values()), "largest_relative_errors": largest}))
     missing = sorted(kernels.kernels - kernels.launched)
     covered = len(kernels.launched & kernels.kernels)
     print(f"{sum(collector.inputs.values())} inputs, {kernels.num_launches} launches in three thread orders each")
