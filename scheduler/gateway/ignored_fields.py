@@ -31,7 +31,7 @@ def check_ignored_fields(reader: FieldReader) -> None:
     if modalities is not None and modalities != ["text"]:
         raise bad_field("modalities", 'only ["text"] is supported')
     for name in ("audio", "web_search_options"):
-        if reader.raw(name):
+        if reader.raw(name) is not None:  # an empty object asks for it as well, with defaults
             raise bad_field(name, "is not supported by this server; leave it out")
 
 

@@ -41,6 +41,7 @@ def chat(body: dict[str, Any], card: ModelCard | None = None) -> Call:
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice.function.name"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"web_search_options": {}}, "web_search_options"),
         ({"response_format": {"type": "regex", "pattern": "a+"}}, "response_format"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0]"),
