@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,18 +63,8 @@ def make_harness(**changes: Any) -> EngineHarness:
     return EngineHarness(text=SpelledText(), **changes)
 
 
-def finish(harness: EngineHarness, *outcomes: Outcome) -> None:
-    """Rounds until ``outcomes`` are final; the grammar thread takes the time it needs."""
-    deadline_s = time.monotonic() + 30
-    while not all(outcome.final for outcome in outcomes):
-        assert time.monotonic() < deadline_s, "requests did not finish"
-        harness.run_round()
-
-
 def complete(harness: EngineHarness, sampling: SamplingParams, **changes: Any) -> Outcome:
-    outcome = harness.submit(make_request("r", "Spell:", sampling, **changes))
-    finish(harness, outcome)
-    return outcome
+    return harness.complete(make_request("r", "Spell:", sampling, **changes))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -118,7 +107,7 @@ def test_company_without_a_grammar_keeps_its_tokens() -> None:
     bound = harness.submit(make_request("bound", "Spell:", sampled()))
     harness.run_round()
     free.append(harness.submit(make_request("second", (11, 12, 13), greedy(20, ignore_eos=True))))
-    finish(harness, bound, *free)
+    harness.run_until_done()
     assert [outcome.token_ids() for outcome in free] == [expected] * 2
     assert bound.text() == complete(make_harness(), sampled()).text()
 
@@ -128,7 +117,7 @@ def test_a_grammar_that_cannot_be_enforced_is_the_clients_error() -> None:
     harness = make_harness()
     beside = harness.submit(make_request("beside", "Spell:", greedy(4)))
     refused = harness.submit(make_request("refused", "Spell:", sampled(pattern="(")))
-    finish(harness, refused, beside)
+    harness.run_until_done()
     assert refused.final is not None
     assert refused.final.error is not None
     assert (refused.final.error.code, refused.final.error.param) == (ErrorCode.INVALID_REQUEST, "response_format")
@@ -146,7 +135,7 @@ def test_a_request_is_cancelled_while_its_grammar_is_compiled() -> None:
     assert outcome.final is not None
     assert outcome.final.error is not None
     assert outcome.final.error.code is ErrorCode.CANCELLED
-    finish(harness, harness.submit(make_request("next", "Spell:", sampled())))
+    harness.complete(make_request("next", "Spell:", sampled()))
 
 
 def test_stop_strings_and_lengths_still_end_a_choice() -> None:
