@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -207,6 +208,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tiers", default="T3,T2,T1,T2s", help="comma separated; T2s: with a spare")
     options = parser.parse_args()
+    # Stopped early, it unwinds: a server that it started would keep the GPU from whoever comes next.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.folder.mkdir(parents=True, exist_ok=True)
     os.environ["GLOWPLUG_BACKEND"] = "cuda"
     BIAS.update(choose_bias(options.checkpoint))

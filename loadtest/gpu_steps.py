@@ -88,7 +88,7 @@ def run_step(step: Step, limit_s: float) -> Outcome:
 
 def _end_group(process: subprocess.Popen[str]) -> None:
     """SIGTERM to the step and what it started, then SIGKILL."""
-    for number, wait_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+    for number, wait_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
