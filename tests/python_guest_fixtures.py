@@ -72,14 +72,16 @@ class WitWorld(_example):
                 import time
                 return str(time.time())
             case "!random":
-                                return os.urandom(4).hex()
+                import os
+                return os.urandom(4).hex()
             case "!file":
                 return open("/etc/passwd").read()
             case "!socket":
                 import socket
                 return str(socket.create_connection(("127.0.0.1", 6379)))
             case "!environment":
-                                return str(dict(os.environ))
+                import os
+                return str(dict(os.environ))
         return super().post_process(text)
 """
 

@@ -7,6 +7,7 @@ matmul kernel takes the weight ``[N, K]`` as it lies in the file and writes ``[N
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final
 
 import numkong
@@ -122,4 +123,9 @@ class TensorMemo:
 
 def wrap_array(array: npt.NDArray[Any]) -> Any:
     """A NumKong tensor over the memory of a contiguous ``array``, which it keeps alive."""
-    return _from_pointer(array.ctypes.data, array.shape, array.dtype.name, owner=array)
+    return _from_pointer(array.ctypes.data, array.shape, _name_dtype(array.dtype), owner=array)
+
+
+@cache
+def _name_dtype(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # NumPy puts the name together anew each time
