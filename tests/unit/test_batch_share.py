@@ -128,16 +128,16 @@ def outcomes() -> dict[str, Outcome]:
 
 
 def test_streams_keep_their_pace_beside_a_batch(outcomes: dict[str, Outcome]) -> None:
-    """99th percentiles where the processor is the limit, and nothing but steps takes time: to the first token 1.5 times
-    at most, between tokens what a step of two tiles takes over one with a prompt."""
+    """99th percentiles where the processor is the limit and nothing but steps takes time: 1.5 times to the first token
+    at most, and hardly more between tokens."""
     alone, both = outcomes["streams"], outcomes["both"]
     assert both.first_token_ms(0.99) <= 1.5 * alone.first_token_ms(0.99)
-    assert both.gap_ms(0.99) <= 1.7 * alone.gap_ms(0.99)
+    assert both.gap_ms(0.99) <= 1.55 * alone.gap_ms(0.99)
 
 
 def test_a_batch_keeps_its_throughput_beside_streams(outcomes: dict[str, Outcome]) -> None:
-    """Three quarters of what it does alone where the processor is the limit, a fifth of which the streams take."""
-    assert outcomes["both"].lines_per_s >= 0.75 * outcomes["batch"].lines_per_s
+    """Three fifths of what it does alone where the processor is the limit, a fifth of which the streams take."""
+    assert outcomes["both"].lines_per_s >= 0.6 * outcomes["batch"].lines_per_s
 
 
 def test_where_rows_are_nearly_free_nobody_notices_anybody() -> None:

@@ -2,11 +2,11 @@
 
 A step that both share has as many rows (tokens) as keep it within :data:`SLOWDOWN` times a step that interactive
 sequences would meet now and then without any batch: the 98th percentile of their steps, which is one with somebody's
-prompt where prompts come often enough to matter. But it has at least a tile of batch rows: kernels compute whole tiles,
-and all rows share the reading of the weights, so that fewer cost nearly as much. They are given to batch decodes in
-turn, then to batch prompts. A step with an interactive prompt has no batch row: its first token waits for no batch.
-Steps of batch requests alone are kept short while interactive ones come now and then: each of those waits for the end
-of one.
+prompt where prompts come often enough to matter. But the batch has at least half a tile and what fills up the last one:
+kernels compute whole tiles, and all rows share the reading of the weights, so that fewer cost nearly as much. Its rows
+are given to batch decodes in turn, then to batch prompts. A step with an interactive prompt has no batch row: its first
+token waits for no batch. Steps of batch requests alone are kept short while interactive ones come now and then: each of
+those waits for the end of one.
 
 What steps cost is measured as they go (:class:`StepCosts`); nothing is configured.
 """
@@ -154,9 +154,9 @@ class BatchShare:
             self._prompt_tokens = max(TILE_TOKENS, WARY_ROWS - num_decodes) if num_decodes else WARY_PROMPT_TOKENS
 
     def _count_rows(self) -> int:
-        """Rows for the batch in a step beside interactive decodes: a tile at least."""
+        """Rows for the batch in a step beside interactive decodes: half a tile and what fills up the last, at least."""
         self._most_rows = self._costs.most_rows(SLOWDOWN * self._slow_ns, self._most_rows)
-        fewest = -(-(self._num_urgent + TILE_TOKENS) // TILE_TOKENS) * TILE_TOKENS
+        fewest = -(-(self._num_urgent + TILE_TOKENS // 2) // TILE_TOKENS) * TILE_TOKENS
         return max(self._most_rows, fewest) - self._num_urgent
 
     def _take(self, batch: Sequence[Candidate], rows: int) -> list[Candidate]:
