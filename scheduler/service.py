@@ -139,7 +139,8 @@ class Scheduler:
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
 
     # --- leading ----------------------------------------------------------------------------------------------
 

@@ -170,7 +170,8 @@ class NodeAgent:
             self._cache.close()
             self._gpus.close()
         try:
-            await asyncio.wait_for(self._reports.node_gone(), self._settings.drain_grace_s)
+            async with asyncio.timeout(self._settings.drain_grace_s):
+                await self._reports.node_gone()
         except (TimeoutError, *REDIS_TROUBLE):
             self._log.warning("node_not_unregistered", remedy="its report expires by itself")
         self._log.info("agent_stopped")

@@ -61,7 +61,8 @@ class StoreWatch:
     async def wait_changed(self, within_s: float) -> bool:
         """Wait for a change since the last call, at most ``within_s`` seconds; whether one was seen."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), within_s)
+            async with asyncio.timeout(within_s):
+                await self._changed.wait()
         seen = self._changed.is_set()
         self._changed.clear()
         return seen

@@ -112,7 +112,8 @@ class ZygoteClient:
         self._forks[worker_id] = answer
         try:
             await self._send(message, fds)
-            return await asyncio.wait_for(answer, SPAWN_TIMEOUT_S)
+            async with asyncio.timeout(SPAWN_TIMEOUT_S):
+                return await answer
         except TimeoutError:
             raise SpawnFailed(f"the zygote did not answer within {SPAWN_TIMEOUT_S:g} s") from None
         except OSError as error:
@@ -233,7 +234,8 @@ class ZygoteClient:
 
     async def _wait_ready(self) -> None:
         try:
-            await asyncio.wait_for(self._ready.wait(), SPAWN_TIMEOUT_S)
+            async with asyncio.timeout(SPAWN_TIMEOUT_S):
+                await self._ready.wait()
         except TimeoutError:
             raise SpawnFailed(f"no zygote was ready within {SPAWN_TIMEOUT_S:g} s; see its log lines above") from None
 
@@ -271,7 +273,8 @@ async def _wait_or_kill(process: subprocess.Popen[bytes]) -> int:
     pidfd = os.pidfd_open(process.pid)
     loop.add_reader(pidfd, ended.set)
     try:
-        await asyncio.wait_for(ended.wait(), CLOSE_TIMEOUT_S)
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await ended.wait()
     except TimeoutError:
         process.kill()
     finally:

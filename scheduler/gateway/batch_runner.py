@@ -68,7 +68,8 @@ class BatchRunner:
             except Exception:  # a bug here must not end all batches for ever
                 _log.exception("batches_look_failed")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), LOOK_EVERY_S)
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._news.wait()
 
     async def _look(self) -> None:
         if time.monotonic() - self._swept_mono_s >= SWEEP_EVERY_S:

@@ -41,6 +41,13 @@ class Held:
         await say("done")(request, publish)
 
 
+@pytest.fixture(autouse=True)
+def _quick_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run looks at its clock more often than it need."""
+    monkeypatch.setattr("scheduler.gateway.batch_run.WAIT_TURN_S", 0.1)
+    monkeypatch.setattr("scheduler.gateway.batch_runner.LOOK_EVERY_S", 0.1)
+
+
 @pytest.fixture
 async def gateway(redis_url: str, tmp_path: Path) -> AsyncIterator[GatewayHarness]:
     async with run_gateway(redis_url, tmp_path, max_file_bytes=1 << 20, max_tenant_file_bytes=3 << 20) as running:
