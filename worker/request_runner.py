@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.host_clock import CLOCK_ID
 from scheduler.contract.messages import GenerateRequest, StepFrame, TerminalFrame
 from scheduler.contract.states import Tier
-from scheduler.contract.telemetry import Mark
+from scheduler.contract.telemetry import Mark, arrived_before
 from scheduler.contract.trace_context import parse
 from worker.engine.types import AnyRequest, EncodeRequest, EngineRequest, RequestStep, TextRequest
 from worker.publisher import Fenced, Frame, Run, TokenPublisher
@@ -195,8 +195,9 @@ class RequestRunner:
         marks, wake = dict(running.marks), self._wake
         if running.run.published_mono_ns is not None:
             marks[Mark.PUBLISHED] = running.run.published_mono_ns
-        is_cold = arrived_before(running.request.marks, wake.marks)
-        if is_cold:
+        is_foreign = running.request.clock_id not in ("", CLOCK_ID)  # then only its gateway can tell
+        is_cold = not is_foreign and arrived_before(running.request.marks, wake.marks)
+        if is_cold or is_foreign:
             marks = {**wake.marks, **marks}
         return TerminalFrame(
             usage=step.usage,
@@ -206,6 +207,7 @@ class RequestRunner:
             cold_tier=wake.cold_tier if is_cold else Tier.PARKED if running.met_parked else None,
             snapshot_id=wake.snapshot_id,
             clock_id=CLOCK_ID,
+            wake_tier=wake.cold_tier if is_foreign else None,
         )
 
     def _say_farewell(self, running: _Running) -> None:
@@ -275,13 +277,6 @@ def collect_emitted(run: Run, num_choices: int) -> tuple[tuple[int, ...], ...]:
                 if event.token_id >= 0 and event.choice < num_choices:
                     emitted[event.choice].append(event.token_id)
     return tuple(map(tuple, emitted)) if any(emitted) else ()
-
-
-def arrived_before(request_marks: Mapping[str, int], wake_marks: Mapping[str, int]) -> bool:
-    """Whether a request was accepted before the worker that serves it was ready: it met a cold model."""
-    ready_mono_ns = wake_marks.get(Mark.RESTORED)
-    accepted_mono_ns = request_marks.get(Mark.ACCEPTED, request_marks.get(Mark.ENQUEUED))
-    return ready_mono_ns is not None and accepted_mono_ns is not None and accepted_mono_ns < ready_mono_ns
 
 
 def _cancelled_step(request_id: str) -> RequestStep:

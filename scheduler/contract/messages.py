@@ -69,6 +69,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     text_only: bool = False  # for the tokenizer alone: text becomes token ids, token ids become text
     generation: int = 0  # how often it was queued anew because the server had lost it; its runs fence off older ones
     trace_context: TraceContext | None = None  # the span under which its run is seen
+    clock_id: str = ""  # of the clock that ``marks`` were read from; empty: the reader's own
 
 
 class RequestRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -160,6 +161,9 @@ class TerminalFrame(msgspec.Struct, frozen=True, omit_defaults=True):
     cold_tier: Tier | None = None  # None: met a hot worker
     snapshot_id: str = ""
     clock_id: str = ""  # of the clock that the marks were read from; empty: the reader's own
+    #: Where the request's marks are of another clock, in place of ``cold_tier``: the tier it met if, by the reader's
+    #: clock, it came before the worker was ready. The marks of the wake are among ``marks`` then.
+    wake_tier: Tier | None = None
 
 
 class ModelCard(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO, cast
@@ -84,6 +85,29 @@ def compute_phases_ms(marks: dict[str, int], *, cold: bool) -> dict[str, float]:
         for phase in phases
         if phase.start in marks and phase.end in marks
     }
+
+
+#: Stamped once a worker, before any of its requests: only a request that waited for it has them in its trace.
+WAKE_MARKS: Final = (
+    Mark.DEMAND_SEEN,
+    Mark.SPAWN_ORDERED,
+    Mark.ORDER_RECEIVED,
+    Mark.VERIFIED,
+    Mark.FORKED,
+    Mark.DEVICE_READY,
+    Mark.MAPPED,
+    Mark.RESTORED,
+)
+
+
+def arrived_before(request_marks: Mapping[str, int], wake_marks: Mapping[str, int]) -> bool:
+    """Whether a request was accepted before the worker that serves it was ready: it met a cold model.
+
+    Requires: both sets of marks are of one clock.
+    """
+    ready_mono_ns = wake_marks.get(Mark.RESTORED)
+    accepted_mono_ns = request_marks.get(Mark.ACCEPTED, request_marks.get(Mark.ENQUEUED))
+    return ready_mono_ns is not None and accepted_mono_ns is not None and accepted_mono_ns < ready_mono_ns
 
 
 class Metric(StrEnum):

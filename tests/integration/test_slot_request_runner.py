@@ -7,12 +7,14 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
 from scheduler.contract import codec, keys
 from scheduler.contract.connection import connect
 from scheduler.contract.errors import ErrorCode
+from scheduler.contract.host_clock import CLOCK_ID
 from scheduler.contract.messages import (
     GenerateRequest,
     SamplingParams,
@@ -22,11 +24,11 @@ from scheduler.contract.messages import (
     Usage,
 )
 from scheduler.contract.states import Tier
-from scheduler.contract.telemetry import Mark
+from scheduler.contract.telemetry import Mark, arrived_before
 from tests.eventually import eventually
 from worker.engine.types import EngineRequest, RequestStep
 from worker.publisher import Fenced, TokenPublisher
-from worker.request_runner import RequestRunner, WakeRecord, arrived_before
+from worker.request_runner import RequestRunner, WakeRecord
 
 WAKE = WakeRecord("w1", "snapshot-1", Tier.HOST_RAM, {Mark.FORKED: 50, Mark.RESTORED: 100})
 
@@ -260,6 +262,19 @@ async def test_worker_that_closes_writes_no_end(bench: Bench) -> None:
     await asyncio.gather(run, return_exceptions=True)
     await bench.runner.aclose()
     assert len(await bench.log()) == 1
+
+
+async def test_marks_of_another_host_are_left_to_its_gateway(bench: Bench) -> None:
+    """Their clock says nothing here: the frame carries the wake and its tier, and claims neither cold nor hot."""
+    foreign = msgspec.structs.replace(request({Mark.ACCEPTED: 10}), clock_id="another-host")
+    run = asyncio.create_task(bench.runner.run(foreign, 1))
+    await bench.wait_submitted()
+    bench.steps(step(5, finished=True, usage=Usage(3, 1)))
+    await run
+    *_, terminal = await bench.log()
+    assert isinstance(terminal, TerminalFrame)
+    assert (terminal.cold_tier, terminal.wake_tier, terminal.clock_id) == (None, Tier.HOST_RAM, CLOCK_ID)
+    assert terminal.marks.items() >= WAKE.marks.items()
 
 
 def test_only_requests_older_than_the_worker_met_a_cold_model() -> None:

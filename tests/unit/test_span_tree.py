@@ -187,6 +187,25 @@ def test_a_second_run_on_another_host_lies_before_the_end() -> None:
     assert aligned.marks[Mark.SAMPLED] <= 300 * MS
 
 
+@pytest.mark.parametrize("offset_ns", [0, -7200 * 10**9, 10**15])
+@pytest.mark.parametrize(("accepted_ms", "tier"), [(100, Tier.HOST_RAM), (109, Tier.HOST_RAM), (113, None)])
+def test_cold_or_hot_is_told_on_the_gateways_clock(offset_ns: int, accepted_ms: int, tier: Tier | None) -> None:
+    """The worker was ready at 110 by our clock: whoever came before met a cold model, whatever its own clock shows."""
+    worker_marks = WORKER_MARKS | {Mark.CLAIMED: 114 * MS, Mark.TOKENISED: 115 * MS}
+    foreign = TerminalFrame(
+        marks={mark.value: value + offset_ns for mark, value in worker_marks.items()},
+        worker_id="w1",
+        clock_id="there",
+        wake_tier=Tier.HOST_RAM,
+    )
+    gateway_marks = GATEWAY_MARKS | {Mark.ACCEPTED: accepted_ms * MS, Mark.ENQUEUED: accepted_ms * MS}
+    trace = build_trace(make_request("R"), foreign, gateway_marks, 300 * MS)
+    assert trace.cold_tier == tier
+    assert (Mark.RESTORED in trace.marks) == (tier is not None)
+    assert set(trace.phases_ms) <= {phase.name for phase in (HOT_PHASES if tier is None else COLD_PHASES)}
+    assert "claim" in trace.phases_ms or "dispatch" in trace.phases_ms
+
+
 def test_this_host_has_a_clock_id() -> None:
     """The same for every process of a host, and short."""
     assert read_clock_id() == CLOCK_ID

