@@ -21,7 +21,7 @@ def gpu_table(status: dict[str, Any]) -> Any:
     for node_id, gpu in gpus:
         num_spares, spare_bytes = gpu.get("spare_workers", 0), gpu.get("spare_bytes", 0)
         table.add_row(
-            f"{node_id}:{gpu['index']}",
+            f"{node_id}:{label_of(gpu)}",
             gpu["name"],
             _mib(gpu["total_bytes"] - gpu["free_bytes"]),
             _mib(gpu["total_bytes"]),
@@ -30,6 +30,12 @@ def gpu_table(status: dict[str, Any]) -> Any:
             describe_state(gpu),
         )
     return table
+
+
+def label_of(gpu: dict[str, Any]) -> str:
+    """Which one of its node: ``0``, or ``0:2`` for a MIG instance."""
+    instance = gpu.get("instance", -1)
+    return str(gpu["index"]) if instance < 0 else f"{gpu['index']}:{instance}"
 
 
 def describe_state(gpu: dict[str, Any]) -> str:

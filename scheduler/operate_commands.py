@@ -33,7 +33,7 @@ HELP: Final = {
     "pin": "Keep MODEL awake: a worker now, and never scaled to zero, also after restarts.",
     "unpin": "Let MODEL be scaled to zero again.",
     "prefetch": "Verify MODEL into sealed memory (T1 to T2) without a process, so that its first wake is quick.",
-    "drain": "Move work off NODE: no new workers there, present ones finish. Survives restarts; undo with undrain.",
+    "drain": "Move work off NODE: no new workers there, present ones finish, spares end. Kept; undo with undrain.",
     "undrain": "Let NODE take workers again.",
 }
 
@@ -76,8 +76,10 @@ def _make_node_verb(act: str) -> click.Command:
         answer = post_json(address, f"/admin/nodes/{quote(node)}:{act}")
         deadline_s = time.monotonic() + wait_s
         while act == "drain" and time.monotonic() < deadline_s:
-            workers = [w for w in get_json(address, "/admin/status")["workers"] if w["node_id"] == node]
-            if not workers:
+            status = get_json(address, "/admin/status")
+            gpus = [gpu for report in status["nodes"] if report["node_id"] == node for gpu in report["gpus"]]
+            workers = [worker for worker in status["workers"] if worker["node_id"] == node]
+            if not workers and not any(gpu.get("spare_workers") for gpu in gpus):
                 break
             time.sleep(POLL_S)
         click.echo(json.dumps(answer) if as_json else f"{node}: {act}ed")

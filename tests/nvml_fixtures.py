@@ -31,6 +31,19 @@ class FakeGpu:
     free_bytes: int = 24 * GIB
     uncorrected_ecc: int = 0
     is_lost: bool = False
+    remap: tuple[bool, bool] | None = None  # pending, failed; None: it has no such thing
+    migs: list[FakeMig] | None = None  # None: MIG mode is off
+
+
+@dataclass
+class FakeMig:
+    """A MIG instance; those of one ``gpu_instance`` share its memory."""
+
+    number: int
+    uuid: str
+    gpu_instance: int
+    total_bytes: int = 10 * GIB
+    free_bytes: int = 10 * GIB
 
 
 @dataclass
@@ -40,7 +53,7 @@ class FakeDriver:
     path: Path
     gpus: list[FakeGpu]
     processes: list[tuple[int, int, int]] = field(default_factory=list)  # index, pid, bytes
-    xids: list[tuple[int, int]] = field(default_factory=list)  # index, number
+    xids: list[tuple[int, ...]] = field(default_factory=list)  # index, number, and of an instance its GPU instance
 
     def write(self) -> None:
         """Put it where the library reads it, in one piece."""
@@ -48,7 +61,14 @@ class FakeDriver:
             f"gpu {g.uuid} {g.total_bytes} {g.free_bytes} 9 0 {g.uncorrected_ecc} {int(g.is_lost)}" for g in self.gpus
         ]
         lines += [f"process {index} {pid} {num_bytes}" for index, pid, num_bytes in self.processes]
-        lines += [f"xid {index} {number}" for index, number in self.xids]
+        lines += [f"{'xid' if len(xid) == 2 else 'xid_of'} {' '.join(map(str, xid))}" for xid in self.xids]
+        for index, gpu in enumerate(self.gpus):
+            lines += [f"remap {index} {int(gpu.remap[0])} {int(gpu.remap[1])}"] if gpu.remap is not None else []
+            lines += [f"mig_mode {index}"] if gpu.migs is not None else []
+            lines += [
+                f"mig {index} {mig.number} {mig.uuid} {mig.gpu_instance} {mig.total_bytes} {mig.free_bytes}"
+                for mig in gpu.migs or ()
+            ]
         new = self.path.with_suffix(".new")
         new.write_text("".join(f"{line}\n" for line in lines))
         os.replace(new, self.path)

@@ -36,8 +36,8 @@ from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
 from worker import agent_sealing
 from worker.agent_settings import AgentSettings
-from worker.gpu_monitor import GpuMonitor
 from worker.model_catalogue import CatalogueEntry, ModelCatalogue, SecurityEvent
+from worker.node_gpus import NodeGpus
 from worker.reports import (
     REDIS_TROUBLE,
     RETRY_AFTER_S,
@@ -48,7 +48,6 @@ from worker.reports import (
     read_memory_total_bytes,
 )
 from worker.sealed_cache import NoRoom, SealedCache
-from worker.spare_workers import SpareWorkers
 from worker.spawn_order import WorkerExited
 from worker.stopped_workers import StoppedWorkers
 from worker.store_watch import StoreWatch
@@ -80,8 +79,8 @@ class NodeAgent:
         self._catalogue = ModelCatalogue(store, keyring, guest_identity())
         verify_again = agent_sealing.verify_sealed if settings.verification == "always" else None
         seal = functools.partial(agent_sealing.seal_blob, keyring)
-        self._gpus = GpuMonitor()
         self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost, started=zygote)
+        self._gpus = NodeGpus(self._zygote, settings, lambda: self._start_task(self._on_device_freed(), "spare"))
         self._cache = SealedCache(
             store.blob_path,
             seal,
@@ -100,7 +99,7 @@ class NodeAgent:
             on_corrupt=self._on_corrupt,
             release_leases=self._release_leases,
             on_device_freed=self._on_device_freed,
-            spares=SpareWorkers(self._zygote, settings, lambda: self._start_task(self._on_device_freed(), "spare")),
+            spares=self._gpus.spares,
         )
         self._fencing_token = 0  # the highest seen; orders with a lower one come from a deposed leader
         self._spawns: set[asyncio.Task[None]] = set()
@@ -113,6 +112,10 @@ class NodeAgent:
         self._stopping.set()
         if self._stop_requests > 1:
             self._stopping_at_once.set()
+
+    def accept_gpu_errors(self) -> None:
+        """An operator has reloaded the configuration: GPUs are used in spite of the errors so far."""
+        self._gpus.accept_errors()
 
     async def run(self) -> None:
         """Serve until :meth:`stop`.
@@ -165,10 +168,9 @@ class NodeAgent:
             for spawn in self._spawns:
                 spawn.cancel()
             await asyncio.gather(drain, at_once, *self._spawns, return_exceptions=True)
-            self._workers.spares.close()
+            self._gpus.close()
             await self._zygote.aclose()
             self._cache.close()
-            self._gpus.close()
         try:
             async with asyncio.timeout(self._settings.drain_grace_s):
                 await self._reports.node_gone()
@@ -355,9 +357,8 @@ class NodeAgent:
             await asyncio.sleep(HEARTBEAT_S)
             await keep_trying(self._beat, "heartbeat")
 
-    async def _beat(self) -> None:
-        await self._gpus.refresh()
-        self._workers.spares.keep(self._gpus.devices())
+    async def _beat(self, *, now: bool = False) -> None:
+        await self._gpus.refresh(is_drained=await self._reports.is_drained(), now=now)
         was_registered = await self._reports.node_alive(self._report())
         if not was_registered:  # first time, or Redis lost it: then it lost the cards too
             await self._publish_all_cards()
@@ -377,13 +378,12 @@ class NodeAgent:
             zygote_pid=self._zygote.pid,
             backend=self._settings.backend,
             memory_total_bytes=read_memory_total_bytes(),
-            gpus=self._gpus.reports(self._workers.pids(), self._workers.spares.pids()),
+            gpus=self._gpus.reports(self._workers.pids()),
         )
 
     async def _on_device_freed(self) -> None:
         """A worker has left its GPU, or a spare is there: say at once how much is free now."""
-        await self._gpus.refresh(now=True)
-        await keep_trying(self._beat, "reporting free device memory")
+        await keep_trying(functools.partial(self._beat, now=True), "reporting free device memory")
 
     def _on_exit(self, message: WorkerExited) -> None:
         self._workers.on_exit(message)

@@ -28,7 +28,13 @@ async def run_agent(settings: AgentSettings, keyring: KeyRing, zygote: ZygotePro
     """Run a node agent until SIGTERM or SIGINT; a second signal ends it without draining."""
     redis = connect(settings.process.redis_url)
     agent = NodeAgent(settings, keyring, redis, zygote)
-    reloading = ReloadListener(redis, AGENT, settings.process.node_id, _check_config)
+
+    async def reload() -> tuple[str, ...]:
+        needs_restart = await _check_config()
+        agent.accept_gpu_errors()
+        return needs_restart
+
+    reloading = ReloadListener(redis, AGENT, settings.process.node_id, reload)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)

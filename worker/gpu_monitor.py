@@ -1,13 +1,21 @@
 """What an agent knows of its GPUs: read from the driver for each heartbeat, with whose memory is whose.
 
-======================= ============================================================================================
-the driver says         then
-======================= ============================================================================================
-an Xid of a program     it is reported and logged; the worker that caused it restarts by itself
-an Xid of the device    the GPU has a *fault*: no worker is sent there until the agent starts anew, after a reset
-the GPU is lost         likewise, until the driver can read it again
-an uncorrected ECC      it is reported and logged; the driver ends the programs that had read it
-======================= ============================================================================================
+A GPU with a *fault* gets no worker and no spare; what runs there may end. MIG instances have the faults of their GPU.
+
+=========================== =================================== ====================================================
+the driver says             then                                way back
+=========================== =================================== ====================================================
+an Xid of a program         it is reported and logged; the      (none needed)
+                            worker that caused it restarts
+an Xid of the device        fault                               a reset, then ``config reload``
+an uncorrected ECC error    fault; the driver ends the programs a reset, which sets the driver's count back; or
+                            that had read it                    ``config reload``: the count so far is accepted
+rows wait to be mapped out  fault                               a reset, which maps them out
+rows cannot be mapped out   fault                               another card
+the GPU is lost             fault                               when the driver can read it again
+it is partitioned so that   fault                               another partition
+it has no memory of its own
+=========================== =================================== ====================================================
 """
 
 from __future__ import annotations
@@ -58,6 +66,8 @@ class GpuMonitor:
         self._xids: dict[str, list[int]] = {}
         self._faults: dict[str, str] = {}
         self._ecc: dict[str, int] = {}
+        self._accepted_ecc: dict[str, int] = {}  # by an operator
+        self._told: dict[str, str] = {}  # faults that the log has, by UUID
         self._log = structlog.get_logger()
 
     async def refresh(self, *, now: bool = False) -> None:
@@ -75,6 +85,15 @@ class GpuMonitor:
             self._readings = await asyncio.to_thread(self._source.read)
         for reading in self._readings:
             self._note_errors(reading)
+            self._tell_fault(reading)
+
+    def accept(self) -> None:
+        """Use GPUs in spite of what they have told of errors so far (an operator reloads the configuration). What the
+        driver says of their present state holds on."""
+        self._faults.clear()
+        self._accepted_ecc = dict(self._ecc)
+        for reading in self._readings:
+            self._tell_fault(reading)
 
     def devices(self) -> list[str]:
         """UUIDs of the GPUs without a fault; one without a name where there is no library to ask."""
@@ -106,14 +125,18 @@ class GpuMonitor:
             uncorrected_ecc=reading.uncorrected_ecc,
             xids=tuple(self._xids.get(reading.uuid, ())),
             fault=self._fault_of(reading),
+            instance=reading.instance,
             spare_workers=sum(spares.values()),
             spare_bytes=sum(used.get(pid, 0) for pid, is_warm in spares.items() if is_warm),
             worker_bytes={worker_id: used[pid] for worker_id, pid in workers.items() if pid in used},
         )
 
     def _fault_of(self, reading: GpuReading) -> str:
-        if reading.is_lost:
-            return "the driver has lost it: reset it, or restart the machine"
+        state = describe_state(reading)
+        if state:
+            return state
+        if reading.uncorrected_ecc > self._accepted_ecc.get(reading.uuid, 0):
+            return f"{reading.uncorrected_ecc} uncorrected memory errors: reset it, or accept them (config reload)"
         return self._faults.get(reading.uuid, "")
 
     def _note_errors(self, reading: GpuReading) -> None:
@@ -122,7 +145,7 @@ class GpuMonitor:
             del known[: max(0, len(known) + 1 - MAX_XIDS)]
             known.append(xid)
             if xid in DEVICE_XIDS:
-                self._faults[reading.uuid] = f"Xid {xid}, {DEVICE_XIDS[xid]}: reset it, then restart the agent"
+                self._faults[reading.uuid] = f"Xid {xid}, {DEVICE_XIDS[xid]}: reset it, then reload the configuration"
             self._log.error(
                 "gpu_error", gpu=reading.index, uuid=reading.uuid, xid=xid, cause=DEVICE_XIDS.get(xid, "a program's")
             )
@@ -132,3 +155,29 @@ class GpuMonitor:
                 "gpu_memory_error", gpu=reading.index, uuid=reading.uuid, uncorrected=reading.uncorrected_ecc
             )
         self._ecc[reading.uuid] = reading.uncorrected_ecc
+        accepted = self._accepted_ecc.get(reading.uuid, 0)
+        self._accepted_ecc[reading.uuid] = min(accepted, reading.uncorrected_ecc)  # a reset sets the count back
+
+    def _tell_fault(self, reading: GpuReading) -> None:
+        fault, told = self._fault_of(reading), self._told.get(reading.uuid, "")
+        if fault == told:
+            return
+        self._told[reading.uuid] = fault
+        facts = {"gpu": reading.index, "instance": reading.instance, "uuid": reading.uuid}
+        if fault:
+            self._log.error("gpu_out_of_use", reason=fault, **facts)
+        else:
+            self._log.info("gpu_in_use_again", was=told, **facts)
+
+
+def describe_state(reading: GpuReading) -> str:
+    """Why a GPU cannot be used, by its present state alone, and the remedy; empty: it can."""
+    if reading.refused:
+        return reading.refused
+    if reading.is_lost:
+        return "the driver has lost it: reset it, or restart the machine"
+    if reading.remap_failed:
+        return "bad rows of its memory cannot be mapped out: replace it"
+    if reading.remap_pending:
+        return "bad rows of its memory wait to be mapped out: reset it (nvidia-smi --gpu-reset)"
+    return ""

@@ -92,6 +92,11 @@ class Reports:
             _, previous = await pipe.execute()
         return previous is not None
 
+    async def is_drained(self) -> bool:
+        """Whether an operator wants no workers on this node."""
+        redis: Any = self._redis  # redis-py types each reply as sync-or-async
+        return bool(await redis.sismember(keys.DRAINED_NODES, self._node_id))
+
     async def node_gone(self) -> None:
         """Unregister the node."""
         async with self._redis.pipeline(transaction=False) as pipe:

@@ -288,9 +288,9 @@ AgentCommand = SpawnWorker | DrainWorker | ParkWorker | ForgetModel | PrefetchMo
 
 
 class GpuReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One GPU of a node as its driver counts: free bytes are those that no process has.
+    """One GPU of a node, or one MIG instance, as its driver counts: free bytes are those that no process has.
 
-    ``fault`` says why no worker is to go there (a device error that only a reset mends); empty: nothing known.
+    ``fault`` says why no worker is to go there, and the remedy; empty: nothing known.
     """
 
     index: int  # as nvidia-smi counts
@@ -300,12 +300,18 @@ class GpuReport(msgspec.Struct, frozen=True, omit_defaults=True):
     free_bytes: int
     architecture: int = 0  # compute capability, 90 for 9.0
     driver: str = ""
-    uncorrected_ecc: int = 0  # errors of memory since the driver was loaded
+    uncorrected_ecc: int = 0  # errors of memory since the driver was loaded, or the GPU was reset
     xids: tuple[int, ...] = ()  # the driver's critical errors since the agent started, the latest last
     fault: str = ""
     spare_workers: int = 0  # warm, of no model yet
     spare_bytes: int = 0  # device memory of these, as far as the driver tells
     worker_bytes: dict[str, int] = {}  # worker id -> device memory, likewise
+    instance: int = -1  # number of the MIG instance on GPU ``index``; -1: the whole GPU
+
+    @property
+    def label(self) -> str:
+        """Which one of its node: ``0``, or ``0:2`` for an instance."""
+        return str(self.index) if self.instance < 0 else f"{self.index}:{self.instance}"
 
 
 class NodeReport(msgspec.Struct, frozen=True):

@@ -192,10 +192,10 @@ class _Instruments:
     def _set_gpu(self, node_id: str, gpu: GpuReport) -> None:
         sizes = {"total": gpu.total_bytes, "free": gpu.free_bytes, "spares": gpu.spare_bytes}
         for kind, num_bytes in sizes.items():
-            self.gpu_bytes.labels(node_id, str(gpu.index), kind).set(num_bytes)
+            self.gpu_bytes.labels(node_id, gpu.label, kind).set(num_bytes)
         errors = {"fault": int(bool(gpu.fault)), "uncorrected_ecc": gpu.uncorrected_ecc, "xid": len(gpu.xids)}
         for kind, count in errors.items():
-            self.gpu_errors.labels(node_id, str(gpu.index), kind).set(count)
+            self.gpu_errors.labels(node_id, gpu.label, kind).set(count)
 
     def set_batches(self, sums: BatchSums | None) -> None:
         """Replace the gauges of batches; None: they are not known now."""

@@ -10,7 +10,7 @@ pin      wakes now and is never scaled to zero                               Red
 unpin    may sleep again                                                     Redis
 park     workers return their device memory once idle (T4 to T3); refused    the workers
          on backends without such a state, and where there is no worker
-drain    (node) takes no new workers; present ones finish                    Redis
+drain    (node) takes no new workers; present ones finish, spares end        Redis
 undrain  (node) takes workers again                                          Redis
 ======== =================================================================== =================================
 

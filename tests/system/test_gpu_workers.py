@@ -17,14 +17,14 @@ import pytest
 
 from loadtest.processes import Server, glowplug_command
 from loadtest.streaming_client import get_json
-from scheduler.contract import keys
+from scheduler.contract import keys, reloading
 from scheduler.contract.errors import ErrorCode
 from scheduler.contract.messages import ParkWorker
 from scheduler.contract.states import Tier
 from scheduler.contract.telemetry import Mark
 from tests.eventually import eventually, eventually_sync
 from tests.gpu_host_fixtures import GPU, OTHER_GPU, EmulatedGpus, GpuHost
-from tests.worker_fixtures import MODEL, copy_state_dir, make_request, wait_gone
+from tests.worker_fixtures import MODEL, NODE, copy_state_dir, make_request, wait_gone
 
 
 @pytest.fixture
@@ -172,6 +172,48 @@ async def test_a_wake_takes_a_warm_spare_and_another_takes_its_place(redis_url: 
         assert "SIGKILL" in lost.error.message
         everyone = {line["pid"] for line in logged(host, "spare_warm")}
     await wait_gone(*everyone)
+
+
+async def test_a_drained_node_keeps_no_spare(redis_url: str, short_tmp_path: Path) -> None:
+    """Draining ends them and none is started; they are back after it."""
+    async with GpuHost(redis_url, copy_state_dir(short_tmp_path / "state"), GLOWPLUG_SPARE_WORKERS="1") as host:
+        redis: Any = host.redis
+
+        async def has_spares(number: int) -> bool:
+            report = await host.node_report()
+            return report is not None and [gpu.spare_workers for gpu in report.gpus] == [number, number]
+
+        await eventually(lambda: has_spares(1), what="a warm spare on each GPU")
+        pids = [line["pid"] for line in logged(host, "spare_warm")]
+        await redis.sadd(keys.DRAINED_NODES, NODE)
+        await wait_gone(*pids)
+        await eventually(lambda: has_spares(0), what="no spare in the report")
+        assert len(logged(host, "spare_warm")) == 2
+        await redis.srem(keys.DRAINED_NODES, NODE)
+        await eventually(lambda: has_spares(1), what="spares again")
+
+
+async def test_a_gpu_with_memory_errors_loses_its_spare_until_they_are_accepted(
+    redis_url: str, short_tmp_path: Path
+) -> None:
+    """Out of use with a line in the log; a reload of the configuration takes it in again, and the spare is back."""
+    async with GpuHost(redis_url, copy_state_dir(short_tmp_path / "state"), GLOWPLUG_SPARE_WORKERS="1") as host:
+
+        async def spares_and_faults() -> list[tuple[int, bool]]:
+            report = await host.node_report()
+            return [(gpu.spare_workers, bool(gpu.fault)) for gpu in report.gpus] if report is not None else []
+
+        async def are(*expected: tuple[int, bool]) -> bool:
+            return await spares_and_faults() == list(expected)
+
+        await eventually(lambda: are((1, False), (1, False)), what="a warm spare on each GPU")
+        host.gpus.driver.gpus[0].uncorrected_ecc = 1
+        host.gpus.driver.write()
+        await eventually(lambda: are((0, True), (1, False)), what="the first GPU out of use")
+        assert [line["uuid"] for line in logged(host, "gpu_out_of_use")] == [GPU]
+        await reloading.order_reload(host.redis)
+        await eventually(lambda: are((1, False), (1, False)), what="the first GPU in use again")
+        assert [line["uuid"] for line in logged(host, "gpu_in_use_again")] == [GPU]
 
 
 def test_spares_on_a_cpu_are_refused_with_a_reason(redis_url: str, short_tmp_path: Path) -> None:

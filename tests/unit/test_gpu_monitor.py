@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import structlog
 
 from worker.gpu_monitor import MAX_XIDS, GpuMonitor
 from worker.nvml import GpuReading, is_allowed, open_nvml
@@ -88,3 +89,47 @@ async def test_the_driver_is_asked_at_most_once_a_second() -> None:
     assert source.num_reads == 1
     await monitor.refresh(now=True)
     assert source.num_reads == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause", "acceptable"),
+    [
+        ({"uncorrected_ecc": 2}, "2 uncorrected memory errors", True),
+        ({"new_xids": (48,)}, "Xid 48", True),
+        ({"remap_pending": True}, "wait to be mapped out", False),
+        ({"remap_failed": True, "remap_pending": True}, "cannot be mapped out", False),
+        ({"refused": "MIG mode is on and it has no instance: make some"}, "no instance", False),
+    ],
+)
+async def test_a_gpu_with_bad_memory_is_out_of_use_until_reset_or_accepted(
+    fields: dict[str, object], cause: str, acceptable: bool
+) -> None:
+    """An operator's reload takes back what is past, not what the driver still says; a reset ends it either way."""
+    source = FakeSource(reading(**fields))
+    monitor = GpuMonitor(lambda: source)
+    with structlog.testing.capture_logs() as logs:
+        await monitor.refresh()
+        await monitor.refresh(now=True)
+        assert monitor.devices() == []
+        assert cause in monitor.reports({}, {})[0].fault
+        monitor.accept()
+        assert (monitor.devices() == ["GPU-a"]) is acceptable
+        source.readings = [reading()]
+        await monitor.refresh(now=True)
+        assert (monitor.devices(), monitor.reports({}, {})[0].fault) == (["GPU-a"], "")
+    told = [line for line in logs if line["event"] in ("gpu_out_of_use", "gpu_in_use_again")]
+    assert [line["event"] for line in told] == ["gpu_out_of_use", "gpu_in_use_again"]
+    assert cause in told[0]["reason"]
+
+
+async def test_accepted_memory_errors_count_anew_after_more_of_them_or_a_reset() -> None:
+    """What an operator accepted is the count so far."""
+    source = FakeSource(reading(uncorrected_ecc=2))
+    monitor = GpuMonitor(lambda: source)
+    await monitor.refresh()
+    monitor.accept()
+    assert monitor.devices() == ["GPU-a"]
+    for count, expected in ((3, []), (2, ["GPU-a"]), (0, ["GPU-a"]), (1, [])):
+        source.readings = [reading(uncorrected_ecc=count)]
+        await monitor.refresh(now=True)
+        assert monitor.devices() == expected, count

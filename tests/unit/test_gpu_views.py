@@ -22,11 +22,12 @@ GIB = 1 << 30
 HEALTHY = GpuReport(0, "GPU-a", "Stand-in", 24 * GIB, 20 * GIB, 90, "570", xids=(31,), spare_workers=1,
                     spare_bytes=512 << 20, worker_bytes={"w1": 2 * GIB, "w2": GIB})  # fmt: skip
 BROKEN = GpuReport(1, "GPU-b", "Stand-in", 24 * GIB, 24 * GIB, uncorrected_ecc=2, fault="Xid 79, fallen off the bus")
+INSTANCE = GpuReport(2, "MIG-c", "Stand-in MIG 1g.10gb", 10 * GIB, 10 * GIB, instance=3)
 STATUS = StatusReport(
     0.0,
     "leader",
     (),
-    (NodeReport("n1", 1, 0.0, GIB, GIB, {}, backend="cuda", gpus=(HEALTHY, BROKEN)),),
+    (NodeReport("n1", 1, 0.0, GIB, GIB, {}, backend="cuda", gpus=(HEALTHY, BROKEN, INSTANCE)),),
     (WorkerReport("w1", "n1", "m", 1, SlotState.READY, 0, 0, 0.0, device="GPU-a"),),
 )
 
@@ -46,6 +47,7 @@ def test_ps_and_top_show_whose_device_memory_is_whose() -> None:
         assert "1 (512 MiB)" in text
         assert "Xid 31" in text
         assert "FAULT: Xid 79, fallen off the bus" in text
+        assert "n1:2:3  Stand-in MIG 1g.10gb" in text
     assert gpu_table({"nodes": [{"node_id": "n", "gpus": []}], "workers": []}) is None
 
 
@@ -64,6 +66,7 @@ def test_metrics_of_gpus_come_and_go_with_the_report() -> None:
     told = [value("glowplug_gpu_errors", "1", kind) for kind in ("fault", "uncorrected_ecc", "xid")]
     assert told == [1, 2, 0]
     assert value("glowplug_gpu_errors", "0", "xid") == 1
+    assert value("glowplug_gpu_bytes", "2:3", "total") == 10 * GIB
     metrics.render(None, {})
     assert value("glowplug_gpu_bytes", "0", "free") is None
 
@@ -87,6 +90,10 @@ class FakeDriver:
     [
         ({}, "ok", "compute capability 9.0, driver 570, 4.0 of 24.0 GiB used"),
         ({"is_lost": True}, "fail", "lost"),
+        ({"remap_pending": True}, "fail", "wait to be mapped out; no worker is sent there"),
+        ({"remap_failed": True}, "fail", "cannot be mapped out"),
+        ({"refused": "MIG mode is on and it has no instance: make some"}, "fail", "MIG mode is on"),
+        ({"instance": 2}, "ok", "0:2: Stand-in"),
         ({"uncorrected_ecc": 3}, "warn", "3 uncorrected memory errors"),
         ({"architecture": 75}, "warn", "compute capability 7.5"),
     ],

@@ -17,7 +17,7 @@ from typing import Final
 
 from worker.backends.cores import count_usable_cores
 from worker.diagnosis.findings import Finding
-from worker.gpu_monitor import GpuSource
+from worker.gpu_monitor import GpuSource, describe_state
 from worker.nvml import GpuReading, open_nvml
 
 GIB: Final = 1024**3
@@ -174,9 +174,12 @@ def check_gpu(open_driver: Callable[[], GpuSource | None] = open_nvml) -> Iterat
 
 def _describe_gpu(gpu: GpuReading) -> Finding:
     memory = f"{(gpu.total_bytes - gpu.free_bytes) / GIB:.1f} of {gpu.total_bytes / GIB:.1f} GiB used"
-    seen = f"{gpu.index}: {gpu.name}, compute capability {gpu.architecture / 10:.1f}, driver {gpu.driver}, {memory}"
-    if gpu.is_lost:
-        return Finding("GPU", "fail", f"{seen}; lost", "nvidia-smi --gpu-reset, or restart the machine")
+    instance = "" if gpu.instance < 0 else f":{gpu.instance}"
+    version = f"compute capability {gpu.architecture / 10:.1f}, driver {gpu.driver}"
+    seen = f"{gpu.index}{instance}: {gpu.name}, {version}, {memory}"
+    cause, _, remedy = describe_state(gpu).partition(": ")
+    if cause:
+        return Finding("GPU", "fail", f"{seen}; {cause}; no worker is sent there", remedy)
     if gpu.uncorrected_ecc:
         told = f"{seen}; {gpu.uncorrected_ecc} uncorrected memory errors"
         return Finding("GPU", "warn", told, "nvidia-smi --gpu-reset maps bad rows out; replace a card that goes on")

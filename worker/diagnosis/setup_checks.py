@@ -170,9 +170,11 @@ def check_served_gpus(state_dir: Path) -> Iterator[Finding]:
         return  # no server, or no key for it: told by check_server
     for node in status.get("nodes", ()):
         for gpu in node.get("gpus", ()):
-            name = f"GPU {gpu['index']} of {node['node_id']}"
+            instance = f":{gpu['instance']}" if "instance" in gpu else ""
+            name = f"GPU {gpu['index']}{instance} of {node['node_id']}"
             if gpu.get("fault"):
-                yield Finding(name, "fail", f"{gpu['fault']}: no worker is sent there", "nvidia-smi --gpu-reset")
+                cause, _, remedy = gpu["fault"].partition(": ")
+                yield Finding(name, "fail", f"{cause}; no worker is sent there", remedy or "nvidia-smi --gpu-reset")
             elif gpu.get("xids"):
                 numbers = ", ".join(str(xid) for xid in gpu["xids"])
                 yield Finding(name, "warn", f"Xid {numbers}: workers were restarted", "glowplug logs --level error")

@@ -34,6 +34,10 @@ export function drawWorkers(root, live) {
     formatBytes(worker.private_bytes), String(worker.tokens_generated)])));
 }
 
+function gpuLabel(gpu) {
+  return gpu.instance === undefined ? `${gpu.index}` : `${gpu.index}:${gpu.instance}`;
+}
+
 export function drawMemory(root, live) {
   const nodes = live.status?.nodes ?? [];
   if (!nodes.length) { root.replaceChildren(empty("No node reports.")); return; }
@@ -45,8 +49,8 @@ export function drawMemory(root, live) {
     const bars = rows.flatMap(([name, bytes], index) => [element("span", {}, name),
       element("progress", { max: node.memory_total_bytes, value: bytes, class: ["T4", "T2", "T1"][index], "aria-label": `${name} on ${node.node_id}` }),
       element("span", {}, formatBytes(bytes))]);
-    const gpus = (node.gpus ?? []).flatMap((gpu) => [element("span", {}, `GPU ${gpu.index}${gpu.fault ? ", fault" : ""}`),
-      element("progress", { max: gpu.total_bytes, value: gpu.total_bytes - gpu.free_bytes, class: "T4", title: gpu.fault ?? gpu.name, "aria-label": `memory used of GPU ${gpu.index} of ${node.node_id}` }),
+    const gpus = (node.gpus ?? []).flatMap((gpu) => [element("span", {}, `GPU ${gpuLabel(gpu)}${gpu.fault ? ", fault" : ""}`),
+      element("progress", { max: gpu.total_bytes, value: gpu.total_bytes - gpu.free_bytes, class: "T4", title: gpu.fault ?? gpu.name, "aria-label": `memory used of GPU ${gpuLabel(gpu)} of ${node.node_id}` }),
       element("span", {}, formatBytes(gpu.total_bytes - gpu.free_bytes))]);
     return [element("p", { class: "hint" }, `${node.node_id}, ${node.backend}, ${formatBytes(node.memory_total_bytes)} in all`), element("div", { class: "bars" }, ...bars, ...gpus)];
   }));
