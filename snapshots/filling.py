@@ -91,6 +91,7 @@ class FillingBlob:
         self._limit_bytes_per_s = limit_bytes_per_s
         self._stored = StoredChunks(ref, self._label, keyring)
         self._stop = threading.Event()
+        self._closing = threading.Lock()
         self._has_begun = False
         self._source_fd = open_blob_file(path, ref, self._label)
         self._memory_fd = self.fd = -1
@@ -106,12 +107,16 @@ class FillingBlob:
             raise MappingError(
                 f"cannot hold {ref.size_bytes} bytes of blob {self._label} in sealed memory: {error.strerror}"
             ) from error
+        except MappingError:
+            self._close_files()
+            raise
 
     def fill(self, on_progress: Callable[[int, int], None] | None = None, num_threads: int | None = None) -> None:
         """Copy the file in, verify every chunk in place, publish as it goes, seal. Blocks.
 
         Raises:
             BlobCorrupt: a chunk is not the signed one; readers never see it, nor any behind it.
+            StoreError: the disk cannot read it.
             MappingError: no memory for it, or :meth:`close` was called meanwhile.
         """
         self._has_begun = True
@@ -158,10 +163,12 @@ class FillingBlob:
             self._close_files()
 
     def _close_files(self) -> None:
-        for fd in (self._source_fd, self._memory_fd):
+        with self._closing:  # close() may come while fill() ends
+            fds = (self._source_fd, self._memory_fd)
+            self._source_fd = self._memory_fd = -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._source_fd = self._memory_fd = -1
 
 
 class FillingBytes(MappedBytes):

@@ -111,7 +111,10 @@ def create_key_file(path: Path, key: Key) -> None:
     Raises:
         KeyRingError: the file exists, or it cannot be written.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KeyRingError(f"cannot make folder {path.parent} for a key file: {error.strerror}") from error
     _write_new(path, _HEADER + _format(key))
 
 
@@ -174,15 +177,20 @@ def _rewrite(path: Path, change: Callable[[Key], Key], *more: Key) -> list[Key]:
 
 
 def _write_new(path: Path, text: str) -> None:
+    """A file that holds all of ``text``, or none at all."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise KeyRingError(f"{path} exists already: remove it first, or add a key to it to rotate") from None
+    except OSError as error:
+        raise KeyRingError(f"cannot write key file {path}: {error.strerror}") from error
+    try:
         with os.fdopen(fd, "w", encoding="ascii") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    except FileExistsError:
-        raise KeyRingError(f"{path} exists already: remove it first, or add a key to it to rotate") from None
     except OSError as error:
+        path.unlink(missing_ok=True)
         raise KeyRingError(f"cannot write key file {path}: {error.strerror}") from error
 
 

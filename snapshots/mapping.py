@@ -94,6 +94,7 @@ def seal_blob(
 
     Raises:
         BlobCorrupt: the file is missing, not regular, of another size, or a chunk differs (the message names it).
+        StoreError: the disk cannot read it.
         MappingError: no memory for it, or the kernel refuses memory files or seals.
         KeyRingError: the blob is encrypted and ``keyring`` does not hold its key.
     """
@@ -125,19 +126,25 @@ def create_memory_file(ref: BlobRef, size_bytes: int) -> int:
         MappingError: the kernel refused.
     """
     name = f"glowplug-{ref.digest[:16]}"
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        fd = os.memfd_create(name, flags | MFD_NOEXEC_SEAL)  # may be mapped executable, but never exec()ed
+        fd = _create_memory_file(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise MappingError(f"cannot create a memory file: {error.strerror}") from error
-        fd = os.memfd_create(name, flags)
+        raise MappingError(f"cannot create a memory file: {error.strerror}") from error
     try:
         os.ftruncate(fd, size_bytes)
     except OSError as error:
         os.close(fd)
         raise MappingError(f"cannot size a memory file to {size_bytes} bytes: {error.strerror}") from error
     return fd
+
+
+def _create_memory_file(name: str, flags: int) -> int:
+    try:
+        return os.memfd_create(name, flags | MFD_NOEXEC_SEAL)  # may be mapped executable, but never exec()ed
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, flags)
 
 
 @contextmanager

@@ -53,11 +53,12 @@ def fill_and_verify(
 
     Raises:
         BlobCorrupt: a chunk is not the signed one; the first such.
+        StoreError: the disk cannot read it.
         OSError: no memory for it, or stopped (ECANCELED).
     """
     ref = stored.ref
     stop = stop or threading.Event()
-    piece_bytes = max(PIECE_BYTES, ref.chunk_bytes)
+    piece_bytes = _choose_piece_bytes(ref.chunk_bytes, limit_bytes_per_s)
     pace = _Pace(limit_bytes_per_s)
     cold = ColdReader(source_fd, 0 if ref.encryption is not None else ref.size_bytes)
     pool = ThreadPoolExecutor(num_threads or chunks.available_cores(), thread_name_prefix="seal")
@@ -74,6 +75,13 @@ def fill_and_verify(
         except BaseException:
             stop.set()
             raise
+
+
+def _choose_piece_bytes(chunk_bytes: int, limit_bytes_per_s: float) -> int:
+    """Whole chunks: :data:`PIECE_BYTES`, or what comes in a second where that is less, so that progress is told before
+    anybody takes the filler for dead."""
+    most_bytes = min(PIECE_BYTES, limit_bytes_per_s) if limit_bytes_per_s > 0 else PIECE_BYTES
+    return max(int(most_bytes) // chunk_bytes, 1) * chunk_bytes
 
 
 class _Pace:

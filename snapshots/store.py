@@ -140,8 +140,8 @@ class SnapshotStore:
         with self._locked(exclusive=False):
             _ensure_folder(target.parent)
             tmp_path.rename(target)
-            _sync_folder(target.parent)
-            _sync_folder(self._blobs)
+            sync_folder(target.parent)
+            sync_folder(self._blobs)
 
     # Manifests.
 
@@ -177,7 +177,7 @@ class SnapshotStore:
                     if ref.verity_sha256 is not None:
                         fs_verity.enable_verity(self.blob_path(ref))
                 tmp_path.rename(target)
-                _sync_folder(self._manifests)
+                sync_folder(self._manifests)
         except OSError as error:
             raise StoreError(f"cannot write manifest {target}: {describe_disk_error(error)}") from error
         finally:
@@ -296,7 +296,7 @@ class SnapshotStore:
             path.unlink()
         except FileNotFoundError:
             raise SnapshotNotFound(f"no snapshot {name!r} in {self.root}") from None
-        _sync_folder(self._manifests)
+        sync_folder(self._manifests)
 
     def collect_garbage(self, keyring: KeyRing, *, grace_s: float = GARBAGE_GRACE_S) -> GarbageReport:
         """Delete blobs that no manifest names and that are older than ``grace_s`` (a build in progress has blobs
@@ -376,7 +376,12 @@ def _ensure_folder(path: Path, *, may_be_symlink: bool = False) -> None:
         raise StoreError(f"{path} is a symlink; the store does not follow it. Remove it")
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable.
+
+    Raises:
+        OSError: the disk refused it.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

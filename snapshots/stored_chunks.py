@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Final
 from snapshots import chunks
 from snapshots.blob_reference import TAG_BYTES, BlobRef
 from snapshots.cold_reading import ColdReader
-from snapshots.errors import BlobCorrupt, KeyRingError
+from snapshots.errors import BlobCorrupt, KeyRingError, StoreError
 from snapshots.keyring import KeyRing
 
 if TYPE_CHECKING:  # cryptography is loaded only where a blob is encrypted: it costs a start 20 ms
     from snapshots.encryption import BlobCipher
 
+#: What reading into memory says where there is none.
+_NO_MEMORY: Final = frozenset({errno.EFAULT, errno.ENOMEM})
 NOT_SIGNED: Final = "its bytes are not the signed ones"
 NOT_AUTHENTIC: Final = "its encrypted bytes are not those that the key holder wrote"
 
@@ -50,12 +53,16 @@ class StoredChunks:
 
         Raises:
             BlobCorrupt: the file ends early.
+            StoreError: the disk cannot read it.
         """
         start, end = self.stored_span(index)
         parts = []
-        while start < end and (part := os.pread(fd, end - start, start)):
-            parts.append(part)
-            start += len(part)
+        try:
+            while start < end and (part := os.pread(fd, end - start, start)):
+                parts.append(part)
+                start += len(part)
+        except OSError as error:
+            raise self._unreadable(index, error) from error
         if start < end:
             raise self.corrupt(index, "the file became shorter while it was read")
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -66,6 +73,8 @@ class StoredChunks:
 
         Raises:
             BlobCorrupt: ``into`` then holds nothing of use.
+            StoreError: the disk cannot read it.
+            OSError: no memory behind ``into``.
         """
         if self._cipher is None:
             if cold is None or not cold.read(self.stored_span(index)[0], into):
@@ -105,6 +114,10 @@ class StoredChunks:
         """The error for chunk ``index``."""
         return BlobCorrupt(self.label, what, chunk=index, offset=self.plain_span(index)[0])
 
+    def _unreadable(self, index: int, error: OSError) -> StoreError:
+        place = f"chunk {index} at byte {self.plain_span(index)[0]}"
+        return StoreError(f"blob {self.label}, {place} cannot be read: {error.strerror}; check the disk")
+
     def _decrypt(self, stored: bytes, index: int, into: memoryview) -> None:
         from snapshots.encryption import ChunkNotAuthentic
 
@@ -120,7 +133,12 @@ class StoredChunks:
         start, _ = self.stored_span(index)
         done = 0
         while done < len(into):
-            count = os.preadv(fd, [into[done:]], start + done)
+            try:
+                count = os.preadv(fd, [into[done:]], start + done)
+            except OSError as error:
+                if error.errno in _NO_MEMORY:
+                    raise
+                raise self._unreadable(index, error) from error
             if count == 0:
                 raise self.corrupt(index, "the file became shorter while it was read")
             done += count

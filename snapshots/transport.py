@@ -27,7 +27,7 @@ from snapshots.keyring import KeyRing
 from snapshots.manifest import NAME, Manifest, open_manifest, seal_manifest
 from snapshots.packed_chunks import ChunkPacker, ChunkUnpacker, ExportCiphers
 from snapshots.regular_files import open_regular_file
-from snapshots.store import SnapshotStore
+from snapshots.store import SnapshotStore, sync_folder
 from snapshots.stored_chunks import StoredChunks
 from snapshots.transport_format import (
     Frame,
@@ -221,6 +221,7 @@ def _new_file(target: Path) -> Iterator[int]:
             yield fd
             os.fsync(fd)
             tmp_path.rename(target)
+            sync_folder(target.parent)
         finally:
             os.close(fd)
             tmp_path.unlink(missing_ok=True)

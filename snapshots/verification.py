@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from snapshots import chunks
 from snapshots.blob_reference import BlobRef
-from snapshots.errors import BlobCorrupt, KeyRingError
+from snapshots.errors import BlobCorrupt, KeyRingError, StoreError
 from snapshots.fs_verity import compare_verity, measure_verity
 from snapshots.keyring import KeyRing
 from snapshots.regular_files import open_regular_file
@@ -86,6 +86,8 @@ def _verify_chunk(stored: StoredChunks, fd: int, index: int) -> tuple[list[Probl
         stored.open(stored.read(fd, index), index)
     except BlobCorrupt as error:
         return [Problem(f"{stored.label}, chunk {index} at byte {start}", error.what)], end - start
+    except StoreError as error:
+        return [Problem(f"{stored.label}, chunk {index} at byte {start}", str(error))], end - start
     return [], end - start
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -16,9 +17,9 @@ import pytest
 
 from snapshots import filling, sealing
 from snapshots.blob_reference import BlobRef
-from snapshots.errors import BlobCorrupt, MappingError
+from snapshots.errors import BlobCorrupt, MappingError, StoreError
 from snapshots.filling import FillingBlob, FillingBytes, map_verified
-from snapshots.mapping import map_sealed
+from snapshots.mapping import MFD_NOEXEC_SEAL, map_sealed, seal_blob
 from tests.snapshot_fixtures import CHUNK_BYTES, blob_ref, flip_byte
 
 NUM_CHUNKS = 6
@@ -159,6 +160,74 @@ def test_a_file_that_is_never_filled_leaves_nothing(blob: Blob) -> None:
     before = open_descriptors()
     FillingBlob(path, ref).close()
     assert open_descriptors() == before
+
+
+def test_an_agent_without_descriptors_loses_none(blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no memory file can be made, what was opened for it is closed again: each try costs nothing."""
+    path, ref, _ = blob
+
+    def refuse(name: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    before = open_descriptors()
+    for _ in range(3):
+        with pytest.raises(MappingError, match="Too many open files"):
+            FillingBlob(path, ref)
+    assert open_descriptors() == before
+
+
+def test_a_kernel_that_knows_no_noexec_seal_may_refuse_too(blob: Blob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second try, without the flag that is new in Linux 6.3, fails as our own error."""
+    path, ref, _ = blob
+
+    def refuse(name: str, flags: int) -> int:
+        code = errno.EINVAL if flags & MFD_NOEXEC_SEAL else errno.EMFILE
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(MappingError, match="Too many open files"):
+        seal_blob(path, ref)
+
+
+def test_a_disk_that_fails_is_named_and_not_taken_for_a_lack_of_memory(
+    blob: Blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error has chunk, place and cause; it is no sign of tampering either."""
+    path, ref, _ = blob
+    read = os.preadv
+
+    def fail(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if offset == 2 * CHUNK_BYTES and not flags:
+            buffers.clear()  # else the traceback would hold the mapping
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    file = FillingBlob(path, ref, label="weights")
+    with pytest.raises(StoreError, match=rf"blob weights, chunk 2 at byte {2 * CHUNK_BYTES}.*Input/output error"):
+        file.fill()
+    file.close()
+    with pytest.raises(StoreError, match=r"chunk 2 .*Input/output error"):
+        seal_blob(path, ref, label="weights")
+
+
+def test_a_slow_fill_tells_of_its_progress_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However low the rate: the mark moves long before its readers would give up, so pieces become smaller with it."""
+    data = np.random.default_rng(9).bytes(SIZE_BYTES)
+    path = tmp_path / "blob"
+    path.write_bytes(data)
+    marks: list[int] = []
+    monkeypatch.setattr(sealing._Pace, "wait", lambda self, position, stop: None)
+    for limit_bytes_per_s in (CHUNK_BYTES // 2, 2.5 * CHUNK_BYTES, 0):
+        file = FillingBlob(path, blob_ref(data), limit_bytes_per_s=limit_bytes_per_s)
+        file.fill(lambda verified_bytes, _: marks.append(verified_bytes))
+        file.close()
+    assert marks == [
+        *[min(i * CHUNK_BYTES, SIZE_BYTES) for i in range(1, NUM_CHUNKS + 1)],
+        *[2 * CHUNK_BYTES, 4 * CHUNK_BYTES, SIZE_BYTES],
+        SIZE_BYTES,
+    ]
 
 
 def test_memory_that_anybody_could_write_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from snapshots import chunks
 from snapshots.errors import SignatureInvalid, SnapshotNotFound, StoreError
 from snapshots.keyring import KeyRing
+from snapshots.manifest import WEIGHTS
 from snapshots.store import SnapshotStore
 from tests.eventually import eventually_sync
 from tests.snapshot_fixtures import CHUNK_BYTES, blob_ref, build_snapshot, flip_byte, make_key
@@ -168,6 +170,27 @@ def test_verify_lists_every_problem(tmp_path: Path) -> None:
         "weights, chunk 0 at byte 0",
         f"weights, chunk 1 at byte {CHUNK_BYTES}",
     ]
+
+
+def test_verify_lists_what_the_disk_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad sector is one problem more, with its place; what lies behind it is checked all the same."""
+    snapshot = build_snapshot(tmp_path)
+    flip_byte(snapshot.path_of(WEIGHTS), CHUNK_BYTES + 1)
+    bad = snapshot.path_of(WEIGHTS).stat().st_ino
+    read = os.pread
+
+    def fail(fd: int, size: int, offset: int) -> bytes:
+        if offset == 0 and os.fstat(fd).st_ino == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", fail)
+    problems = snapshot.store.verify("tiny", snapshot.keyring)
+    assert [problem.where for problem in problems] == [
+        "weights, chunk 0 at byte 0",
+        f"weights, chunk 1 at byte {CHUNK_BYTES}",
+    ]
+    assert "Input/output error" in problems[0].what
 
 
 def test_verify_reports_a_bad_signature_as_a_problem(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from scheduler.contract.errors import ErrorCode
 from scheduler.contract.messages import SamplingParams
 from scheduler.contract.states import Priority
 from worker.backends.encoder_protocol import EncoderPlan
-from worker.backends.protocol import FloatArray
+from worker.backends.protocol import BackendLost, FloatArray
 from worker.engine.encoder_engine import STEP_TOKENS, EncoderEngine, shorten
 from worker.engine.mailbox import Mail
 from worker.engine.types import EncodeRequest, EngineRequest, RequestStep
@@ -36,10 +36,11 @@ class _Sums:
     def __init__(self) -> None:
         self.batches: list[tuple[tuple[int, ...], ...]] = []
         self.fails = False
+        self.error: Exception = RuntimeError("the device is gone")
 
     def encode(self, sequences: tuple[tuple[int, ...], ...]) -> FloatArray:
         if self.fails:
-            raise RuntimeError("the device is gone")
+            raise self.error
         self.batches.append(sequences)
         return np.array([(len(sequence), sum(sequence), 0) for sequence in sequences], np.float32)
 
@@ -152,6 +153,14 @@ def test_a_failed_step_ends_its_batch_and_a_cancelled_request_its_own(harness: _
     (step,) = harness.round(EncodeRequest("c", ("5",)))
     assert step.finished
     assert harness.engine.statistics().num_running == 0
+
+
+def test_a_lost_device_ends_the_engine(harness: _Harness) -> None:
+    """Nothing that the worker asks of it will succeed: its requests go on in another, and are not ended here."""
+    harness.bound.fails, harness.bound.error = True, BackendLost("sticky error")
+    with pytest.raises(BackendLost):
+        harness.round(EncodeRequest("a", ("5",)))
+    assert harness.steps == []
 
 
 def test_shortened_vectors_have_length_one(harness: _Harness) -> None:

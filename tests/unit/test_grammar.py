@@ -22,7 +22,7 @@ from worker.backends.host_sampling import list_allowed
 from worker.benchmarks.schema_generator import generate_schema
 from worker.engine.grammar import MAX_CACHED_GRAMMARS, MAX_SOURCE_BYTES, GrammarMatcher, Grammars
 from worker.engine.grammar_vocabulary import GrammarVocabulary
-from worker.engine.json_schema import MAX_DECIMALS, MAX_RECURSION, bound_answers, prepare_schema
+from worker.engine.json_schema import MAX_DECIMALS, MAX_RECURSION, bound_answers, find_cycles, prepare_schema
 
 EOS = 256
 WORDS = [b"<eos>", b"<|user|>", b"true", b"false", b'":', b'", "', b"12", b"name", "größe".encode(), b"  "]
@@ -195,6 +195,8 @@ def test_masks_of_a_batch_come_from_the_mask_thread(grammars: Grammars) -> None:
         (by_schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
         (by_schema({"type": "integer", "minimum": 2, "maximum": 1}), "minimum"),
         (OutputGrammar(GrammarKind.JSON_SCHEMA, "{"), "parse"),
+        (by_schema({"type": "number", "exclusiveMinimum": 0, "maximum": 10**400}), "number"),
+        (by_schema({"type": "number", "minimum": -(10**400), "exclusiveMaximum": 0}), "number"),
         (OutputGrammar(GrammarKind.JSON_SCHEMA, "[]"), "object"),
         (regex("(a"), "unclosed"),
         (OutputGrammar(GrammarKind.LARK, "start: nowhere"), "nowhere"),
@@ -354,6 +356,42 @@ def test_a_recursion_has_an_end(grammars: Grammars) -> None:
     schema = {"$ref": "#/$defs/node", "$defs": {"node": {**node, "additionalProperties": False}}}
     assert takes(grammars, schema, make_chain(MAX_RECURSION))
     assert not takes(grammars, schema, make_chain(MAX_RECURSION + 1))
+
+
+def test_a_copy_of_a_recursive_definition_takes_no_others_name(grammars: Grammars) -> None:
+    """A definition that is called like the first copy stays what it is, and so does what refers to it."""
+    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "additionalProperties": False}
+    schema = {
+        "type": "array",
+        "prefixItems": [{"$ref": "#/$defs/node"}, {"$ref": "#/$defs/node@1"}],
+        "items": False,
+        "$defs": {"node": node, "node@1": {"type": "boolean"}},
+    }
+    assert takes(grammars, schema, '[{"next":{"next":{}}},true]')
+    assert not takes(grammars, schema, '[{"next":{"next":{}}},{}]')
+
+
+@given(st.lists(st.lists(st.integers(0, 7), max_size=3), max_size=8))
+def test_definitions_that_reach_each_other_are_found(references: list[list[int]]) -> None:
+    """Against every path looked for one by one; a definition alone counts where it refers to itself."""
+    direct = {str(i): {str(ref) for ref in refs if ref < len(references)} for i, refs in enumerate(references)}
+
+    def reach(name: str, seen: frozenset[str] = frozenset()) -> frozenset[str]:
+        for other in direct[name] - seen:
+            seen = reach(other, seen | {other})
+        return seen
+
+    expected = {name: {other for other in reach(name) if name in reach(other)} for name in direct}
+    assert find_cycles(direct) == {name: cycle for name, cycle in expected.items() if cycle}
+
+
+def test_a_long_cycle_of_definitions_is_found_in_one_pass() -> None:
+    """As many as fit a grammar of the greatest size: each is looked at once, by no recursion of our own."""
+    names = [f"{i:x}" for i in range(2_400)]
+    direct = {name: {names[(i + 1) % len(names)]} for i, name in enumerate(names)}
+    cycles = find_cycles(direct)
+    assert cycles.keys() == direct.keys()
+    assert len({id(cycle) for cycle in cycles.values()}) == 1
 
 
 def test_where_bounds_leave_no_answer_the_schema_is_taken_as_it_is(grammars: Grammars) -> None:

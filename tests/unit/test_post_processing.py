@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from guests.abi import SequenceEnd
 from guests.errors import GuestTrap
+from scheduler.contract.messages import SamplingParams
+from scheduler.contract.states import FinishReason
+from tests.engine_fixtures import EngineHarness
+from tests.engine_fixtures import FakeText as WordsText
 from worker.engine.post_processing import MAX_HELD_CHARACTERS, PostProcessedText, PostProcessingFailed
 from worker.engine.text import PushResult
+from worker.engine.types import EngineRequest
 
 
 class FakeSequence:
@@ -107,3 +113,14 @@ def test_the_tokeniser_is_the_models_own() -> None:
     assert text.tokenize("ab", add_special=True, parse_special=True) == [97, 98]
     assert text.detokenize([97]) == "a"
     assert text.token_bytes(97) == b"a"
+
+
+def test_the_stop_string_is_named_by_the_models_own_text() -> None:
+    """A post-processor, which rewrites and holds back lines, has no say in which of several stop strings ended it."""
+    sampling = SamplingParams(seed=0, temperature=0.0, max_tokens=8, ignore_eos=True)
+    third = EngineHarness().complete(EngineRequest("free", "5 6 7", sampling)).token_ids()[2]
+    stop = ("<9999>", f"<{third}>", "never")
+    harness = EngineHarness(text=PostProcessedText(WordsText(), Brackets()))
+    events = harness.complete(EngineRequest("r", "5 6 7", msgspec.structs.replace(sampling, stop=stop))).events
+    assert events[-1].finish_reason is FinishReason.STOP
+    assert events[-1].stop_sequence == f"<{third}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import stat
@@ -49,6 +50,34 @@ def test_generated_file_is_private_and_reads_back(tmp_path: Path) -> None:
 def _signed(ring: KeyRing, data: bytes) -> tuple[str, bytes, bytes]:
     key_id, mac = ring.sign(data)
     return key_id, data, mac
+
+
+def test_a_full_disk_leaves_no_part_of_a_key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a new file that the next try would stumble over, nor a copy with secrets beside an old one."""
+    path = tmp_path / "keys" / "snapshot.keys"
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", fail)
+        with pytest.raises(KeyRingError, match="No space left"):
+            KeyRing.generate_file(path)
+    assert list(path.parent.iterdir()) == []
+    made = KeyRing.generate_file(path)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", fail)
+        with pytest.raises(KeyRingError, match="No space left"):
+            KeyRing.rotate(path)
+    assert list(path.parent.iterdir()) == [path]
+    assert KeyRing.from_file(path).key_ids == made.key_ids
+
+
+def test_a_folder_that_cannot_be_made_is_our_error(tmp_path: Path) -> None:
+    """The place of the keys is somebody's choice: a file where a folder should be is told, not thrown."""
+    (tmp_path / "keys").write_text("a file")
+    with pytest.raises(KeyRingError, match="keys"):
+        KeyRing.generate_file(tmp_path / "keys" / "snapshot.keys")
 
 
 def test_generate_never_overwrites(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from scheduler.contract.messages import Usage
 from scheduler.contract.states import Priority
 from scheduler.contract.telemetry import Mark
 from worker.backends.encoder_protocol import BoundEncoder
-from worker.backends.protocol import FloatArray
+from worker.backends.protocol import BackendLost, FloatArray
 from worker.engine.engine_statistics import EngineStatistics
 from worker.engine.failures import describe_error
 from worker.engine.mailbox import Mail, Mailbox
@@ -184,6 +184,8 @@ class EncoderEngine:
             vectors = self._bound.encode(tuple(token_ids for _, _, token_ids in batch))
             if not np.isfinite(vectors).all():
                 raise ArithmeticError("the model's vectors are not numbers")
+        except BackendLost:
+            raise  # the worker ends, and its requests go on in another
         except Exception as error:  # the device failed: the batch ends, the engine stays
             _log.error("step_failed", exc_info=error, num_sequences=len(batch))
             info = ErrorInfo(ErrorCode.WORKER_FAILED, f"the worker failed in a step: {error}")

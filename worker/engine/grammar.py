@@ -10,6 +10,7 @@ step is spent on the end token.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -168,6 +169,8 @@ class Grammars:
             sources = _translate(grammar)
         except (ValueError, RecursionError) as error:
             raise _refuse(f"the output grammar does not parse: {error}") from None
+        except OverflowError:
+            raise _refuse(f"the output grammar has a number beyond {sys.float_info.max:.2g}") from None
         for source in sources:
             matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_make_limits())
             if not matcher.is_error():

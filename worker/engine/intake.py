@@ -9,6 +9,7 @@ from scheduler.contract.errors import ErrorCode, GlowplugError
 from scheduler.contract.telemetry import Mark
 from worker.engine.grammar import Grammars
 from worker.engine.kv_cache import KvCache, count_request_blocks
+from worker.engine.post_processing import find_model_text
 from worker.engine.sampling import Sampler
 from worker.engine.sequence import Choice, RunningRequest
 from worker.engine.stop_strings import find_stop_string
@@ -127,6 +128,7 @@ def _open_choice(running: RunningRequest, index: int, model: LoadedModel) -> Cho
     # A raw completion goes on where its prompt ends; a chat's answer is a text of its own.
     keep_space, ignore_eos = running.request.add_special, params.ignore_eos
     open_sequence = partial(model.text.open_sequence, ignore_stop_tokens=ignore_eos, keep_leading_space=keep_space)
-    open_plain_text = partial(model.text.open_sequence, (), ignore_stop_tokens=True, keep_leading_space=True)
+    plain_text = find_model_text(model.text)  # where stop strings are found
+    open_plain_text = partial(plain_text.open_sequence, (), ignore_stop_tokens=True, keep_leading_space=True)
     find_stop = partial(find_stop_string, open_plain_text, params.stop)
     return Choice(index, running.prompt, running.max_tokens, sampler, partial(open_sequence, params.stop), find_stop)

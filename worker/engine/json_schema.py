@@ -120,31 +120,30 @@ def _limit_recursion(schema: Schema, keyword: str) -> None:
         return
     prefix = f"#/{keyword}/"
     direct = {name: {ref for ref in _refs(body, prefix) if ref in definitions} for name, body in definitions.items()}
-    reached = {name: _reach(direct, name) for name in definitions}
-    recursive = [name for name in definitions if name in reached[name]]
-    if not recursive:
-        return
-    bodies = {name: json.dumps(definitions[name]) for name in recursive}
-    for name in recursive:
-        cycle = {other for other in recursive if name in reached[other]}
+    cycles = find_cycles(direct)
+    bodies = {name: json.dumps(definitions[name]) for name in cycles}
+    mark = "@"
+    while any(mark in name for name in definitions):  # a copy must not take the name of another definition
+        mark += "@"
+    for name, cycle in cycles.items():
         for depth in range(MAX_RECURSION):
             copy = json.loads(bodies[name])
             for inner in _walk(copy):
-                _point_deeper(inner, prefix, cycle, depth + 1)
-            definitions[_name_at(name, depth)] = copy
+                _point_deeper(inner, prefix, cycle, depth + 1, mark)
+            definitions[_name_at(name, depth, mark)] = copy
 
 
-def _name_at(name: str, depth: int) -> str:
-    return f"{name}@{depth}" if depth else name
+def _name_at(name: str, depth: int, mark: str) -> str:
+    return f"{name}{mark}{depth}" if depth else name
 
 
-def _point_deeper(schema: Schema, prefix: str, cycle: set[str], depth: int) -> None:
+def _point_deeper(schema: Schema, prefix: str, cycle: set[str], depth: int, mark: str) -> None:
     """Make a reference to one of ``cycle`` one to its copy at ``depth``, or to nothing where there is none."""
     ref = schema.get("$ref")
     if not isinstance(ref, str) or ref.removeprefix(prefix) not in cycle:
         return
     if depth < MAX_RECURSION:
-        schema["$ref"] = prefix + _name_at(ref.removeprefix(prefix), depth)
+        schema["$ref"] = prefix + _name_at(ref.removeprefix(prefix), depth, mark)
         return
     schema.clear()
     schema["enum"] = []
@@ -155,16 +154,43 @@ def _refs(schema: Any, prefix: str) -> set[str]:
     return {ref.removeprefix(prefix) for ref in refs if isinstance(ref, str) and ref.startswith(prefix)}
 
 
-def _reach(direct: dict[str, set[str]], name: str) -> set[str]:
-    """Definitions that ``name`` refers to, directly or through others."""
-    reached: set[str] = set()
-    pending = list(direct[name])
-    while pending:
-        found = pending.pop()
-        if found not in reached:
-            reached.add(found)
-            pending += direct[found]
-    return reached
+def find_cycles(direct: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Every name that refers to itself, by itself or through others, with all of its cycle: those that it reaches and
+    that reach it. ``direct``: what each name refers to. O(names + references).
+
+    Source: Tarjan 1972, "Depth-first search and linear graph algorithms"; without recursion, as a client writes it.
+    """
+    cycles: dict[str, set[str]] = {}
+    order: dict[str, int] = {}  # by which names were first seen
+    lowest: dict[str, int] = {}  # the earliest that is reached, of names whose cycle is not known yet
+    open_names: list[str] = []
+    for root in direct:
+        path = [] if root in order else [(root, iter(direct[root]))]
+        while path:
+            name, references = path[-1]
+            if name not in order:
+                order[name] = lowest[name] = len(order)
+                open_names.append(name)
+            for other in references:
+                if other not in order:
+                    path.append((other, iter(direct[other])))
+                    break
+                if other in lowest:
+                    lowest[name] = min(lowest[name], lowest[other])
+            else:
+                path.pop()
+                if path:
+                    above = path[-1][0]
+                    lowest[above] = min(lowest[above], lowest[name])
+                if lowest[name] == order[name]:
+                    cycle: set[str] = set()
+                    while name not in cycle:
+                        cycle.add(open_names.pop())
+                    for member in cycle:
+                        del lowest[member]
+                    if len(cycle) > 1 or name in direct[name]:
+                        cycles.update(dict.fromkeys(cycle, cycle))
+    return cycles
 
 
 def _read(schema: Schema, keyword: str) -> float | None:

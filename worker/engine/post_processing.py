@@ -33,29 +33,34 @@ class PostProcessedText:
     """A :class:`TextModel` whose sequences go through ``hook``; all else is the model's. Owns neither."""
 
     def __init__(self, text: TextModel, hook: TextHook) -> None:
-        self._text = text
+        self.model_text: Final = text  # before anything is rewritten
         self._hook = hook
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """See :class:`TextModel`."""
-        return self._text.tokenize(text, add_special=add_special, parse_special=parse_special)
+        return self.model_text.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def detokenize(self, token_ids: list[int], *, show_special: bool = False) -> str:
         """See :class:`TextModel`; not post-processed."""
-        return self._text.detokenize(token_ids, show_special=show_special)
+        return self.model_text.detokenize(token_ids, show_special=show_special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """See :class:`TextModel`; not post-processed."""
-        return self._text.token_bytes(token_id)
+        return self.model_text.token_bytes(token_id)
 
     def open_sequence(
         self, stop: tuple[str, ...], *, ignore_stop_tokens: bool = False, keep_leading_space: bool = False
     ) -> TextSequence:
         """State for one choice."""
-        opened = self._text.open_sequence(
+        opened = self.model_text.open_sequence(
             stop, ignore_stop_tokens=ignore_stop_tokens, keep_leading_space=keep_leading_space
         )
         return _PostProcessedSequence(opened, self._hook)
+
+
+def find_model_text(text: TextModel) -> TextModel:
+    """What the model itself writes, with or without a post-processor behind it."""
+    return text.model_text if isinstance(text, PostProcessedText) else text
 
 
 class _PostProcessedSequence:
