@@ -6,8 +6,7 @@ import errno
 import sys
 from typing import Final
 
-from scheduler.child_process import EXIT_SETTINGS
-from scheduler.contract.environment import SettingsError
+from scheduler.contract.environment import EXIT_SETTINGS, SettingsError
 
 #: Errors of listening that starting again does not cure.
 ADDRESS_ERRORS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)

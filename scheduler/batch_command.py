@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Final
 
 import click
 
-from scheduler.client_commands import API_KEY, NoServer, get_json, send_request, server_url
+from scheduler.client_commands import API_KEY, NoServer, get_json, post_json, send_request, server_url, url_option
 from scheduler.command import state_dir_option
 
 INCOMPLETE_EXIT: Final = 4
@@ -50,7 +50,7 @@ def server_options(function: Any) -> Any:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Machine-readable output."),
         click.option("--api-key", expose_value=False, callback=export, help=f"API key (default: {API_KEY})."),
-        click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder)."),
+        url_option,
         state_dir_option,
     ):
         function = option(function)
@@ -98,7 +98,7 @@ def submit(
             "metadata": {DIGEST: digest, "file": requests.name[:200]},
             **({"run_window": run_window} if run_window else {}),
         }
-        found = _post(server, "/v1/batches", body)
+        found = post_json(server, "/v1/batches", body)
         text = f"batch {found['id']}"
     else:
         text = f"batch {found['id']} was begun with this file before (--new runs it again)"
@@ -126,7 +126,7 @@ def status(batch_id: str, state_dir: Path, url: str | None, as_json: bool) -> No
 @server_options
 def cancel(batch_id: str, state_dir: Path, url: str | None, as_json: bool) -> None:
     """End BATCH_ID early; what has been answered is kept."""
-    found = _post(server_url(state_dir, url), f"/v1/batches/{batch_id}/cancel", {})
+    found = post_json(server_url(state_dir, url), f"/v1/batches/{batch_id}/cancel")
     click.echo(json.dumps(found, indent=2) if as_json else describe(found))
 
 
@@ -218,11 +218,6 @@ def _upload(server: str, path: Path) -> dict[str, Any]:
         yield tail
 
     return dict(json.loads(send_request(server, "POST", "/v1/files", pieces(), headers).read()))
-
-
-def _post(server: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    headers = {"Content-Type": "application/json"}
-    return dict(json.loads(send_request(server, "POST", path, json.dumps(body).encode(), headers).read()))
 
 
 def _get(server: str, batch_id: str) -> dict[str, Any]:

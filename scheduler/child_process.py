@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from scheduler.contract.environment import EXIT_SETTINGS
+
 RESTART_BASE_S: Final = 0.1
 RESTART_CAP_S: Final = 5.0
 MAX_EXITS: Final = 5
 EXITS_WINDOW_S: Final = 60.0
-#: A child exits with this when its settings are wrong: starting it again cannot help. Source: sysexits.h, EX_CONFIG.
-EXIT_SETTINGS: Final = 78
 
 
 def decide_restart_delay_s(exits_s: deque[float], now_s: float, exit_code: int) -> float | None:

@@ -23,9 +23,11 @@ Written by `python -m scheduler.cli_reference` from the commands themselves; do 
 |---|---|
 | 0 | done |
 | 1 | the server refused, something failed, or `doctor` or `verify` found a failure; the message says what to do |
-| 2 | wrong usage |
+| 2 | wrong usage; `verify`, `inspect`, `export`, `import`, `gc`, `resign` and `keys`: or could not look (no key, ...) |
 | 3 | no server answers where it should |
-| 78 | a process was started with settings that cannot be used |
+| 4 | a batch has ended, but not every line was answered |
+| 78 | a process was started with settings that cannot be used; starting it again does not help |
+| 130 | Ctrl-C while waiting for a batch, which goes on |
 
 Messages go to stderr, answers to stdout; `--json` is for programs. Progress is shown on a terminal only.
 """

@@ -29,6 +29,31 @@ BAR_COLUMNS: Final = 44
 CHAT_PATH: Final = "/v1/chat/completions"
 
 
+def check_url(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """``value`` as an origin. A base_url as OpenAI clients have it will do: its ``/v1`` is taken off.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    if value is None:
+        return None
+    expected = f'"{value}": expected http://HOST:PORT or https://HOST:PORT, e.g. http://127.0.0.1:8080'
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError as error:
+        raise click.BadParameter(f"{expected}, with a port up to 65535") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.rstrip("/") not in ("", "/v1"):
+        raise click.BadParameter(expected)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
+
+
+url_option = click.option(
+    "--url", callback=check_url, help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder)."
+)
+
+
 class NoServer(click.ClickException):
     """Nothing answers where the server should be."""
 
@@ -37,7 +62,7 @@ class NoServer(click.ClickException):
 
 @click.command()
 @state_dir_option
-@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@url_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
     """Show models with their tier, workers, requests in flight, memory and idle countdown.
@@ -90,7 +115,7 @@ def model_table(status: dict[str, Any]) -> Any:
 @click.argument("model")
 @click.argument("prompt", required=False)
 @state_dir_option
-@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@url_option
 @click.option("--system", help="System prompt.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0: greedy.")
@@ -156,7 +181,7 @@ def stream_chat(address: str, body: dict[str, Any]) -> Iterator[str]:
 @click.argument("request_id", required=False)
 @state_dir_option
 @click.option("--last", is_flag=True, help="The newest request.")
-@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@url_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output, phases in ms.")
 def trace(request_id: str | None, state_dir: Path, last: bool, url: str | None, as_json: bool) -> None:
     """Draw the waterfall of REQUEST_ID: where the time to the first byte went."""
@@ -206,14 +231,17 @@ def server_url(state_dir: Path, url: str | None) -> str:
 
     Raises:
         NoServer: none runs.
+        OSError: whether one runs cannot be seen.
     """
     if url:
         return url
     path = state_dir / "run" / "serve.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise NoServer(f"no server runs on {state_dir} ({path} is missing): start one with `glowplug serve`") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise NoServer(
+            f"no server runs on {state_dir} ({path} is missing): start one with `glowplug serve`, or name it with --url"
+        ) from error
     return f"{found.get('scheme', 'http')}://{found['host']}:{found['port']}"
 
 

@@ -5,7 +5,9 @@ Modules are named by string, so this table may point into every package without 
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -67,8 +69,31 @@ SUB_VERBS: Final[dict[tuple[str, str], tuple[str, str]]] = {
 }
 
 
+#: What the kernel says of a folder that this user cannot use as it was asked for.
+UNUSABLE_PATH: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+class RefusedSettings(click.ClickException):
+    """A variable or the configuration file cannot be used."""
+
+    exit_code = environment.EXIT_SETTINGS
+
+
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
+    """A group whose commands are imported when they are called. What a user can cure ends in a message, whichever
+    command met it: settings that cannot be used, a folder that this user may not read or write."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except environment.SettingsError as error:
+            raise RefusedSettings(str(error)) from error
+        except OSError as error:
+            if error.errno not in UNUSABLE_PATH or not isinstance(error.filename, str):
+                raise
+            raise click.ClickException(
+                f"{error.filename}: {error.strerror}: run as the user who owns it, or choose another --state-dir"
+            ) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -95,15 +120,18 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="glowplug")
 def main() -> None:
     """Scale-to-zero LLM inference that wakes in the time of one prefill."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal has not shows as "?" and ends nothing
+            stream.reconfigure(errors="replace")
 
 
 def state_dir_option(function: Any) -> Any:
     """``--state-dir``, exported to the environment so that every process of this command agrees."""
 
     def export(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path:
-        chosen = value or environment.read_process_settings().state_dir
-        os.environ[environment.STATE_DIR] = str(chosen.absolute())
-        return chosen.absolute()
+        chosen = value.absolute() if value else environment.read_state_dir()
+        os.environ[environment.STATE_DIR] = str(chosen)
+        return chosen
 
     return click.option(
         "--state-dir",

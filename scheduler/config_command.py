@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 import msgspec
 
+from scheduler.client_commands import post_json, server_url, url_option
 from scheduler.command import state_dir_option
 from scheduler.config import ModelPolicy, SchedulerConfig, load_config
 from scheduler.contract.config_file import SECTIONS, VARIABLES, ConfigDocument, as_text, find_config, read_document
@@ -38,13 +39,14 @@ DEFAULTS: Final[dict[str, str]] = {
     "gateway.max_batch_lines": "50000",
     "gateway.batches_at_once": "4",
     "agent.node_id": "the host's name",
-    "agent.backend": "numkong",
+    "agent.backend": "auto",
     "agent.threads": "usable cores",
     "agent.sealed_limit_bytes": "80 % of memory",
     "agent.fill_limit_bytes_per_s": "unlimited",
     "agent.drain_grace_s": "10",
     "agent.verify": "once",
     "agent.draft_tokens": "0",
+    "agent.spare_workers": "0",
     "agent.snapshot_keys": "keys/snapshot.keys in the state folder",
     "logging.level": "info",
     "logging.format": "auto",
@@ -188,12 +190,10 @@ def schema() -> None:
 
 @config_group.command("reload")
 @state_dir_option
-@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@url_option
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def reload_command(state_dir: Path, url: str | None, as_json: bool) -> None:
     """Let every running process read policies of models and tenants again; streams go on. Exit code 1: one did not."""
-    from scheduler.client_commands import post_json, server_url
-
     answer = post_json(server_url(state_dir, url), "/admin/config:reload")
     if as_json:
         click.echo(json.dumps(answer))

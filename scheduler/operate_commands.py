@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import click
 
-from scheduler.client_commands import get_json, post_json, server_url
+from scheduler.client_commands import get_json, post_json, server_url, url_option
 from scheduler.command import state_dir_option
 
 POLL_S: Final = 0.1
@@ -44,7 +44,7 @@ def _common(function: Any) -> Any:
         click.option(
             "--wait-s", type=click.FloatRange(0), default=DEFAULT_WAIT_S, show_default=True, help="0: do not."
         ),
-        click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder)."),
+        url_option,
         state_dir_option,
     ):
         function = option(function)

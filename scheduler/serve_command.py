@@ -64,7 +64,7 @@ def serve(
     """Start embedded Redis (or use REDIS_URL), gateway, scheduler and node agent; Ctrl-C drains and stops them."""
     from scheduler.supervisor import ServeOptions, run_serve
 
-    _check_config(config)
+    _check_settings(config)
     export_listener(tls_cert, tls_key, no_auth)
     host, port = _choose_address(host, port)
     os.environ.setdefault(environment.LOG_DIR, str(state_dir / "log"))
@@ -88,7 +88,7 @@ def gateway(
     config: Path | None,
 ) -> None:
     """Start the HTTP gateway alone; finds the rest through REDIS_URL."""
-    _check_config(config)
+    _check_settings(config)
     export_listener(tls_cert, tls_key, no_auth)
     host, port = _choose_address(host, port)
     os.environ.update(GLOWPLUG_HOST=host, GLOWPLUG_PORT=str(port))
@@ -101,7 +101,7 @@ def gateway(
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
 def scheduler(state_dir: Path, idle_timeout_s: float | None, config: Path | None) -> None:
     """Start the scheduler alone; finds the rest through REDIS_URL."""
-    _check_config(config)
+    _check_settings(config)
     if idle_timeout_s is not None:
         os.environ["GLOWPLUG_IDLE_TIMEOUT_S"] = str(idle_timeout_s)
     _become("scheduler", "scheduler")
@@ -112,7 +112,7 @@ def scheduler(state_dir: Path, idle_timeout_s: float | None, config: Path | None
 @click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
 def agent(state_dir: Path, config: Path | None) -> None:
     """Start the node agent alone; it starts and stops this machine's workers."""
-    _check_config(config)
+    _check_settings(config)
     _become("worker", "agent")
 
 
@@ -121,30 +121,32 @@ def _become(module: str, mode: str) -> None:
     os.execv(sys.executable, [sys.executable, "-m", module, mode])
 
 
-def _check_config(path: Path | None) -> None:
-    """Check the configuration, and set from it what the environment does not say; children inherit both.
+def _check_settings(path: Path | None) -> None:
+    """Check environment and configuration, and set from the file what the environment does not say; children inherit
+    both.
 
     Raises:
-        ClickException: it cannot be used.
+        SettingsError: one of them cannot be used.
     """
     from scheduler.contract.config_file import apply_config_file, find_config
 
     if path is not None:
         os.environ[environment.CONFIG] = str(path.absolute())
-    if (found := find_config()) is None:
-        return
-    from scheduler.config import load_config  # YAML is not imported where there is no file
+    if (found := find_config()) is not None:
+        from scheduler.config import load_config  # YAML is not imported where there is no file
 
-    try:
         load_config(found)
         apply_config_file()
-    except environment.SettingsError as error:
-        raise click.ClickException(str(error)) from error
+    environment.read_process_settings()
 
 
 def _choose_address(host: str | None, port: int | None) -> tuple[str, int]:
-    """Where to listen: the options, else the environment (or the configuration file), else loopback."""
+    """Where to listen: the options, else the environment (or the configuration file), else loopback.
+
+    Raises:
+        SettingsError: the environment's port is none.
+    """
     text = os.environ.get("GLOWPLUG_PORT") or str(DEFAULT_PORT)
     if port is None and not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise click.ClickException(f'GLOWPLUG_PORT="{text}": expected a whole number from 0 to 65535')
+        raise environment.SettingsError(f'GLOWPLUG_PORT="{text}": expected a whole number from 0 to 65535')
     return host or os.environ.get("GLOWPLUG_HOST") or DEFAULT_HOST, int(text) if port is None else port

@@ -28,7 +28,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from scheduler.child_process import EXIT_SETTINGS, Child, decide_restart_delay_s, read_start_ticks, stop_leftovers
+from scheduler.child_process import Child, decide_restart_delay_s, read_start_ticks, stop_leftovers
+from scheduler.contract.environment import EXIT_SETTINGS
 from scheduler.embedded_redis import EmbeddedRedisError, EmbeddedServer, ensure_server, server_url, stop_server
 from scheduler.readiness_probe import answers_ready, own_scheme
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import click
 
-from scheduler.client_commands import get_json, model_table, server_url
+from scheduler.client_commands import get_json, model_table, server_url, url_option
 from scheduler.command import state_dir_option
 from scheduler.contract.log_file import LOG_NAME
 from scheduler.gpu_table import gpu_table
@@ -24,7 +24,7 @@ LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 
 @click.command()
 @state_dir_option
-@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@url_option
 @click.option("--every-s", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Between two looks.")
 @click.option("--count", type=click.IntRange(min=1), help="End after this many looks.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line for each look.")

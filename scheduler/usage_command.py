@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from scheduler.client_commands import get_json, server_url
+from scheduler.client_commands import get_json, server_url, url_option
 from scheduler.command import state_dir_option
 
 
 @click.command()
 @state_dir_option
-@click.option("--url", help="Server, e.g. http://127.0.0.1:8080 (default: the one of the state folder).")
+@url_option
 @click.option("--days", type=click.IntRange(1, 40), default=1, show_default=True, help="Days, today included (UTC).")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
 def usage(state_dir: Path, url: str | None, days: int, as_json: bool) -> None:

@@ -6,7 +6,6 @@ import os
 import sys
 from typing import Final
 
-EXIT_SETTINGS: Final = 78  # EX_CONFIG
 USAGE: Final = """usage: python -m worker agent
        python -m worker zygote FD    (started by the agent; FD is its end of a socket pair)
 Settings come from the environment: REDIS_URL, GLOWPLUG_STATE_DIR, GLOWPLUG_SNAPSHOT_KEYS, ..."""
@@ -20,7 +19,7 @@ def main(arguments: list[str]) -> int:
     match arguments:
         case ["agent"]:
             from scheduler.contract.config_file import apply_config_file
-            from scheduler.contract.environment import SettingsError
+            from scheduler.contract.environment import EXIT_SETTINGS, SettingsError
 
             try:
                 apply_config_file()  # before the zygote, whose workers log as the file says

@@ -48,7 +48,6 @@ from worker.reports import (
     read_memory_total_bytes,
 )
 from worker.sealed_cache import NoRoom, SealedCache
-from worker.spawn_order import WorkerExited
 from worker.stopped_workers import StoppedWorkers
 from worker.store_watch import StoreWatch
 from worker.worker_processes import WorkerProcesses
@@ -59,6 +58,7 @@ HEARTBEAT_S: Final = 2.0
 SCAN_S: Final = 1.0
 SETTLE_S: Final = 0.02
 COMMAND_BLOCK_MS: Final = 5000
+AT_ONCE_S: Final = 1.0
 
 
 class NodeAgent:
@@ -79,7 +79,11 @@ class NodeAgent:
         self._catalogue = ModelCatalogue(store, keyring, guest_identity())
         verify_again = agent_sealing.verify_sealed if settings.verification == "always" else None
         seal = functools.partial(agent_sealing.seal_blob, keyring)
-        self._zygote = ZygoteClient(on_exit=self._on_exit, on_lost=self._on_lost, started=zygote)
+        self._zygote = ZygoteClient(  # its callbacks and the cache's: when they come, the workers' owner is there too
+            on_exit=lambda message: self._workers.on_exit(message),
+            on_lost=lambda worker_ids: self._workers.on_lost(worker_ids),
+            started=zygote,
+        )
         self._gpus = NodeGpus(self._zygote, settings, lambda: self._start_task(self._on_device_freed(), "spare"))
         self._cache = SealedCache(
             store.blob_path,
@@ -89,7 +93,7 @@ class NodeAgent:
             self._zygote.models.on_dropped,
             functools.partial(agent_sealing.verify_file, keyring),
             functools.partial(agent_sealing.begin_fill, keyring, settings.fill_limit_bytes_per_s),
-            self._on_fill_failed,
+            lambda worker_ids, error: self._workers.end_refused(worker_ids, error),
         )
         self._workers = WorkerProcesses(
             zygote=self._zygote,
@@ -103,15 +107,13 @@ class NodeAgent:
         )
         self._fencing_token = 0  # the highest seen; orders with a lower one come from a deposed leader
         self._spawns: set[asyncio.Task[None]] = set()
-        self._stop_requests = 0
         self._stopping, self._stopping_at_once = asyncio.Event(), asyncio.Event()
 
     def stop(self) -> None:
         """Drain and end; called again, end at once."""
-        self._stop_requests += 1
-        self._stopping.set()
-        if self._stop_requests > 1:
+        if self._stopping.is_set():
             self._stopping_at_once.set()
+        self._stopping.set()
 
     def accept_gpu_errors(self) -> None:
         """An operator has reloaded the configuration: GPUs are used in spite of the errors so far."""
@@ -125,11 +127,14 @@ class NodeAgent:
         """
         stopped = StoppedWorkers(self._workers.pids, self._workers.end_stopped, self._settings.stopped_limit_s)
         zygote_start = asyncio.create_task(self._zygote.start(), name="zygote-start")
-        side_tasks: list[asyncio.Task[None]] = [zygote_start]
+        registration = asyncio.create_task(self._register(), name="registration")
+        side_tasks: list[asyncio.Task[Any]] = [zygote_start, registration]
         try:
-            last_id = await self._register()
+            await self._until_stopped(side_tasks, registration)  # Redis may be away for as long as it likes
+            if not registration.done():
+                return
             side_tasks += [
-                asyncio.create_task(self._read_commands(last_id), name="commands"),
+                asyncio.create_task(self._read_commands(registration.result()), name="commands"),
                 asyncio.create_task(self._heartbeat(), name="heartbeat"),
                 asyncio.create_task(self._watch_store(), name="store-watch"),
                 asyncio.create_task(stopped.watch(), name="stopped-workers"),
@@ -142,12 +147,12 @@ class NodeAgent:
             await asyncio.gather(*side_tasks, return_exceptions=True)
             await self._shut_down()
 
-    async def _until_stopped(self, side_tasks: list[asyncio.Task[None]]) -> None:
-        """Wait for :meth:`stop`; a side task that fails ends the agent loudly."""
+    async def _until_stopped(self, side_tasks: list[asyncio.Task[Any]], first: asyncio.Task[Any] | None = None) -> None:
+        """Wait for :meth:`stop`, or for the end of ``first``; a side task that fails ends the agent loudly."""
         stopping = asyncio.create_task(self._stopping.wait(), name="stop")
         waiting: set[asyncio.Task[Any]] = {*side_tasks, stopping}
         try:
-            while not stopping.done():
+            while not stopping.done() and not (first is not None and first.done()):
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
@@ -172,7 +177,7 @@ class NodeAgent:
             await self._zygote.aclose()
             self._cache.close()
         try:
-            async with asyncio.timeout(self._settings.drain_grace_s):
+            async with asyncio.timeout(AT_ONCE_S if self._stopping_at_once.is_set() else self._settings.drain_grace_s):
                 await self._reports.node_gone()
         except (TimeoutError, *REDIS_TROUBLE):
             self._log.warning("node_not_unregistered", remedy="its report expires by itself")
@@ -384,15 +389,6 @@ class NodeAgent:
     async def _on_device_freed(self) -> None:
         """A worker has left its GPU, or a spare is there: say at once how much is free now."""
         await keep_trying(functools.partial(self._beat, now=True), "reporting free device memory")
-
-    def _on_exit(self, message: WorkerExited) -> None:
-        self._workers.on_exit(message)
-
-    def _on_fill_failed(self, worker_ids: list[str], error: SnapshotError) -> None:
-        self._workers.end_refused(worker_ids, error)
-
-    def _on_lost(self, worker_ids: list[str]) -> None:
-        self._workers.on_lost(worker_ids)
 
     async def _release_leases(self, model: str, worker_id: str, crashed: bool = False) -> int:
         from worker.jobs import release_worker  # arq takes 0.1 s to import, and no worker has ended before its first

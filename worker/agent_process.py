@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from typing import Final
 
 import uvloop
 
 from scheduler.contract.config_file import find_changed
 from scheduler.contract.connection import connect
-from scheduler.contract.environment import SettingsError
+from scheduler.contract.environment import EXIT_SETTINGS, SettingsError
 from scheduler.contract.reloading import AGENT, ReloadListener
 from scheduler.contract.telemetry import configure_logging
 from snapshots.errors import KeyRingError
@@ -20,8 +19,6 @@ from worker.agent import NodeAgent
 from worker.agent_settings import AgentSettings, load_keyring, read_agent_settings
 from worker.reports import read_memory_total_bytes
 from worker.zygote_process import ZygoteProcess
-
-EXIT_SETTINGS: Final = 78  # EX_CONFIG
 
 
 async def run_agent(settings: AgentSettings, keyring: KeyRing, zygote: ZygoteProcess | None = None) -> None:
@@ -66,9 +63,8 @@ def main(zygote: ZygoteProcess | None = None) -> int:
             log_format=settings.process.log_format,
             log_dir=settings.process.log_dir,
         )
-        keyring = load_keyring(settings.process.state_dir)
+        uvloop.run(run_agent(settings, load_keyring(settings.process.state_dir), zygote))
     except (SettingsError, KeyRingError) as error:
         print(f"glowplug agent: {error}", file=sys.stderr)
         return EXIT_SETTINGS
-    uvloop.run(run_agent(settings, keyring, zygote))
     return 0

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
-from scheduler.contract.environment import CONFIG, SettingsError, default_state_dir
+from scheduler.contract.environment import CONFIG, SettingsError, read_state_dir
 
 MAX_CONFIG_BYTES: Final = 1024 * 1024
 MAX_DEPTH: Final = 16
@@ -278,7 +278,7 @@ def find_config(env: Mapping[str, str] = os.environ) -> Path | None:
     """The configuration file: GLOWPLUG_CONFIG's, else ``glowplug.yaml`` of the state folder; None: there is none."""
     if named := env.get(CONFIG):
         return Path(named).expanduser()
-    path = Path(env.get("GLOWPLUG_STATE_DIR") or default_state_dir(env)).expanduser() / DEFAULT_NAME
+    path = read_state_dir(env) / DEFAULT_NAME
     return path if path.exists() else None
 
 

@@ -13,6 +13,8 @@ from redis.exceptions import BusyLoadingError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from scheduler.contract.environment import REDIS_URL, SettingsError
+
 RETRIES: Final = 60
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.25
@@ -58,9 +60,19 @@ def connect(url: str) -> Redis:
     the master's; ``?sentinel_username=`` and ``?sentinel_password=`` are the sentinels'.
 
     Raises:
-        ValueError: not such a URL.
+        SettingsError: not such a URL. The message has none of it: it may hold a password.
     """
-    return _connect_by_sentinel(url) if SENTINEL_SCHEME in url else Redis(**connection_options(url))
+    try:
+        return _connect_by_sentinel(url) if SENTINEL_SCHEME in url else Redis(**connection_options(url))
+    except (ValueError, TypeError) as error:  # TypeError: an option that no connection has
+        scheme = url.partition("://")[0]
+        form = {"unix": "/PATH/TO.SOCK[?db=N]"}.get(scheme, "[USER:PASSWORD@]HOST:PORT[/DB]")
+        if SENTINEL_SCHEME in url:
+            form = "[USER:PASSWORD@]HOST:PORT[,HOST:PORT]/SERVICE[/DB]"
+        raise SettingsError(
+            f"{REDIS_URL} begins with {scheme}:// and cannot be used: expected {scheme}://{form}, ports up to 65535, "
+            "no ?option= that redis-py has not, and %2F %3A %40 %23 in a password for / : @ #"
+        ) from error
 
 
 def _connect_by_sentinel(url: str) -> Redis:

@@ -19,6 +19,8 @@ LOG_DIR: Final = "GLOWPLUG_LOG_DIR"
 CONFIG: Final = "GLOWPLUG_CONFIG"
 SNAPSHOT_KEYS: Final = "GLOWPLUG_SNAPSHOT_KEYS"  # path of the key file
 SNAPSHOT_KEY: Final = "GLOWPLUG_SNAPSHOT_KEY"  # "key-id:hex", instead of a file
+#: A process whose settings cannot be used ends with this: starting it again cannot help. Source: sysexits.h, EX_CONFIG.
+EXIT_SETTINGS: Final = 78
 
 
 class SettingsError(ValueError):
@@ -43,13 +45,18 @@ def default_state_dir(env: Mapping[str, str] = os.environ) -> Path:
     return Path(base) / "glowplug"
 
 
+def read_state_dir(env: Mapping[str, str] = os.environ) -> Path:
+    """The folder of snapshots, keys and queue; absolute."""
+    return Path(env.get(STATE_DIR) or default_state_dir(env)).expanduser().absolute()
+
+
 def read_process_settings(env: Mapping[str, str] = os.environ) -> ProcessSettings:
     """Settings of this process.
 
     Raises:
         SettingsError: a value is malformed.
     """
-    state_dir = Path(env.get(STATE_DIR) or default_state_dir(env)).expanduser().absolute()
+    state_dir = read_state_dir(env)
     redis_url = env.get(REDIS_URL) or f"unix://{state_dir}/redis/redis.sock"
     schemes = ("unix://", "redis://", "rediss://", "redis+sentinel://", "rediss+sentinel://")
     if not redis_url.startswith(schemes):

@@ -167,5 +167,5 @@ def test_another_scheme_is_refused_without_showing_the_password(url: str) -> Non
 @pytest.mark.parametrize("url", ["redis+sentinel://host:1", "redis+sentinel:///main", "redis+sentinel://host:x/main"])
 def test_a_sentinel_url_without_host_port_or_service_is_refused(url: str) -> None:
     """Said before anything is connected."""
-    with pytest.raises(ValueError, match="host:port"):
+    with pytest.raises(ValueError, match="HOST:PORT"):
         connect(url)

@@ -15,9 +15,17 @@ from click.testing import CliRunner
 from scheduler.command import main
 from scheduler.config import SchedulerConfig, load_config
 from scheduler.config_command import DEFAULTS, config_schema, effective_settings
-from scheduler.contract.config_file import SECTIONS, VARIABLES, apply_config_file, find_changed
+from scheduler.contract.config_file import (
+    SECTIONS,
+    VARIABLES,
+    apply_config_file,
+    find_changed,
+    read_document,
+    section_variables,
+)
 from scheduler.contract.environment import SettingsError
 from scheduler.gateway.settings import GatewaySettings, read_gateway_settings
+from worker import agent_settings
 from worker.agent_settings import read_agent_settings
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "deploy" / "glowplug.yaml"
@@ -150,7 +158,7 @@ def test_origins_are_told(tmp_path: Path) -> None:
     assert rows["models.m.pinned"] == (False, "default")
 
 
-def test_the_defaults_that_are_shown_are_those_of_the_readers() -> None:
+def test_the_defaults_that_are_shown_are_those_of_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of defaults agrees with GatewaySettings and the agent's reader; every field has a variable."""
     assert set(VARIABLES) == {(name, field) for name, struct in SECTIONS.items() for field in struct.__struct_fields__}
     gateway = GatewaySettings()
@@ -158,11 +166,19 @@ def test_the_defaults_that_are_shown_are_those_of_the_readers() -> None:
     for field in told - {"admin_from_anywhere", "api_keys", "cors_origins", "files_dir"}:
         value = getattr(gateway, field)
         assert DEFAULTS[f"gateway.{field}"] == (f"{value:g}" if isinstance(value, float) else str(value))
+    monkeypatch.setattr(agent_settings, "detect_backend", lambda: "cuda")  # what "auto" finds differs by machine
     agent = read_agent_settings(1000, {"GLOWPLUG_STATE_DIR": "/state"})
-    assert DEFAULTS["agent.backend"] == agent.backend
+    shown = {VARIABLES["agent", field]: DEFAULTS[f"agent.{field}"] for field in ("backend", "spare_workers")}
+    assert agent == read_agent_settings(1000, {"GLOWPLUG_STATE_DIR": "/state", **shown})
     assert float(DEFAULTS["agent.drain_grace_s"]) == agent.drain_grace_s
     assert DEFAULTS["agent.verify"] == agent.verification
     assert SchedulerConfig() == load_config(None, env={})
+
+
+def test_the_example_keeps_a_gpu_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who starts from deploy/glowplug.yaml on a GPU machine has the GPU backend, as without a file."""
+    monkeypatch.setattr(agent_settings, "detect_backend", lambda: "cuda")
+    assert read_agent_settings(1000, section_variables(read_document(EXAMPLE))).backend == "cuda"
 
 
 def test_the_command_checks_shows_and_prints_the_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def open_store(state_dir: Path) -> SnapshotStore:
 
 def resolve_state_dir(state_dir: Path | None) -> Path:
     """The state folder that was named, else the process's."""
-    return (state_dir or environment.read_process_settings().state_dir).absolute()
+    return (state_dir or environment.read_state_dir()).absolute()
 
 
 class Unable(click.ClickException):

@@ -1,0 +1,99 @@
+"""What the commands say where the user can cure it: settings, folders, addresses. One line, no traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from scheduler import client_commands
+from scheduler.command import main
+
+
+@pytest.fixture(autouse=True)
+def _state_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOWPLUG_STATE_DIR", str(tmp_path))
+
+
+def refuse(*arguments: str) -> Result:
+    """The result of a command that ends in a message."""
+    result = CliRunner().invoke(main, list(arguments))
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert "Error: " in result.output
+    return result
+
+
+def serve_at(state_dir: Path, address: dict[str, Any]) -> None:
+    (state_dir / "run").mkdir()
+    (state_dir / "run" / "serve.json").write_text(json.dumps(address))
+
+
+@pytest.mark.parametrize("verb", ["serve", "gateway", "scheduler", "agent"])
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("REDIS_URL", "nonsense"), ("GLOWPLUG_LOG_LEVEL", "loud"), ("GLOWPLUG_CONFIG", "/none.yaml")],
+)
+def test_what_starts_processes_ends_with_78_where_settings_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, verb: str, variable: str, value: str
+) -> None:
+    """The status that service managers do not try again after, and the setting's name or file."""
+    monkeypatch.setenv(variable, value)
+    result = refuse(verb)
+    assert result.exit_code == 78
+    assert (variable if variable != "GLOWPLUG_CONFIG" else value) in result.output
+
+
+def test_a_verb_that_needs_no_queue_server_does_not_ask_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program's REDIS_URL is nothing to a client of ours."""
+    monkeypatch.setenv("REDIS_URL", "nonsense")
+    assert refuse("ps").exit_code == 3
+
+
+@pytest.mark.parametrize("arguments", [("serve",), ("config", "show"), ("logs",)])
+def test_a_folder_that_cannot_be_used_is_named(
+    tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what the kernel said of it; whichever command met it first."""
+    monkeypatch.setattr(Path, "stat", deny)
+    monkeypatch.setattr(Path, "mkdir", deny)
+    result = refuse(*arguments)
+    assert (result.exit_code, "Permission denied" in result.output, str(tmp_path) in result.output) == (1, True, True)
+
+
+def deny(path: Path, *_: Any, **__: Any) -> None:
+    """What a folder of somebody else's says."""
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_a_server_s_address_that_may_not_be_read_is_not_a_server_that_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's folder: "start one" would be the wrong advice."""
+    monkeypatch.setattr(Path, "read_text", deny)
+    result = refuse("ps")
+    assert "Permission denied" in result.output
+    assert "glowplug serve" not in result.output
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "localhost", "ftp://127.0.0.1", "http://", "http://127.0.0.1:99999"])
+@pytest.mark.parametrize("verb", [("ps",), ("run", "m", "hi"), ("pin", "m"), ("batch", "list"), ("config", "reload")])
+def test_an_address_that_is_none_is_wrong_usage(verb: tuple[str, ...], url: str) -> None:
+    """It used to be asked at port 80 of this machine, which then "does not answer"."""
+    result = refuse(*verb, "--url", url)
+    assert result.exit_code == 2
+    assert "http://127.0.0.1:8080" in result.output
+    assert url in result.output
+
+
+def test_an_address_may_end_like_that_of_an_openai_client() -> None:
+    """A slash, or /v1 as in a client's base_url, is no part of it."""
+    for url in (
+        "http://127.0.0.1:8080",
+        "http://127.0.0.1:8080/",
+        "http://127.0.0.1:8080/v1",
+        "http://127.0.0.1:8080/v1/",
+    ):
+        assert client_commands.check_url(None, None, url) == "http://127.0.0.1:8080"  # type: ignore[arg-type]
