@@ -12,6 +12,7 @@ import msgspec
 from blake3 import blake3
 
 from snapshots.blob_reference import MAX_BLOB_BYTES, BlobRef, validate_blob
+from snapshots.block_types import TENSOR_TYPES, count_tensor_bytes, fits_blocks
 from snapshots.errors import Incompatible, KeyRingError, ManifestMalformed, SignatureInvalid
 from snapshots.keyring import MAC_BYTES, MAX_KEY_ID_BYTES, KeyRing
 from snapshots.sections import CompiledKernel, PrefixShape, PrimedPrefix, validate_kernels, validate_prefixes
@@ -40,8 +41,6 @@ FURTHER_WORKER_ROLES: Final = (PRIMED_PREFIXES, GUEST_TENSORS, KERNELS, POST_PRO
 #: Those of which no section of the manifest says that they must be there.
 FREE_ROLES: Final = frozenset({GUEST_ASSETS, POST_PROCESSOR})
 
-#: Item size in bytes of the tensor types that a snapshot may hold (names as in safetensors).
-DTYPE_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4}
 #: Identity entries that hold a space-separated list of which *here* must have all; every other entry must be equal.
 IDENTITY_SUBSET_KEYS: Final = frozenset({"cpu_features"})
 
@@ -50,7 +49,7 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A tensor's place in the weights blob. ``offset`` counts bytes from the start of the blob (file)."""
 
     name: str
-    dtype: str  # a key of DTYPE_BYTES
+    dtype: str  # one of TENSOR_TYPES
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
@@ -312,12 +311,13 @@ def _validate_tensors(tensors: tuple[TensorEntry, ...], blob: str, blob_bytes: i
         if not 0 < len(tensor.name) <= 256 or tensor.name in names:
             raise ManifestMalformed(f"{label}: names must be unique and have 1 to 256 characters")
         names.add(tensor.name)
-        item_bytes = DTYPE_BYTES.get(tensor.dtype)
-        if item_bytes is None:
-            raise ManifestMalformed(f"{label}: dtype {tensor.dtype[:20]!r}, expected one of {sorted(DTYPE_BYTES)}")
+        if tensor.dtype not in TENSOR_TYPES:
+            raise ManifestMalformed(f"{label}: dtype {tensor.dtype[:20]!r}, expected one of {sorted(TENSOR_TYPES)}")
         if not 0 < len(tensor.shape) <= 8 or any(not 0 < size <= MAX_BLOB_BYTES for size in tensor.shape):
             raise ManifestMalformed(f"{label}: shape {tensor.shape[:8]}, expected 1 to 8 positive sizes")
-        if math.prod(tensor.shape) * item_bytes != tensor.size_bytes:
+        if not fits_blocks(tensor.dtype, tensor.shape):
+            raise ManifestMalformed(f"{label}: shape {tensor.shape} is no matrix of whole {tensor.dtype} blocks")
+        if count_tensor_bytes(tensor.dtype, tensor.shape) != tensor.size_bytes:
             raise ManifestMalformed(f"{label}: {tensor.size_bytes} bytes do not fit shape {tensor.shape}")
         if tensor.offset % TENSOR_ALIGNMENT or tensor.offset < free_from:
             raise ManifestMalformed(

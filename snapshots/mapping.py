@@ -27,7 +27,8 @@ import numpy.typing as npt
 
 from snapshots import sealing
 from snapshots.blob_reference import BlobRef
-from snapshots.dtypes import NUMPY_DTYPES
+from snapshots.block_types import TENSOR_TYPES
+from snapshots.dtypes import array_type
 from snapshots.errors import MappingError
 from snapshots.keyring import KeyRing
 from snapshots.manifest import TensorEntry
@@ -303,15 +304,14 @@ class MappedBytes:
         return np.frombuffer(self._owner, item, count, self._lead + offset).reshape(shape)
 
     def tensor(self, entry: TensorEntry) -> npt.NDArray[Any]:
-        """The view of a manifest's tensor. BF16 becomes ``ml_dtypes.bfloat16``.
+        """The view of a manifest's tensor. BF16 becomes ``ml_dtypes.bfloat16``, blocks are rows of uint8.
 
         Raises:
             MappingError: outside of the mapping, or an unknown dtype.
         """
-        dtype = NUMPY_DTYPES.get(entry.dtype)
-        if dtype is None:
+        if entry.dtype not in TENSOR_TYPES:
             raise MappingError(f"tensor {entry.name!r}: unknown dtype {entry.dtype!r}")
-        return self.array(dtype, entry.shape, entry.offset)
+        return self.array(*array_type(entry.dtype, entry.shape), entry.offset)
 
     def view(self, offset: int = 0, length: int | None = None) -> memoryview:
         """A read-only memoryview of ``length`` bytes (default: to the end) from ``offset``."""

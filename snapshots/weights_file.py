@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from snapshots.block_types import DTYPE_BYTES, TENSOR_TYPES, byte_shape, count_tensor_bytes, fits_blocks
 from snapshots.errors import StoreError
-from snapshots.manifest import DTYPE_BYTES, MAX_TENSORS, TensorEntry
+from snapshots.manifest import MAX_TENSORS, TensorEntry
 
 PAGE_BYTES: Final = 4096
 PAD_PREFIX: Final = "pad."
@@ -28,7 +29,7 @@ _WRITE_BYTES: Final = 16 * 1024 * 1024
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to be written. ``dtype`` is a safetensors name, a key of manifest.DTYPE_BYTES."""
+    """A tensor to be written, of a dtype of block_types.TENSOR_TYPES; in blocks it is ``U8`` for other readers."""
 
     name: str
     dtype: str
@@ -36,7 +37,12 @@ class TensorSpec(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return count_tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def header_type(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape in the file's header, which any safetensors reader knows."""
+        return self.dtype if self.dtype in DTYPE_BYTES else "U8", byte_shape(self.dtype, self.shape)
 
 
 class WeightsLayout(NamedTuple):
@@ -75,7 +81,7 @@ def plan_weights(specs: Sequence[TensorSpec]) -> WeightsLayout:
         if gap:
             header[f"{PAD_PREFIX}{len(header)}"] = _HeaderEntry("U8", (gap,), (position, position + gap))
             position += gap
-        header[spec.name] = _HeaderEntry(spec.dtype, spec.shape, (position, position + spec.size_bytes))
+        header[spec.name] = _HeaderEntry(*spec.header_type, (position, position + spec.size_bytes))
         places.append((spec, position))
         position += spec.size_bytes
     text = msgspec.json.encode(header)
@@ -179,7 +185,9 @@ def _validate_specs(specs: Sequence[TensorSpec]) -> None:
         if spec.name in seen or not spec.name or spec.name.startswith(PAD_PREFIX) or spec.name == "__metadata__":
             raise StoreError(f"tensor name {spec.name[:80]!r} is empty, reserved or used twice")
         seen.add(spec.name)
-        if spec.dtype not in DTYPE_BYTES:
-            raise StoreError(f"tensor {spec.name!r}: dtype {spec.dtype!r}, expected one of {sorted(DTYPE_BYTES)}")
+        if spec.dtype not in TENSOR_TYPES:
+            raise StoreError(f"tensor {spec.name!r}: dtype {spec.dtype!r}, expected one of {sorted(TENSOR_TYPES)}")
         if not spec.shape or any(size <= 0 for size in spec.shape):
             raise StoreError(f"tensor {spec.name!r}: shape {spec.shape}, expected positive sizes")
+        if not fits_blocks(spec.dtype, spec.shape):
+            raise StoreError(f"tensor {spec.name!r}: shape {spec.shape} is no matrix of whole {spec.dtype} blocks")

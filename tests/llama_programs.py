@@ -8,10 +8,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from block_fixtures import random_blocks
 
 from guests.abi import NO_TENSOR, NO_VALUE, Opcode, ProgramKind
 from guests.llama_assets import LlamaConfig
 from guests.program import Operation, Program, validate_program
+from snapshots.block_types import BLOCK_TYPES, fits_blocks
 from worker.backends.protocol import BoundModel, FloatArray, ModelPlan, SequenceInput, WeightTensor
 from worker.build.quantize import quantize_groups_to_int4, quantize_rows_to_fp8
 
@@ -183,7 +185,7 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def random_plan(config: LlamaConfig, *, dtype: str = "float32", seed: int = 0) -> ModelPlan:
     """A model of ``config`` with random weights; matrices stored as ``dtype`` (float32, bfloat16, int8,
-    fp8 or int4, which asks for widths of a multiple of 32)."""
+    fp8, int4 or gguf, which ask for widths of a multiple of 32; gguf: each type of blocks that fits, in turn)."""
     rng = np.random.default_rng(seed)
     weights: dict[str, WeightTensor] = {}
     for name, shape in weight_shapes(config).items():
@@ -193,6 +195,11 @@ def random_plan(config: LlamaConfig, *, dtype: str = "float32", seed: int = 0) -
         elif len(shape) == 1:
             centre = 0.0 if name.endswith("bias") else 1.0
             weights[name] = WeightTensor(name, rng.normal(centre, 0.1, shape).astype(np.float32))
+        elif dtype == "gguf":
+            types = [one for one in BLOCK_TYPES if fits_blocks(one, shape)]
+            block_type = types[sum(bool(weight.block_type) for weight in weights.values()) % len(types)]
+            blocks = random_blocks(rng, (shape[0], shape[1]), block_type, 1.5 * shape[1] ** -0.5)
+            weights[name] = WeightTensor(name, blocks, block_type=block_type)
         else:
             matrix = rng.normal(0.0, 1.5 * shape[1] ** -0.5, shape).astype(np.float32)
             weights[name] = store_matrix(name, matrix, dtype)

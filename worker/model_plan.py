@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from guests.abi import NO_TENSOR, Opcode, ProgramKind
 from guests.program import Program, decode_program
-from snapshots.dtypes import NUMPY_DTYPES
+from snapshots.block_types import BLOCK_TYPES
+from snapshots.dtypes import array_type
 from snapshots.errors import ManifestMalformed
 from snapshots.manifest import Manifest, TensorEntry
 from snapshots.mapping import MappedBytes
@@ -138,6 +139,7 @@ def view_tensors(
             None
             if last is None or entry.name in made_names
             else _make_wait(weights, entry, scale, entry.offset == last),
+            entry.dtype if entry.dtype in BLOCK_TYPES else "",
         )
         for entry, scale in stored
     )
@@ -153,7 +155,8 @@ def _make_wait(
 
 def _view(entry: TensorEntry, mapped: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
     """A read-only view, 1 us: one call, in which NumPy checks the bounds. Alignment was checked with the manifest."""
-    return np.ndarray(entry.shape, NUMPY_DTYPES[entry.dtype], buffer=mapped, offset=entry.offset)
+    dtype, shape = array_type(entry.dtype, entry.shape)
+    return np.ndarray(shape, dtype, buffer=mapped, offset=entry.offset)
 
 
 def order_of_use(manifest: Manifest, first: Program) -> tuple[TensorEntry, ...]:

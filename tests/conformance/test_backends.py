@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
+import gguf
 import numpy as np
 import pytest
 from cuda_device_fixtures import emulated_backend
@@ -16,6 +17,7 @@ from llama_programs import TINY, compute_logits, random_plan
 from guests.abi import NO_TENSOR, NO_VALUE, Opcode, ProgramKind
 from guests.llama_assets import LlamaConfig
 from guests.program import Operation, Program
+from snapshots.block_types import BLOCK_TYPES
 from worker.backends.numkong_cpu import NumKongBackend
 from worker.backends.numpy_reference import NumpyBackend
 from worker.backends.protocol import (
@@ -102,27 +104,34 @@ def test_logits_agree_with_the_reference(backend: Backend, config_name: str, dty
         np.testing.assert_allclose(got, want, atol=TOLERANCE[dtype], rtol=0)
 
 
-GPU_FORMATS = {"fp8": 0.02, "int4": 0.02}
+GPU_FORMATS = {"fp8": 0.02, "int4": 0.02, "gguf": 0.02}
 #: Widths that int4's groups of 32 fit into.
 GROUPED = replace(TINY, hidden_size=64, intermediate_size=96, tie_embeddings=False)
+#: Widths that every type of GGUF's blocks fits into, and one for those of 32.
+BLOCKY = replace(TINY, hidden_size=256, intermediate_size=256, tie_embeddings=False)
 
 
 @pytest.mark.parametrize("dtype", GPU_FORMATS)
 def test_formats_of_gpus_agree_with_their_values(dtype: str) -> None:
-    """fp8 and int4 are computed by the reference and on the device as what they stand for, said a second way."""
-    plan = random_plan(GROUPED, dtype=dtype)
+    """fp8, int4 and blocks are computed by the reference and on the device as what they stand for, said in two ways."""
+    plan = random_plan(BLOCKY if dtype == "gguf" else GROUPED, dtype=dtype)
+    if dtype == "gguf":
+        assert {tensor.block_type for tensor in plan.tensors} == {"", *BLOCK_TYPES}
     tokens, chunks = list(range(60)), [37, 20, 1, 1, 1]
     plain = replace(plan, tensors=tuple(map(widen, plan.tensors)))
     expected = run_tokens(reference_of(plain), tokens, chunks)
     for backend in (NumpyBackend(), emulated_backend()):
         for got, want in zip(run_tokens(bind(backend, plan), tokens, chunks), expected, strict=True):
             np.testing.assert_allclose(got, want, atol=GPU_FORMATS[dtype], rtol=0)
-    with pytest.raises(BackendError, match=rf"{dtype}.*--quantize int8|embedding table"):
+    with pytest.raises(BackendError, match=rf"({'Q' if dtype == 'gguf' else dtype}).*--quantize int8"):
         NumKongBackend().bind(plan)
 
 
 def widen(tensor: WeightTensor) -> WeightTensor:
-    """``tensor`` as float32, element by element."""
+    """``tensor`` as float32: element by element, blocks by the package that defines them."""
+    if tensor.block_type:
+        values = gguf.dequantize(tensor.data, gguf.GGMLQuantizationType[tensor.block_type])
+        return WeightTensor(tensor.name, values.reshape(tensor.shape))
     if tensor.scale is None:
         return tensor
     values = np.empty(tensor.shape, np.float32)

@@ -60,6 +60,22 @@ def test_logits_on_the_device_agree_with_the_reference(dtype: str, head_dim: int
         model.close()
 
 
+def test_blocks_of_gguf_on_the_device_agree_with_the_reference() -> None:
+    """Matrices in every type of block: gathered, multiplied as stored (decode), and widened for cuBLAS (prefill)."""
+    plan = random_plan(replace(TINY, hidden_size=256, intermediate_size=256, tie_embeddings=False), dtype="gguf")
+    models = [device_backend().bind(plan), NumpyBackend().bind(plan)]
+    for model in models:
+        model.open_kv(16)
+    start = 0
+    for count in (37, 3, 1, 1):
+        step = SequenceInput((3, 1, 7, 2), start, tuple(range(count)))
+        found, wanted = (compute_logits(model, step) for model in models)
+        np.testing.assert_allclose(found, wanted, atol=0.05 * np.abs(wanted).max(), rtol=0)
+        start += count
+    for model in models:
+        model.close()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_batched_decodes_go_through_graphs(dtype: str) -> None:
     """Twelve sequences: prefills in one step, then decodes whose products are the vendor's, captured and replayed."""

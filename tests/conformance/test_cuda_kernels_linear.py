@@ -22,6 +22,7 @@ GGUF_TYPES = {
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
     "q4_1": gguf.GGMLQuantizationType.Q4_1,
     "q4_k": gguf.GGMLQuantizationType.Q4_K,
+    "q6_k": gguf.GGMLQuantizationType.Q6_K,
 }
 CASES = [
     (name, activation)
@@ -67,7 +68,8 @@ def make_stored(rng: np.random.Generator, name: str, rows: int, width: int) -> S
     blocks = rng.integers(0, 256, (rows, width // stored.block_weights, stored.block_bytes)).astype(np.uint8)
     num_halves = 2 if name in ("q4_1", "q4_k") else 1
     halves = rng.uniform(0.01, 0.1, (*blocks.shape[:2], num_halves)).astype(np.float16)
-    blocks[..., : 2 * num_halves] = halves.view(np.uint8)
+    first = 208 if name == "q6_k" else 0
+    blocks[..., first : first + 2 * num_halves] = halves.view(np.uint8)
     packed = blocks.reshape(rows, -1)
     return Stored(packed, 0, gguf.dequantize(packed, GGUF_TYPES[name]).astype(np.float64))
 

@@ -79,9 +79,10 @@ def bind_weight(tensor: WeightTensor, governor: ThreadGovernor) -> LinearWeight:
         return _Int8Weight(data, tensor.scale, governor)
     if data.dtype == np.float32:
         return _Float32Weight(data)
-    if tensor.is_int4 or data.dtype == ml_dtypes.float8_e4m3fn:
+    if data.dtype in (np.uint8, ml_dtypes.float8_e4m3fn):
+        stored = tensor.block_type or ("int4" if tensor.is_int4 else "fp8")
         raise BackendError(
-            f"{tensor.name}: {'int4' if tensor.is_int4 else 'fp8'} weights are for GPUs (GLOWPLUG_BACKEND=cuda); this "
+            f"{tensor.name}: {stored} weights are for GPUs (GLOWPLUG_BACKEND=cuda); this "
             "backend runs bfloat16, int8 and float32: build the snapshot with --quantize int8"
         )
     raise BackendError(f"{tensor.name}: dtype {data.dtype} (this backend runs bfloat16, int8 and float32)")

@@ -56,7 +56,10 @@ def bind_embed(table: WeightTensor, token_ids: npt.NDArray[np.int64], out: Float
             np.multiply(out, scale.take(token_ids), out)
 
         return embed_int8
-    raise BackendError(f"{table.name}: dtype {data.dtype} cannot be an embedding table")
+    raise BackendError(
+        f"{table.name}: {table.block_type or data.dtype} cannot be an embedding table of this backend: build the "
+        "snapshot with --quantize int8, or serve it on a GPU (GLOWPLUG_BACKEND=cuda)"
+    )
 
 
 @functools.cache

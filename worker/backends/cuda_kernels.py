@@ -83,6 +83,7 @@ FORMATS: Final = {
     "q4_0": StoredFormat(32, 32, 18),
     "q4_1": StoredFormat(32, 32, 20),
     "q4_k": StoredFormat(256, 256, 144),
+    "q6_k": StoredFormat(256, 256, 210),
 }
 
 #: Where gemv writes: the activation type, float32, or added to a float32 residual.

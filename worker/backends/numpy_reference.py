@@ -17,6 +17,7 @@ import numpy.typing as npt
 from guests.abi import NO_TENSOR, Opcode, ProgramKind
 from guests.program import Operation, Program
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan, TokenSpan, lay_out
+from worker.backends.gguf_blocks import dequantise_blocks
 from worker.backends.host_sampling import sample_rows
 from worker.backends.kv_blocks import KvBlocks, Runs
 from worker.backends.kv_blocks_model import KvBlocksModel
@@ -207,6 +208,8 @@ def _planes_of(step: _Step, layer: int) -> tuple[FloatArray, FloatArray]:
 
 def _convert_weight(tensor: WeightTensor) -> FloatArray:
     data = tensor.data
+    if tensor.block_type:
+        return dequantise_blocks(data, tensor.block_type)
     if data.dtype == np.float32:
         return data
     if data.dtype == ml_dtypes.bfloat16:
@@ -223,7 +226,7 @@ def _convert_weight(tensor: WeightTensor) -> FloatArray:
         return unpack_int4(data, tensor.scale)
     raise BackendError(
         f"{tensor.name}: dtype {data.dtype}, or its scales are missing (this backend runs float32, bfloat16, float16, "
-        "int8, fp8 and int4)"
+        "int8, fp8, int4 and GGUF's blocks)"
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guests.program import Program
+from snapshots.block_types import BLOCK_TYPES
 from worker.backends.sampling_rows import SampledToken, SamplingRow
 
 if TYPE_CHECKING:  # the encoder's protocol is made of the types here
@@ -40,24 +41,29 @@ class WeightTensor:
     ``data`` has the stored shape; dtype float32, ml_dtypes.bfloat16, float16, int8, ml_dtypes.float8_e4m3fn, or uint8
     for two 4-bit weights a byte (the earlier one in the low half, value = bits - 8). ``scale`` belongs to the last
     three: [N] float32 of output channels for int8 and fp8, [N, K / group] float16 of neighbouring weights for 4 bits;
-    value = stored value * scale. ``wait_verified``, where there is one, must return before
-    a byte of either is read: the memory is still being filled (reading it early ends the process).
+    value = stored value * scale. With ``block_type``, a name of snapshots.block_types, ``data`` is uint8
+    ``[N, bytes of a row]``: GGUF's blocks as they lie in the file. ``wait_verified``, where there is one, must return
+    before a byte of either is read: the memory is still being filled (reading it early ends the process).
     """
 
     name: str
     data: npt.NDArray[Any]
     scale: npt.NDArray[Any] | None = None
     wait_verified: Callable[[], None] | None = None
+    block_type: str = ""
 
     @property
     def is_int4(self) -> bool:
-        """Whether a byte of ``data`` holds two weights."""
-        return self.data.dtype == np.uint8
+        """Whether a byte of ``data`` holds two weights, with their scales elsewhere."""
+        return self.data.dtype == np.uint8 and not self.block_type
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What a program sees: ``[N, K]`` of a matrix, however it is stored."""
         stored = self.data.shape
+        if self.block_type:
+            block = BLOCK_TYPES[self.block_type]
+            return (*stored[:-1], stored[-1] // block.num_bytes * block.num_weights)
         return (*stored[:-1], 2 * stored[-1]) if self.is_int4 else stored
 
 

@@ -39,10 +39,11 @@ MAX_PROMPT_BYTES: Final = 4 * 1024 * 1024
 @click.option("--name", required=True, help="Name that requests ask for, e.g. smollm2.")
 @click.option(
     "--quantize",
-    type=click.Choice(["int8", "fp8", "int4"]),
+    type=click.Choice(["int8", "fp8", "int4", "gguf"]),
     help="Store matrices quantised. int8: weight-only, symmetric, one scale for each output channel; half the bytes of "
     "bf16, for every backend. For GPUs only: fp8 (e4m3), likewise; int4: one scale for each 32 weights, about 0.3 of "
-    "the bytes, embeddings and output matrix int8.",
+    "the bytes, embeddings and output matrix int8; gguf: the blocks of a quantised .gguf file as they are (Q4_0, Q4_1, "
+    "Q8_0, Q4_K, Q6_K; other types, and matrices joined from several, become Q8_0).",
 )
 @click.option(
     "--calibrate",

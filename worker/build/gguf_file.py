@@ -24,7 +24,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from worker.build.errors import MalformedModelError, UnsupportedModelError
-from worker.build.source import FloatArray
+from worker.build.source import ByteArray, FloatArray
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An open GGUF file: metadata in memory, tensors read on demand. Implements ``TensorFile``. Close it.
+    """An open GGUF file: metadata in memory, tensors read on demand. Implements ``QuantisedFile``. Close it.
 
     Raises:
         MalformedModelError: not GGUF, truncated, or a header that contradicts the file.
@@ -123,13 +123,25 @@ class GgufFile:
         rows = self._read_bytes(tensor, start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
         return rows.reshape(stop - start, *tensor.shape[1:])
 
+    def block_type(self, name: str) -> str:
+        kind = self._tensors[name].type
+        return kind.name if GGML_QUANT_SIZES[kind][0] > 1 else ""
+
+    def read_blocks(self, name: str, start: int, stop: int) -> ByteArray:
+        tensor = self._tensors[name]
+        return self._read_raw(tensor, start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
+
     def _read_bytes(self, tensor: GgufTensor, offset_bytes: int, num_bytes: int) -> FloatArray:
+        raw = self._read_raw(tensor, offset_bytes, num_bytes)
+        with np.errstate(invalid="ignore"):  # what is no number is refused by whoever stores it
+            values: FloatArray = np.ascontiguousarray(dequantize(raw, tensor.type), dtype=np.float32)
+        return values.ravel()
+
+    def _read_raw(self, tensor: GgufTensor, offset_bytes: int, num_bytes: int) -> ByteArray:
         data = os.pread(self._file.fileno(), num_bytes, tensor.offset_bytes + offset_bytes)
         if len(data) != num_bytes:
             raise MalformedModelError(f"{self.path}: tensor {tensor.name} ends early: the file was cut short")
-        raw = np.frombuffer(data, np.uint8).reshape(-1, tensor.row_bytes)
-        values: FloatArray = np.ascontiguousarray(dequantize(raw, tensor.type), dtype=np.float32)
-        return values.ravel()
+        return np.frombuffer(data, np.uint8).reshape(-1, tensor.row_bytes)
 
 
 class _HeaderReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from guests.runtime import GuestEngine
 from guests.text import GuestText
 from snapshots.blob_reference import BlobRef
 from snapshots.keyring import KeyRing
-from snapshots.manifest import DTYPE_BYTES, FORMAT_VERSION, Manifest, TensorEntry, read_key_id, verify_identity
+from snapshots.manifest import FORMAT_VERSION, Manifest, TensorEntry, read_key_id, verify_identity
 from snapshots.mapping import seal_blob
 from snapshots.store import SnapshotStore
 from worker.build.command_support import errors_exit, key_file_option, open_store_and_keys, state_dir_option
@@ -79,7 +80,7 @@ def describe(manifest: Manifest, container: bytes) -> dict[str, Any]:
             ),
         ],
         "num_tensors": len(manifest.tensors),
-        "num_parameters": sum(tensor.size_bytes // DTYPE_BYTES[tensor.dtype] for tensor in manifest.tensors),
+        "num_parameters": sum(math.prod(tensor.shape) for tensor in manifest.tensors),
         "tensors": [_describe_tensor(tensor, handles.get(tensor.name)) for tensor in manifest.tensors],
         "guest_tensors": [_describe_tensor(tensor, handles.get(tensor.name)) for tensor in manifest.guest_tensors],
         "prefixes": [

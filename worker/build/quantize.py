@@ -1,5 +1,5 @@
 """Weight formats of a snapshot: bfloat16, float32, int8 and fp8 with a scale for each output channel, int4 with one for
-each group of neighbouring weights."""
+each group of neighbouring weights, and GGUF's blocks as they are in the file."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class WeightFormat(StrEnum):
     INT8 = "int8"
     FP8 = "fp8"
     INT4 = "int4"
+    GGUF = "gguf"
 
 
 def round_to_bfloat16(values: FloatArray) -> npt.NDArray[ml_dtypes.bfloat16]:

@@ -28,11 +28,13 @@ from guests.llama_assets import (
     pack_tokenizer,
 )
 from snapshots.blob_writer import BlobWriter
-from snapshots.dtypes import NUMPY_DTYPES
+from snapshots.block_types import BLOCK_TYPES
+from snapshots.dtypes import array_type
 from snapshots.keyring import KeyRing
 from snapshots.manifest import NAME, SnapshotCard
 from snapshots.store import SnapshotStore
 from snapshots.weights_file import TensorSpec, WeightsLayout, plan_weights, write_weights
+from worker.build.block_weights import choose_block_type, read_block_rows, require_blocks
 from worker.build.calibration import Calibration, Rounded, calibrate
 from worker.build.encoder_snapshot import make_encoder_card, pack_encoder_assets
 from worker.build.encoder_source import ImportedEncoder
@@ -69,7 +71,7 @@ DTYPES: Final = {
     WeightFormat.INT4: "U8",
 }
 #: Formats that no CPU backend but the reference reads.
-_OF_GPUS: Final = frozenset({WeightFormat.FP8, WeightFormat.INT4})
+_OF_GPUS: Final = frozenset({WeightFormat.FP8, WeightFormat.INT4, WeightFormat.GGUF})
 #: Those that make two arrays of a block: the weights as stored, and their scales.
 _QUANTISERS: Final[dict[str, Callable[[FloatArray], tuple[npt.NDArray[Any], npt.NDArray[Any]]]]] = {
     "I8": quantize_rows,
@@ -120,6 +122,8 @@ def build_snapshot(
     is_encoder = isinstance(source, ImportedEncoder)
     if weight_format in _OF_GPUS:
         priming = _adapt_to_gpus(weight_format, priming, is_encoder=is_encoder)
+    if weight_format is WeightFormat.GGUF and not isinstance(source, ImportedEncoder):
+        require_blocks(source)
     further.validate_for(encodes=is_encoder)
     tensor_names = [tensor.name for tensor in source.tensors]
     guest = stage_guest(guest_wasm, _pack_assets(source), tensor_names, encodes=is_encoder)
@@ -182,6 +186,8 @@ def _specs(tensor: SourceTensor, weight_format: WeightFormat) -> list[TensorSpec
     """Stored tensors of one source tensor: itself, and its scales where it is quantised."""
     if not tensor.is_matrix:
         return [TensorSpec(tensor.name, "F32", tensor.shape)]
+    if weight_format is WeightFormat.GGUF:
+        return [TensorSpec(tensor.name, choose_block_type(tensor) or "BF16", tensor.shape)]
     if weight_format is WeightFormat.INT4:
         rows, width = tensor.shape
         if width % INT4_GROUP == 0 and tensor.name not in _NEVER_INT4:
@@ -218,8 +224,14 @@ def _convert(tensor: SourceTensor, weight_format: WeightFormat) -> list[npt.NDAr
         MalformedModelError: a value is not finite.
     """
     specs = _specs(tensor, weight_format)
-    arrays = [np.empty(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in specs]
+    types = [array_type(spec.dtype, spec.shape) for spec in specs]
+    arrays = [np.empty(shape, dtype) for dtype, shape in types]
     row = 0
+    if specs[0].dtype in BLOCK_TYPES:
+        for stored in read_block_rows(tensor):
+            arrays[0][row : row + len(stored)] = stored
+            row += len(stored)
+        return arrays
     for block in tensor.row_blocks():
         if not np.isfinite(block).all():
             raise MalformedModelError(f"tensor {tensor.name} holds values that are infinite or not a number")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from guests.llama_assets import LlamaConfig, TokenizerSpec
 from worker.build.errors import MalformedModelError
 
 FloatArray = npt.NDArray[np.float32]
+ByteArray = npt.NDArray[np.uint8]
 
 #: Rows of a matrix are read and converted in blocks of about this many float32 bytes, so memory stays bounded.
 BLOCK_BYTES: Final = 32 * 1024 * 1024
@@ -35,6 +36,18 @@ SIZE_LIMITS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
+class QuantisedRows:
+    """How the file itself stores a matrix in blocks of several weights.
+
+    ``types`` are ggml's names, of all that was joined to the matrix. Where it is one, ``row_blocks`` gives the same
+    rows as ``SourceTensor.row_blocks``, as they lie in the file: uint8 ``[rows, bytes of a row]``.
+    """
+
+    types: frozenset[str]
+    row_blocks: Callable[[], Iterator[ByteArray]]
+
+
+@dataclass(frozen=True, slots=True)
 class SourceTensor:
     """One weight under its canonical name, read when asked for.
 
@@ -45,6 +58,7 @@ class SourceTensor:
     name: str
     shape: tuple[int, ...]
     row_blocks: Callable[[], Iterator[FloatArray]]
+    quantised: QuantisedRows | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -66,6 +80,21 @@ class TensorFile(Protocol):
 
     def read_rows(self, name: str, start: int, stop: int) -> FloatArray:
         """Rows ``start`` to ``stop`` (elements, for a vector) as float32, a copy.
+
+        Raises:
+            MalformedModelError: the bytes are not there.
+        """
+
+
+@runtime_checkable
+class QuantisedFile(TensorFile, Protocol):
+    """A checkpoint whose matrices may lie in blocks."""
+
+    def block_type(self, name: str) -> str:
+        """ggml's name of the type; empty: one number after the other."""
+
+    def read_blocks(self, name: str, start: int, stop: int) -> ByteArray:
+        """Rows ``start`` to ``stop`` of a matrix as they lie in the file, uint8 ``[rows, bytes of a row]``.
 
         Raises:
             MalformedModelError: the bytes are not there.

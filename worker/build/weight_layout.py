@@ -9,15 +9,25 @@ Canonical names (the guest asks for these): ``embed.weight``; for each layer ``a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from guests.llama_assets import LlamaConfig
 from worker.build.errors import MalformedModelError, UnsupportedModelError
-from worker.build.source import BLOCK_BYTES, FloatArray, SourceTensor, TensorFile
+from worker.build.source import (
+    BLOCK_BYTES,
+    ByteArray,
+    FloatArray,
+    QuantisedFile,
+    QuantisedRows,
+    SourceTensor,
+    TensorFile,
+)
 
 ROPE_TENSOR = "rope.inv_freq"
+Rows = TypeVar("Rows", FloatArray, ByteArray)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,20 +166,25 @@ def _refuse_unknown(file: TensorFile, names: CheckpointNames, parts: Iterable[_P
 
 def _source_tensor(file: TensorFile, name: str, parts: list[_Part]) -> SourceTensor:
     rows = sum(part.shape[0] for part in parts)
-    return SourceTensor(name, (rows, *parts[0].shape[1:]), partial(_read_parts, file, parts))
+    shape, quantised = (rows, *parts[0].shape[1:]), None
+    if isinstance(file, QuantisedFile) and len(shape) == 2:
+        types = frozenset(file.block_type(part.file_name) for part in parts)
+        if types != {""}:
+            quantised = QuantisedRows(types, partial(_read_parts, file.read_blocks, parts))
+    return SourceTensor(name, shape, partial(_read_parts, file.read_rows, parts), quantised)
 
 
-def _read_parts(file: TensorFile, parts: list[_Part]) -> Iterator[FloatArray]:
+def _read_parts(read: Callable[[str, int, int], Rows], parts: list[_Part]) -> Iterator[Rows]:
     for part in parts:
         num_rows, row_bytes = part.shape[0], 4 * math.prod(part.shape[1:])
         unit = max(part.head_rows, 1)
         block_rows = max(BLOCK_BYTES // row_bytes // unit, 1) * unit
         for start in range(0, num_rows, block_rows):
-            block = file.read_rows(part.file_name, start, min(start + block_rows, num_rows))
+            block = read(part.file_name, start, min(start + block_rows, num_rows))
             yield split_rotary_halves(block, part.head_rows) if part.head_rows else block
 
 
-def split_rotary_halves(rows: FloatArray, head_rows: int) -> FloatArray:
+def split_rotary_halves(rows: Rows, head_rows: int) -> Rows:
     """Undo GGUF's permutation: within each head, from (pair, half) to (half, pair) order. A copy."""
     heads = rows.reshape(-1, head_rows // 2, 2, *rows.shape[1:])
     return heads.swapaxes(1, 2).reshape(rows.shape)

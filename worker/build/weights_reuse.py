@@ -58,10 +58,11 @@ def build_over_weights(
     weights = StoredWeights(donor.weights, donor.tensors, donor.card, donor.vector_size)
     output = BuildOutput(store, keyring, encrypt=encrypt, with_verity=with_verity)
     manifest = assemble_snapshot(name, weights, guest, output, further=further, priming=priming)
+    names = set(list_tensor_names(donor))
     num_parameters = sum(
-        math.prod(tensor.shape)
+        math.prod(tensor.shape) * (2 if tensor.dtype == "U8" else 1)  # int4: two a byte
         for tensor in donor.tensors
-        if tensor.name != ROPE_TENSOR and not tensor.name.endswith(SCALE_SUFFIX)
+        if tensor.name != ROPE_TENSOR and tensor.name in names
     )
     return BuildReport.of(
         manifest,
@@ -72,7 +73,7 @@ def build_over_weights(
 
 
 def list_tensor_names(manifest: Manifest) -> list[str]:
-    """Names under which a guest may ask for the stored weights: all but the scales of int8 matrices."""
-    names = {tensor.name for tensor in manifest.tensors if tensor.dtype == "I8"}
+    """Names under which a guest may ask for the stored weights: all but the scales of quantised matrices."""
+    names = {tensor.name for tensor in manifest.tensors if tensor.dtype in ("I8", "F8_E4M3", "U8")}
     scales = {name + SCALE_SUFFIX for name in names}
     return [tensor.name for tensor in manifest.tensors if tensor.name not in scales]

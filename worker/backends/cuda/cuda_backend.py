@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from snapshots.block_types import BLOCK_TYPES
+from worker.backends import cuda_kernels as kernels
 from worker.backends.cuda.cuda_model import CudaModel, CudaResources
 from worker.backends.cuda.device import ACTIVATION_BYTES, Device, MatrixProduct
 from worker.backends.cuda.sample_model import TINY, SampleShape, make_sample_plan
@@ -56,6 +58,7 @@ class CudaBackend:
         for stored in ("bf16", "f32", "f16", "int8", "fp8", "int4"):
             _warm_kernels(resources, TINY, stored)
         _warm_kernels(resources, replace(TINY, head_dim=128), "bf16")  # attention of the larger models
+        _warm_blocks(device, self._quantised_activation)
         self._resources = resources
 
     def bind(self, plan: ModelPlan) -> BoundModel:
@@ -97,6 +100,25 @@ def _warm_kernels(resources: CudaResources, shape: SampleShape, stored: str) -> 
             model.sample([SamplingRow(0, 0.5, 1.0, top_k=5, top_p=0.9, num_top_logprobs=2)])
     finally:
         model.close()
+
+
+def _warm_blocks(device: Device, activation: Activation) -> None:
+    """What reads GGUF's blocks, one launch each: the decoders above have none."""
+    stream, done, width = device.make_stream(), device.make_event(), 256
+    place = device.allocate(3 * 4096)
+    device.fill(place, 0, stream)
+    out, x, blocks = (place.part(i * 4096, 4096) for i in range(3))
+    for name in map(str.lower, BLOCK_TYPES):
+        for num_rows in (1, 2):
+            sizes = {"num_rows": num_rows, "num_outputs": 1, "width": width}
+            device.launch(kernels.gemv(name, activation, out, x, blocks, 0, 0, bias_type=0, **sizes), stream)
+        rows: tuple[Activation, ...] = ("f32", activation)
+        for kind in rows:
+            gathered = kernels.gather_rows(name, kind, out, blocks, 0, 0, num_rows=1, num_table_rows=1, width=width)
+            device.launch(gathered, stream)
+    device.record(done, stream)
+    device.synchronise(done)
+    device.free(place)
 
 
 def _warm_products(device: Device) -> None:

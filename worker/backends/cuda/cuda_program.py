@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from guests.abi import Opcode
+from guests.abi import NO_TENSOR, Opcode
 from guests.program import Operation, Program
 from worker.backends import cuda_attention_kernels as attention
 from worker.backends import cuda_kernels as kernels
@@ -48,6 +48,10 @@ class CudaProgram:
 
     def _check_tables(self) -> None:
         for operation in self._bound.operations:
+            if operation.opcode is Opcode.LINEAR and operation.tensors[1] != NO_TENSOR:
+                bias = self._bound.tensor(operation, 1)
+                if bias.format not in TABLE_TYPES:
+                    raise BackendError(f"{bias.name}: a bias stored as {bias.format}")
             if operation.opcode not in (Opcode.ROPE, Opcode.RMS_NORM, Opcode.HEAD_RMS_NORM):
                 continue
             tensor = self._bound.tensor(operation)

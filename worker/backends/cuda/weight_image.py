@@ -20,7 +20,7 @@ import numpy.typing as npt
 from guests.abi import NO_TENSOR
 from snapshots.chunks import DIGEST_BYTES
 from worker.backends.cuda.device import ByteArray, Place, align
-from worker.backends.cuda_kernels import Activation
+from worker.backends.cuda_kernels import FORMATS, Activation
 from worker.backends.protocol import BackendError, ModelPlan, WeightBlob, WeightTensor
 
 FORMAT_NAMES: Final[dict[Any, Activation]] = {
@@ -171,6 +171,8 @@ def _cut(blob: WeightBlob, start: int, num_bytes: int) -> Piece:
 
 
 def _format_of(tensor: WeightTensor) -> str:
+    if tensor.block_type:
+        return tensor.block_type.lower()
     quantised = QUANTISED_NAMES.get(tensor.data.dtype)
     if quantised is not None:
         if tensor.scale is None:
@@ -180,7 +182,7 @@ def _format_of(tensor: WeightTensor) -> str:
     if found is None:
         raise BackendError(
             f"{tensor.name}: dtype {tensor.data.dtype} (this backend runs float32, bfloat16, float16, int8, "
-            "fp8 and int4)"
+            "fp8, int4 and GGUF's blocks)"
         )
     return found
 
@@ -192,7 +194,7 @@ def choose_activation(image: WeightImage, linear_handles: Sequence[int], quantis
         BackendError: matrices of several types, of which no kernel takes one with the other's activations.
     """
     found = {tensor.format for handle in linear_handles if (tensor := image.tensors[handle]) is not None}
-    plain = found - {*QUANTISED_NAMES.values()}
+    plain = {name for name in found if not FORMATS[name].is_quantised}
     if not plain:
         return quantised
     if len(plain) > 1 or (plain == {"f16"} and found != plain):

@@ -172,6 +172,41 @@ struct Q4_KRow {
     }
 };
 
+// 256 weights in two halves of four quarters of 32: 128 bytes of four low bits (two quarters of a half share 32 bytes), 64
+// bytes of two high bits (all four quarters of a half share 32), an int8 scale for each 16 weights, f16 d.
+// value = d * scale * (bits - 32). Blocks of 210 bytes are 2-aligned only.
+struct Q6_KRow {
+    static constexpr int STEP = 32;
+    static constexpr int WORDS = 0;
+    static constexpr int BLOCK_WEIGHTS = 256;
+    static constexpr int BLOCK_BYTES = 210;
+    static constexpr bool HAS_SCALAR = false;
+    const unsigned char* blocks;
+
+    __device__ Q6_KRow(const void* weights, const void*, int row, int width, int)
+        : blocks(static_cast<const unsigned char*>(weights) + (size_t)row * (width / BLOCK_WEIGHTS) * BLOCK_BYTES) {}
+    __device__ void load(int k, float (&to)[STEP]) const {
+        const unsigned char* block = blocks + (size_t)(k / BLOCK_WEIGHTS) * BLOCK_BYTES;
+        int half = k % BLOCK_WEIGHTS / 128, quarter = k % 128 / STEP;
+        unsigned short low[16], high[16], scales[1], d[1];
+        load_half_words(block + half * 64 + quarter % 2 * 32, low);
+        load_half_words(block + 128 + half * 32, high);
+        load_half_words(block + 192 + half * 8 + quarter * 2, scales);
+        load_half_words(block + 208, d);
+        float factors[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) factors[i] = to_float(f16{d[0]}) * to_float((int8)(scales[0] >> 8 * i));
+        int low_shift = quarter / 2 * 4, high_shift = quarter * 2;
+#pragma unroll
+        for (int i = 0; i < STEP; i++) {
+            unsigned bits = low[i / 2] >> (8 * (i % 2) + low_shift) & 15u;
+            bits |= (high[i / 2] >> (8 * (i % 2) + high_shift) & 3u) << 4;
+            to[i] = (float)((int)bits - 32) * factors[i / 16];
+        }
+    }
+    __device__ float scale() const { return 1.0f; }
+};
+
 using F32Row = PlainRow<float, 4, false>;
 using Bf16Row = PlainRow<bf16, 8, false>;
 using F16Row = PlainRow<f16, 8, false>;
