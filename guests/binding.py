@@ -27,8 +27,6 @@ from guests.errors import GuestError, GuestTrap
 KIND_I32: Final = 0
 KIND_I64: Final = 1
 EXTERN_FUNC: Final = 0
-EXTERN_GLOBAL: Final = 1
-EXTERN_TABLE: Final = 2
 EXTERN_MEMORY: Final = 3
 
 VAL_RAW_BYTES: Final = 16  # sizeof(wasmtime_val_raw_t)

@@ -22,7 +22,6 @@ SECTION_IMPORT: Final = 10
 SECTION_EXPORT: Final = 11
 LAST_SECTION: Final = 12
 CORE_MODULE_SORT: Final = 0
-FUNCTION_SORT: Final = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,19 +118,9 @@ class ClaimingWorker(Worker):
         """Claimed requests that have not ended."""
         return self.job_counter
 
-    def set_room(self, room: int) -> None:
-        """Run at most ``room`` requests at once from now on; what runs is not touched."""
-        self.max_jobs = room
-        self._bell.set()
-
     def pause_claims(self) -> None:
         """Claim nothing more; what runs goes on."""
         self.allow_pick_jobs = False
-
-    def resume_claims(self) -> None:
-        """Undo :meth:`pause_claims`."""
-        self.allow_pick_jobs = True
-        self._bell.set()
 
     async def drain(self, grace_s: float) -> bool:
         """Claim nothing more and wait up to ``grace_s`` for what runs; whether all of it has ended."""
@@ -257,9 +247,7 @@ class ClaimingWorker(Worker):
         try:
             request: GenerateRequest = codec.decode(payload, GenerateRequest)
         except ContractError as error:
-            _log.error("request_refused", request_id=request_id, error=str(error))
-            message = "the worker cannot read the request: gateway and worker are of different versions"
-            await self._end_unread(request_id, ErrorInfo(ErrorCode.INTERNAL, message))
+            await self._refuse_unread(request_id, error)
             return
         if self._closing:
             raise asyncio.CancelledError
@@ -320,11 +308,16 @@ class ClaimingWorker(Worker):
             try:
                 request: GenerateRequest = job_queue.decode_job(body)
             except ContractError as error:
-                _log.error("request_refused", request_id=job_id, error=str(error))
+                await self._refuse_unread(job_id, error)
             else:
                 message = f"the request was started {MAX_TRIES} times and did not end: its worker was lost each time"
                 await self._end_with_error(request, ErrorCode.WORKER_FAILED, message)
         await self.finish_job(job_id, True, None, None, False, None, None)
+
+    async def _refuse_unread(self, request_id: str, error: ContractError) -> None:
+        _log.error("request_refused", request_id=request_id, error=str(error))
+        text = "the worker cannot read the request: gateway and worker are of different versions"
+        await self._end_unread(request_id, ErrorInfo(ErrorCode.INTERNAL, text))
 
     async def _end_unread(self, request_id: str, error: ErrorInfo) -> None:
         """End a request of which nothing but the id is known; its gateway finds the end in the log."""

@@ -14,7 +14,6 @@ preparing failed                    nothing: the snapshot's workers restore by t
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import OrderedDict
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -57,7 +56,11 @@ class ModelPreparation:
         self._sends: set[asyncio.Task[None]] = set()
 
     def on_forked(self, message: PrepareModel, fds: SpawnedFds) -> None:
-        """A worker of this snapshot was forked; ``fds`` stay the caller's."""
+        """A worker of this snapshot was forked; ``fds`` stay the caller's.
+
+        Raises:
+            OSError: no descriptor is left to keep its files with.
+        """
         snapshot_id = message.snapshot_id
         if snapshot_id in self._asked:
             self._asked.move_to_end(snapshot_id)
@@ -66,8 +69,7 @@ class ModelPreparation:
             return
         while len(self._asked) >= MAX_PREPARED:
             self._forget(next(iter(self._asked)))
-        copies = SpawnedFds(*map(os.dup, fds.all))
-        self._asked[snapshot_id] = _Asked(message, copies)
+        self._asked[snapshot_id] = _Asked(message, fds.duplicate())
         self._start(self._prepare(snapshot_id))
 
     def on_dropped(self, snapshot_id: str) -> None:
@@ -120,20 +122,17 @@ class ModelPreparation:
         self._given_up.add(snapshot_id)
 
     def _remove(self, snapshot_id: str) -> None:
-        asked = self._asked.pop(snapshot_id)
-        for fd in asked.fds.all:
-            os.close(fd)
+        self._asked.pop(snapshot_id).fds.close()
 
     async def _prepare(self, snapshot_id: str) -> None:
         asked = self._asked.get(snapshot_id)
         if asked is None:
             return
-        fds = SpawnedFds(*map(os.dup, asked.fds.all))  # may be closed while this waits
+        fds = asked.fds.duplicate()  # may be closed while this waits
         try:
             await self._zygote.prepare(asked.message, fds)
         finally:
-            for fd in fds.all:
-                os.close(fd)
+            fds.close()
 
     def _start(self, send: Coroutine[Any, Any, None]) -> None:
         """Sends leave in the order in which they are started: tasks begin so, and the channel's lock is fair."""

@@ -71,7 +71,7 @@ class _Preparation:
         self.steps: Iterator[None] | None = self._prepare(guest_engine)
         self.result: InheritedModel | None = None  # set by the first steps; usable from then on
         self._model: PreparedModel | None = None
-        self._fds: SpawnedFds | None = SpawnedFds(*map(os.dup, fds.all))
+        self._fds: SpawnedFds | None = fds.duplicate()
 
     def _prepare(self, guest_engine: GuestEngine) -> Iterator[None]:
         key, fds = self.key, self._fds
@@ -111,8 +111,8 @@ class _Preparation:
     def close_files(self) -> None:
         """The mappings keep the memory."""
         fds, self._fds = self._fds, None
-        for fd in fds.all if fds is not None else ():
-            os.close(fd)
+        if fds is not None:
+            fds.close()
 
 
 class PreparedModels:

@@ -106,6 +106,10 @@ class TokenPublisher:
         self._backlog_bytes = self._frames_logged = self._messages = self._repairs = self._num_fenced = 0
         self._task = asyncio.get_running_loop().create_task(self._write_forever(), name="token publisher")
 
+    def watch(self, on_done: Callable[[asyncio.Task[None]], None]) -> None:
+        """Have ``on_done`` called with the writing task when it ends. It should not: without it no frame is logged."""
+        self._task.add_done_callback(on_done)
+
     async def begin(self, request: GenerateRequest, attempt: int) -> Run:
         """Take the request's fence for ``attempt`` (1 or more) and read what earlier attempts logged.
 

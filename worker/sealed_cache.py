@@ -26,7 +26,7 @@ from typing import Final, Protocol
 import structlog
 
 from snapshots.blob_reference import BlobRef
-from snapshots.errors import MappingError, SnapshotError
+from snapshots.errors import BlobCorrupt, MappingError, SnapshotError
 from snapshots.manifest import Manifest
 from worker.spawn_order import SpawnedFds
 
@@ -80,6 +80,7 @@ class _Held:
     digests: tuple[str, ...]
     workers: set[str] = field(default_factory=set)
     filling: asyncio.Task[None] | None = None  # until whole
+    refused: SnapshotError | None = None  # why it will never be; it is out of the books then
 
     @property
     def is_in_use(self) -> bool:
@@ -128,10 +129,16 @@ class SealedCache:
         return held is not None and held.filling is None
 
     async def wait_whole(self, snapshot_id: str) -> bool:
-        """Wait until a snapshot is no longer being filled; whether it is held then."""
+        """Wait until a snapshot is no longer being filled; whether it is held then.
+
+        Raises:
+            BlobCorrupt: a chunk was not the signed one.
+        """
         held = self._snapshots.get(snapshot_id)
         if held is not None and held.filling is not None:
             await asyncio.wait({held.filling})
+            if isinstance(held.refused, BlobCorrupt):
+                raise held.refused
         return self.holds(snapshot_id)
 
     async def acquire(self, snapshot_id: str, manifest: Manifest, worker_id: str) -> SpawnedFds:
@@ -139,7 +146,7 @@ class SealedCache:
         them. Seals what it does not have, in a thread; of weights that are being filled the descriptor comes early.
 
         Raises:
-            SnapshotError: a blob is missing or corrupt; nothing of it is kept.
+            SnapshotError: a blob is missing or corrupt, or cannot be read; nothing of it is kept.
             NoRoom: it cannot fit.
         """
         is_fresh = snapshot_id not in self._snapshots
@@ -212,7 +219,7 @@ class SealedCache:
         """Guest code first of all, whole; then whatever else a worker needs whole; weights go on being filled."""
         refs = {ref.digest: ref for ref in manifest.worker_blobs}
         labels = {ref.digest: role for role, ref in manifest.blobs.items()}
-        self._make_room(sum(ref.size_bytes for digest, ref in refs.items() if digest not in self._blobs), manifest.name)
+        self._make_room(refs, manifest.name)
         loop = asyncio.get_running_loop()
         fresh: dict[str, SealedFile] = {}
         filling: FillingFile | None = None
@@ -261,6 +268,8 @@ class SealedCache:
         held = self._snapshots.pop(snapshot_id, None)
         if held is None:
             return  # closed
+        held.refused = error
+        self._log.error("weights_refused", snapshot_id=snapshot_id, model=held.model, error=str(error))
         needed = {digest for other in self._snapshots.values() for digest in other.digests}
         files = [self._blobs.pop(digest) for digest in held.digests if digest not in needed]
         if held.workers:
@@ -279,18 +288,23 @@ class SealedCache:
             self.release(worker_id)
             raise
 
-    def _make_room(self, needed_bytes: int, model: str) -> None:
-        for snapshot_id, held in list(self._snapshots.items()):
-            if self._total_bytes() + needed_bytes <= self._limit_bytes:
+    def _make_room(self, refs: Mapping[str, BlobRef], model: str) -> None:
+        """For ``refs``, by digest. Snapshots that share some of them go last: what is here need not be read again."""
+        snapshots = sorted(self._snapshots.items(), key=lambda item: not refs.keys().isdisjoint(item[1].digests))
+        for snapshot_id, held in snapshots:
+            if self._total_bytes() + self._count_missing_bytes(refs) <= self._limit_bytes:
                 return
             if not held.is_in_use:
                 self._drop(snapshot_id)
-        total_bytes = self._total_bytes()
+        total_bytes, needed_bytes = self._total_bytes(), self._count_missing_bytes(refs)
         if total_bytes + needed_bytes > self._limit_bytes:
             raise NoRoom(
                 f"model {model!r} needs {needed_bytes} bytes of sealed memory; the limit is {self._limit_bytes}, of "
                 f"which running workers hold {total_bytes}. Raise GLOWPLUG_SEALED_LIMIT_BYTES or stop a model"
             )
+
+    def _count_missing_bytes(self, refs: Mapping[str, BlobRef]) -> int:
+        return sum(ref.size_bytes for digest, ref in refs.items() if digest not in self._blobs)
 
     def _total_bytes(self) -> int:
         return sum(sealed.size_bytes for sealed in self._blobs.values())

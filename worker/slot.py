@@ -87,6 +87,7 @@ class WorkerSlot:
         self._redis: Redis = connect(order.redis_url)
         self._reports = Reports(self._redis, order.node_id)
         self._publisher = TokenPublisher(self._redis, on_fenced=self._on_fenced)
+        self._publisher.watch(self._on_task_done)
         wake = WakeRecord(order.worker_id, order.snapshot_id, order.cold_tier, self._marks)
         self._runner = RequestRunner(self._publisher, wake, self._was_cancelled)
         self._has_stepped = False

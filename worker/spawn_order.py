@@ -96,6 +96,27 @@ class SpawnedFds:
     def __hash__(self) -> int:
         return hash(self.all)
 
+    def duplicate(self) -> SpawnedFds:
+        """Copies, which the caller closes.
+
+        Raises:
+            OSError: no descriptor is left; none was taken.
+        """
+        copies: list[int] = []
+        try:
+            for fd in self.all:
+                copies.append(os.dup(fd))
+        except OSError:
+            for fd in copies:
+                os.close(fd)
+            raise
+        return SpawnedFds(*copies)
+
+    def close(self) -> None:
+        """Close all of them, once."""
+        for fd in self.all:
+            os.close(fd)
+
     def find(self, role: str, roles: Sequence[str]) -> int:
         """The descriptor of ``role``, where ``roles`` are the manifest's ``worker_roles``; NO_FD: there is none."""
         return dict(zip(roles, self.all, strict=False)).get(role, NO_FD)

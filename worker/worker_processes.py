@@ -110,7 +110,8 @@ class WorkerProcesses:
         try:
             await self._spawn(process, command, entry, received_mono_ns)
         except BlobCorrupt as error:
-            await self._on_corrupt(entry, error)
+            if process.cause is None:  # else its burial tells it
+                await self._on_corrupt(entry, error)
             await self._refuse(process, describe_refusal(error))
         except (NoRoom, MappingError) as error:
             await self._refuse(process, _describe_no_room(error))
@@ -189,7 +190,10 @@ class WorkerProcesses:
 
     async def _prepare_when_whole(self, process: _Process, order: SpawnOrder, fds: SpawnedFds) -> None:
         """The zygote restores only what is verified to the last byte: it must not wait for bytes itself."""
-        is_whole = await self._cache.wait_whole(order.snapshot_id)
+        try:
+            is_whole = await self._cache.wait_whole(order.snapshot_id)
+        except BlobCorrupt:
+            return  # the worker is being ended for it
         if is_whole and self._processes.get(process.worker_id) is process:  # else nobody holds the files for it
             message = PrepareModel(order.snapshot_id, order.manifest, order.backend, order.num_threads)
             self._zygote.models.on_forked(message, fds)
@@ -318,6 +322,8 @@ class WorkerProcesses:
         await keep_trying(report, "report of a worker's end")
 
     async def _refuse(self, process: _Process, error: ErrorInfo) -> None:
+        if process.cause is not None:  # whatever came of it
+            error = _describe_failed_fill(process.cause)
         self._log.error("worker_refused", worker_id=process.worker_id, model=process.model, error=error.message)
         if process.worker_id in self._processes:  # else the zygote's death has been reported already
             self._bury(process, error)

@@ -157,7 +157,11 @@ class ZygoteClient:
         deaths = 0
         while True:
             started_mono_s = time.monotonic()
-            code = await self._run_one()
+            try:
+                code = await self._run_one()
+            except OSError as error:  # no descriptor or no process to be had: that passes
+                code = None
+                self._log.error("zygote_not_started", error=str(error))
             deaths = 1 if time.monotonic() - started_mono_s > LONG_LIFE_S else deaths + 1
             backoff_s = RESTART_BACKOFF_S[min(deaths, len(RESTART_BACKOFF_S)) - 1]
             self._log.error("zygote_died", exit_code=code, deaths_in_a_row=deaths, next_start_in_s=backoff_s)
@@ -267,10 +271,15 @@ async def _wait_writable(channel: socket.socket) -> None:
 
 
 async def _wait_or_kill(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process that was told to end; past :data:`CLOSE_TIMEOUT_S` kill it."""
+    """Wait for a process that was told to end; past :data:`CLOSE_TIMEOUT_S`, or without a descriptor to wait with, kill
+    it."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    pidfd = os.pidfd_open(process.pid)
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        return process.wait()
     loop.add_reader(pidfd, ended.set)
     try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):

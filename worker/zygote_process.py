@@ -23,14 +23,21 @@ def start_zygote_process(command: Sequence[str] = ZYGOTE_COMMAND) -> ZygoteProce
     """Start a zygote (1 ms). Not by asyncio's subprocess: uvloop's lets inheritable descriptors through.
 
     It gets its own session: Ctrl-C in a terminal reaches the agent alone, which then drains the workers.
+
+    Raises:
+        OSError: no descriptor or no process is to be had.
     """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    with theirs:
-        process = subprocess.Popen(
-            [*command, str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                [*command, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+    except OSError:
+        ours.close()
+        raise
     return ZygoteProcess(process, ours)

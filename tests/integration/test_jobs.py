@@ -220,6 +220,12 @@ async def test_pickled_job_is_refused_unread(redis: Redis, dispatcher: Dispatche
         await eventually(lambda: handler.ended == ["good"])
         await eventually(lambda: _is_empty(dispatcher))
     assert not trap.exists()
+    for request_id in ("evil", "wrong"):  # whoever waits for them is told
+        (data,) = await redis.lrange(keys.token_log(request_id), 0, -1)
+        frame = codec.decode_frame(data)
+        assert isinstance(frame, TerminalFrame)
+        assert frame.error is not None
+        assert frame.error.code is ErrorCode.INTERNAL
 
 
 async def test_lost_lease_stops_the_run_and_cannot_finish_it(redis: Redis, dispatcher: Dispatcher) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import errno
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import pytest
 
 from scheduler.contract.states import Tier
 from tests.eventually import eventually
+from worker import zygote_client
 from worker.spawn_order import PrepareFailed, PrepareModel, SpawnedFds, SpawnOrder, WorkerExited
 from worker.zygote_client import SpawnFailed, ZygoteClient
+from worker.zygote_process import ZygoteProcess
 
 TOY_COMMAND = (sys.executable, str(Path(__file__).parents[1] / "toy_zygote.py"))
 
@@ -162,6 +165,44 @@ async def test_killed_zygote_takes_its_workers_and_is_replaced() -> None:
         await zygote.spawn("c", "exit:5")
         assert (await zygote.wait_exit("c")).exit_code == 5
         assert zygote.client.pid not in (0, first)
+
+
+async def test_a_zygote_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that has no descriptor or process to spare for a while has a zygote again when it does."""
+    start = zygote_client.start_zygote_process
+    refusals = [errno.EMFILE, errno.EAGAIN]
+
+    def start_if_possible(command: Sequence[str]) -> ZygoteProcess:
+        if refusals:
+            code = refusals.pop()
+            raise OSError(code, os.strerror(code))
+        return start(command)
+
+    monkeypatch.setattr(zygote_client, "start_zygote_process", start_if_possible)
+    async with started() as zygote:
+        assert refusals == []
+        refusals.append(errno.EMFILE)
+        os.kill(zygote.client.pid, signal.SIGKILL)
+        await eventually(lambda: refusals == [], what="another start")
+        await zygote.spawn("a", "exit:5")
+        assert (await zygote.wait_exit("a")).exit_code == 5
+
+
+async def test_a_zygote_is_replaced_where_nothing_can_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a descriptor to wait with, one that is to end is killed: it holds the workers that were given up."""
+    wait, refusals = os.pidfd_open, [errno.EMFILE]
+
+    def wait_if_possible(pid: int) -> int:
+        if refusals:
+            raise OSError(refusals.pop(), "Too many open files")
+        return wait(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", wait_if_possible)
+    async with started() as zygote:
+        os.kill(zygote.client.pid, signal.SIGKILL)
+        await eventually(lambda: refusals == [] and zygote.client.is_ready, what="another zygote")
+        await zygote.spawn("a", "exit:5")
+        assert (await zygote.wait_exit("a")).exit_code == 5
 
 
 async def test_closing_the_channel_ends_zygote_and_workers() -> None:

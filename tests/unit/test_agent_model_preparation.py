@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 
 import pytest
@@ -100,6 +101,27 @@ async def test_what_two_zygotes_died_of_is_given_up() -> None:
     await harness.fork("a")
     assert harness.zygote.sent == ["prepare a"] * 3
     harness.models.close()
+
+
+async def test_an_agent_without_descriptors_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only some of a snapshot's files can be copied, the copies are closed again."""
+    copy, left = os.dup, iter(range(2))
+
+    def scarce(fd: int) -> int:
+        if next(left, None) is None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return copy(fd)
+
+    harness = Harness()
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+    before = num_open_fds()
+    monkeypatch.setattr(os, "dup", scarce)
+    with pytest.raises(OSError, match="Too many open files"):
+        harness.models.on_forked(PrepareModel("a", b"manifest", "numpy", 1), SpawnedFds(*files))
+    assert num_open_fds() == before
+    harness.models.close()
+    for fd in files:
+        os.close(fd)
 
 
 async def test_a_failed_preparation_is_not_repeated() -> None:
