@@ -133,19 +133,18 @@ async def test_competing_workers_share_without_duplicates(redis: Redis, dispatch
 
 
 async def test_room_and_pause_bound_what_is_claimed(redis: Redis, dispatcher: Dispatcher) -> None:
-    """A paused worker claims nothing; room is an upper bound that can be raised while it serves."""
-    handler = Handler(holds=True)
-    async with serving_worker(redis, handler, room=1) as worker:
-        worker.pause_claims()
-        for i in range(5):
-            await dispatcher.enqueue(make_request(f"r{i}"))
-        assert worker.num_running == 0
-        worker.resume_claims()
-        await eventually(lambda: worker.num_running == 1)
-        worker.set_room(3)
+    """Room is an upper bound; a paused worker finishes what it has and claims nothing, which is left for another."""
+    handler, other = Handler(holds=True), Handler()
+    for i in range(5):
+        await dispatcher.enqueue(make_request(f"r{i}"))
+    async with serving_worker(redis, handler, room=3) as worker:
         await eventually(lambda: worker.num_running == 3)
+        worker.pause_claims()
         handler.go.set()
-        await eventually(lambda: len(handler.ended) == 5)
+        await eventually(lambda: len(handler.ended) == 3 and worker.num_running == 0)
+        async with serving_worker(redis, other, worker_id="w2"):
+            await eventually(lambda: len(other.ended) == 2)
+    assert len(handler.started) == 3
 
 
 async def test_cancel_ends_a_run_and_the_request(redis: Redis, dispatcher: Dispatcher) -> None:
