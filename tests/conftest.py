@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,11 @@ import uvloop
 from hypothesis import HealthCheck, settings
 
 from tests import one_blas_thread  # noqa: F401  # imported for its side effect, before NumPy
+
+#: Hundreds of processes start here; each would compile the product's sources again where the environment forbids to
+#: keep what was compiled. What is compiled lies in __pycache__ beside the sources.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # isort: split
 
@@ -55,6 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin early what takes long and needs no test's attention."""
+    gc.collect()
+    gc.freeze()  # what collecting imported stays: a later full collection need not look at it again
     modules = {item.module for item in session.items if isinstance(item, pytest.Function)}
     if not session.config.option.collectonly and any(hasattr(m, "compiled_python_component") for m in modules):
         from tests.python_guest_fixtures import begin_building

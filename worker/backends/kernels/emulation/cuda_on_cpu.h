@@ -49,9 +49,11 @@ struct Fiber {
     unsigned mask;       // lanes that its collective waits for
     unsigned operation;  // which collective
     uint64_t value[4];   // what it hands to the others
+    uint64_t handed[4];  // what they read: its value when the collective was complete
 };
 
 inline Fiber fibers[MAX_THREADS];
+inline dim3 thread_indices[MAX_THREADS];  // of the launch's block
 inline void* scheduler_stack_pointer;
 inline unsigned current;
 inline unsigned char* stacks;
@@ -106,8 +108,9 @@ inline void* make_stack(unsigned char* top, void (*entry)()) {
 #error "emulation_switch has to be written for this processor"
 #endif
 
-inline void set_thread_index(unsigned thread) {
-    thread_index = {thread % block_dim.x, thread / block_dim.x % block_dim.y, thread / (block_dim.x * block_dim.y)};
+inline void make_thread_indices(unsigned num_threads) {
+    for (unsigned t = 0; t < num_threads; t++)
+        thread_indices[t] = {t % block_dim.x, t / block_dim.x % block_dim.y, t / (block_dim.x * block_dim.y)};
 }
 
 inline void suspend(State state) {
@@ -116,7 +119,7 @@ inline void suspend(State state) {
     ++num_switches;
     emulation_switch(&fibers[me].stack_pointer, scheduler_stack_pointer);
     current = me;
-    set_thread_index(me);
+    thread_index = thread_indices[me];
 }
 
 [[noreturn]] inline void fail(const char* what) {
@@ -133,8 +136,8 @@ inline void run_fiber() {
     abort();
 }
 
-// A warp collective: every lane of `mask` must come with the same mask and operation. Lane `source`'s value is returned
-// by read(); leave() lets nobody overwrite a value that another lane has yet to read.
+// A warp collective: every lane of `mask` must come with the same mask and operation. What read_lane() gives stays until
+// that lane's next collective is complete, and none is while a lane of this one has yet to run on.
 inline void enter_collective(unsigned mask, unsigned operation, const void* value, size_t num_bytes) {
     Fiber& me = fibers[current];
     if (!(mask >> (current % 32) & 1)) fail("a warp collective's mask leaves out the calling lane");
@@ -143,8 +146,8 @@ inline void enter_collective(unsigned mask, unsigned operation, const void* valu
     me.operation = operation;
     suspend(State::IN_COLLECTIVE);
 }
-inline const uint64_t* read_lane(unsigned lane) { return fibers[current / 32 * 32 + lane % 32].value; }
-inline void leave_collective() { suspend(State::IN_COLLECTIVE); }
+inline const uint64_t* read_lane(unsigned lane) { return fibers[current / 32 * 32 + lane % 32].handed; }
+inline void leave_collective() {}  // so nobody has to wait for the readers; kernels say where they have read all
 
 inline bool release_collectives(unsigned num_threads) {
     bool released = false;
@@ -162,8 +165,11 @@ inline bool release_collectives(unsigned num_threads) {
                     present |= 1u << other;
             }
             if (present != wanted) continue;
-            for (unsigned other = 0; other < width; other++)
-                if (wanted >> other & 1) fibers[first + other].state = State::READY;
+            for (unsigned other = 0; other < width; other++) {
+                if (!(wanted >> other & 1)) continue;
+                memcpy(fibers[first + other].handed, fibers[first + other].value, sizeof fibers[0].value);
+                fibers[first + other].state = State::READY;
+            }
             released = true;
         }
     }
@@ -210,7 +216,7 @@ inline int run_block(unsigned num_threads, Order order) {
             if (fibers[sequence[i]].state != State::READY) continue;
             progressed = true;
             current = sequence[i];
-            set_thread_index(current);
+            thread_index = thread_indices[current];
             emulation_switch(&scheduler_stack_pointer, fibers[current].stack_pointer);
         }
         if (progressed || release_collectives(num_threads)) continue;
@@ -251,6 +257,7 @@ inline int launch(void (*body)(void**), void** arguments, const unsigned* grid, 
     if (!stacks)
         stacks = (unsigned char*)mmap(nullptr, MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE,
                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    make_thread_indices(num_threads);
     kernel_body = body;
     kernel_arguments = arguments;
     // Shared memory is right-aligned (to 16 bytes) against pages that may not be touched; so are those before it.
