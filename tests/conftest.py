@@ -20,14 +20,14 @@ from hypothesis import HealthCheck, settings
 
 from tests import one_blas_thread  # noqa: F401  # imported for its side effect, before NumPy
 
+# isort: split
+
+from scheduler.embedded_redis import ensure_server, stop_server
+
 #: Hundreds of processes start here; each would compile the product's sources again where the environment forbids to
 #: keep what was compiled. What is compiled lies in __pycache__ beside the sources.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-
-# isort: split
-
-from scheduler.embedded_redis import ensure_server, stop_server
 
 #: The same examples in every run, and no deadline that a loaded machine could miss; ``--hypothesis-profile=explore``
 #: looks for new ones.

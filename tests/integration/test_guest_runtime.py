@@ -14,6 +14,7 @@ from guests.errors import GuestContractError, GuestError, GuestIncompatible, Gue
 from guests.initialise import initialise_guest
 from guests.runtime import TRAP_INTERRUPT, GuestEngine, GuestInstance, GuestModule, InstanceLimits
 from guests.signatures import IMPORTS
+from tests.eventually import eventually_sync
 
 WASM_PAGE_BYTES = 65_536
 
@@ -56,13 +57,15 @@ def test_the_deadline_counts_per_call_and_not_per_instance() -> None:
 def test_the_ticker_is_started_once_and_stops_with_the_engine() -> None:
     """start_ticker is idempotent; close ends the thread."""
     engine = GuestEngine()
-    before = len(os.listdir("/proc/self/task"))
+    before = set(os.listdir("/proc/self/task"))
     engine.start_ticker()
     engine.start_ticker()
-    assert len(os.listdir("/proc/self/task")) == before + 1
+    started = set(os.listdir("/proc/self/task")) - before
+    assert len(started) == 1
     engine.close()
     engine.close()
-    assert len(os.listdir("/proc/self/task")) == before
+    # A thread that was joined is gone from the kernel's list a moment later.
+    eventually_sync(lambda: not started & set(os.listdir("/proc/self/task")), what="the ticker's thread gone")
     with sealed(b"") as path, pytest.raises(GuestContractError, match="closed"):
         engine.load(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -259,10 +260,13 @@ def test_children_leave_nothing_behind() -> None:
     with pytest.raises(GuestProcessError):
         compile_guest(toy_guest().baked_wasm, limits=WorkLimits(wall_s=0.01, cpu_s=5))
     assert sorted(os.listdir("/proc/self/fd")) == before
-    assert child_pids() == children  # zombies included; the suite's own servers may be among them
+    assert child_pids() <= children  # zombies included; the suite's own servers may be among them, or end
 
 
 def child_pids() -> set[str]:
     """Children of this process, also those that have ended and were not reaped."""
-    tasks = Path("/proc/self/task")
-    return {pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    found: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended just now
+            found.update((task / "children").read_text().split())
+    return found
