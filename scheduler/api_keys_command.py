@@ -15,9 +15,9 @@ from scheduler.audit_log import audit_to_file
 from scheduler.command import state_dir_option
 from scheduler.contract import keys as redis_keys
 from scheduler.contract.environment import read_process_settings
+from scheduler.plain_tables import make_console, make_table
 
 DAY_S: Final = 86_400
-LIST_COLUMNS: Final = 132  # a key cut off at a pipe's 80 columns would be of no use
 READ_LIMIT_S: Final = 1.0
 CLI_ACTOR: Final = "command-line"
 
@@ -87,12 +87,7 @@ def list_keys(state_dir: Path, as_json: bool) -> None:
     if not rows:
         click.echo(f"no API keys in {path}: make one with `glowplug keys api new`", err=True)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("KEY", "STATE", "TENANT", "SCOPES", "MODELS", "CREATED", "LAST USED", "EXPIRES", "NOTE"):
-        table.add_column(column, no_wrap=True)
+    table = make_table("KEY", "STATE", "TENANT", "SCOPES", "MODELS", "CREATED", "LAST USED", "EXPIRES", "NOTE")
     for row in rows:
         times = (_show_time(row[name]) for name in ("created_at_s", "last_used_at_s", "expires_at_s"))
         table.add_row(
@@ -104,8 +99,7 @@ def list_keys(state_dir: Path, as_json: bool) -> None:
             *times,
             row["note"],
         )
-    console = Console()
-    Console(width=max(console.width, LIST_COLUMNS)).print(table)
+    make_console().print(table)
 
 
 @api.command("revoke", short_help="Refuse a key from now on.")

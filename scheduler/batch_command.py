@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import json
 import os
 import secrets
@@ -20,7 +19,17 @@ from typing import Any, BinaryIO, Final
 
 import click
 
-from scheduler.client_commands import API_KEY, NoServer, get_json, post_json, send_request, server_url, url_option
+from scheduler.client_commands import (
+    API_KEY,
+    NoServer,
+    get_json,
+    post_json,
+    read_json,
+    read_lines,
+    send_request,
+    server_url,
+    url_option,
+)
 from scheduler.command import state_dir_option
 
 INCOMPLETE_EXIT: Final = 4
@@ -217,7 +226,7 @@ def _upload(server: str, path: Path) -> dict[str, Any]:
                 yield piece
         yield tail
 
-    return dict(json.loads(send_request(server, "POST", "/v1/files", pieces(), headers).read()))
+    return dict(read_json(server, send_request(server, "POST", "/v1/files", pieces(), headers)))
 
 
 def _get(server: str, batch_id: str) -> dict[str, Any]:
@@ -327,6 +336,4 @@ def _write_results(server: str, found: dict[str, Any], file: BinaryIO) -> None:
 
 
 def _download(server: str, file_id: str) -> Iterator[bytes]:
-    response: http.client.HTTPResponse = send_request(server, "GET", f"/v1/files/{file_id}/content")
-    with response:
-        yield from response
+    yield from read_lines(server, send_request(server, "GET", f"/v1/files/{file_id}/content"))

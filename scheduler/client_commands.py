@@ -5,19 +5,22 @@ Exit codes: 0 done, 1 the server refused or failed, 2 wrong usage, 3 no server f
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import click
 
 from scheduler.command import state_dir_option
 from scheduler.gpu_table import gpu_table
+from scheduler.plain_tables import make_console, make_table
 
 NO_SERVER_EXIT: Final = 3
 #: The API key to send, where the server needs one; `ps` and `trace` need the scope admin.
@@ -75,9 +78,7 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(status, indent=2))
         return
-    from rich.console import Console
-
-    console = Console()
+    console = make_console()
     console.print(model_table(status))
     if (gpus := gpu_table(status)) is not None:
         console.print()
@@ -89,11 +90,8 @@ def ps(state_dir: Path, url: str | None, as_json: bool) -> None:
 
 def model_table(status: dict[str, Any]) -> Any:
     """The models of a status report as a rich table."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("MODEL", "TIER", "STATE", "WORKERS", "IN FLIGHT", "SEALED", "PRIVATE", "PSS", "SLEEPS IN"):
-        table.add_column(column, justify="left" if column in ("MODEL", "TIER", "STATE") else "right")
+    numbers = ("WORKERS", "IN FLIGHT", "SEALED", "PRIVATE", "PSS", "SLEEPS IN")
+    table = make_table("MODEL", "TIER", "STATE", right=numbers)
     for model in status["models"]:
         idle_for_s = model["idle_for_s"]
         left_s = None if idle_for_s is None else max(0.0, model["idle_timeout_s"] - idle_for_s)
@@ -150,9 +148,8 @@ def run(
     body.update({k: v for k, v in {"temperature": temperature, "seed": seed}.items() if v is not None})
     address = server_url(state_dir, url)
     if as_json:
-        for line in _post_stream(address, CHAT_PATH, body):
-            if line.startswith("data: ") and line != "data: [DONE]":
-                click.echo(line[len("data: ") :])
+        for event in _stream_events(address, body):
+            click.echo(event)
         return
     for text in stream_chat(address, body):
         click.echo(text, nl=False)
@@ -166,15 +163,28 @@ def stream_chat(address: str, body: dict[str, Any]) -> Iterator[str]:
     Raises:
         ClickException: the server refused it, or it ended with an error.
     """
-    for line in _post_stream(address, CHAT_PATH, body):
-        if not line.startswith("data: ") or line == "data: [DONE]":
-            continue
-        event = json.loads(line[len("data: ") :])
-        if "error" in event:
-            raise click.ClickException(event["error"]["message"])
-        for choice in event["choices"]:
+    for event in _stream_events(address, body):
+        for choice in json.loads(event).get("choices", ()):
             if text := choice["delta"].get("content"):
                 yield text
+
+
+def _stream_events(address: str, body: dict[str, Any]) -> Iterator[str]:
+    """The events of a streamed chat request as JSON, the one with an error too.
+
+    Raises:
+        ClickException: the server refused it, or it ended with an error.
+        NoServer: the stream has no end.
+    """
+    for line in read_lines(address, _request(address, "POST", CHAT_PATH, body)):
+        event = line.decode("utf-8").rstrip("\r\n").removeprefix("data: ")
+        if event == "[DONE]":
+            return
+        if event.startswith("{"):  # the other lines are comments, ids and the blanks between
+            yield event
+            if "error" in (told := json.loads(event)):
+                raise click.ClickException(told["error"]["message"])
+    raise NoServer(f"{address} broke off before the end of its answer")
 
 
 @click.command()
@@ -187,8 +197,14 @@ def trace(request_id: str | None, state_dir: Path, last: bool, url: str | None, 
     """Draw the waterfall of REQUEST_ID: where the time to the first byte went."""
     if (request_id is None) == (not last):
         raise click.UsageError("give a REQUEST_ID or --last")
-    found = get_json(server_url(state_dir, url), f"/admin/traces/{'last' if last else request_id}")
+    path = "last" if request_id is None else quote(_bare_id(request_id), safe="")
+    found = get_json(server_url(state_dir, url), f"/admin/traces/{path}")
     click.echo(json.dumps(found, indent=2) if as_json else draw_waterfall(found))
+
+
+def _bare_id(shown: str) -> str:
+    """The id in what answers and streams show of a request: ``chatcmpl-ID``, ``msg_ID``, and events' ``ID:NUMBER``."""
+    return re.sub(r"^(chatcmpl-|cmpl-|resp_|msg_)", "", shown).partition(":")[0]
 
 
 def draw_waterfall(found: dict[str, Any]) -> str:
@@ -204,7 +220,8 @@ def draw_waterfall(found: dict[str, Any]) -> str:
     tier = f"cold start from {found['cold_tier']}" if found["cold_tier"] else "hot"
     if found.get("error"):
         tier += f", ended with {found['error']}"
-    lines = [f"{found['request_id']}  {found['model']}  {tier}  first byte after {found['ttft_ms']:.1f} ms"]
+    first = f"first byte after {found['ttft_ms']:.1f} ms" if found["ttft_ms"] else "no byte of an answer"
+    lines = [f"{found['request_id']}  {found['model']}  {tier}  {first}"]
     for phase in phases:
         start_ns = max(0, marks[phase["start"]] - origin_ns)
         duration_ns = max(0, marks[phase["end"]] - origin_ns - start_ns)
@@ -279,37 +296,79 @@ def send_request(
     """
     address = urlsplit(url)
     connection = _connect(address.scheme, address.hostname or "127.0.0.1", address.port)
-    try:
-        sent = dict(headers or {})
-        if api_key := os.environ.get(API_KEY):
-            sent["Authorization"] = f"Bearer {api_key}"
+    sent = {**(headers or {}), **_authorization()}
+    with _answering(url, "does not answer"):
         connection.request(method, path, payload, sent)
         response = connection.getresponse()
-    except OSError as error:
-        raise NoServer(f"{url} does not answer: {error}") from error
     if response.status >= 400:
-        text = response.read().decode("utf-8", "replace")
+        with _answering(url):
+            text = response.read().decode("utf-8", "replace")
         try:
             message = json.loads(text)["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = text[:500]
-        raise click.ClickException(f"{response.status}: {message}")
+        remedy = f" (this command sends what {API_KEY} holds)" if response.status in (401, 403) else ""
+        raise click.ClickException(f"{response.status}: {message}{remedy}")
     return response
 
 
+def _authorization() -> dict[str, str]:
+    """The header with the user's API key, if there is one.
+
+    Raises:
+        ClickException: it cannot be sent.
+    """
+    api_key = os.environ.get(API_KEY, "").strip()  # files end with a newline, some with a carriage return too
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise click.ClickException(f"{API_KEY} holds characters that no API key has: set it to the key alone, gp_...")
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+@contextlib.contextmanager
+def _answering(url: str, failure: str = "broke off in the middle of its answer") -> Iterator[None]:
+    """What goes wrong between us and the server, as :class:`NoServer`."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise NoServer(f"{url} {failure}: {error or type(error).__name__}") from error
+
+
 def get_json(url: str, path: str) -> Any:
-    """The decoded answer to a GET; errors as :func:`_request` raises them."""
-    return json.loads(_request(url, "GET", path).read())
+    """The decoded answer to a GET; errors as :func:`send_request` raises them."""
+    return read_json(url, _request(url, "GET", path))
 
 
 def post_json(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The decoded answer to a POST; errors as :func:`_request` raises them."""
-    return json.loads(_request(url, "POST", path, body or {}).read())
+    """The decoded answer to a POST; errors as :func:`send_request` raises them."""
+    return read_json(url, _request(url, "POST", path, body or {}))
 
 
-def _post_stream(url: str, path: str, body: dict[str, Any]) -> Iterator[str]:
-    with _request(url, "POST", path, body) as response:
-        for raw in response:
-            line = raw.decode("utf-8").rstrip("\r\n")
-            if line:
-                yield line
+def read_json(url: str, response: http.client.HTTPResponse) -> Any:
+    """The decoded answer of ``url``.
+
+    Raises:
+        NoServer: the answer broke off.
+        ClickException: it is no JSON.
+    """
+    with _answering(url):
+        text = response.read()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise click.ClickException(f"{url} is no glowplug server: it answers with something else than JSON") from error
+
+
+def read_lines(url: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The lines of an answer of ``url``, as they come. Closes it.
+
+    Raises:
+        NoServer: the answer broke off.
+    """
+    with response:
+        lines = iter(response)
+        while True:
+            with _answering(url):
+                line = next(lines, None)
+            if line is None:
+                return
+            yield line

@@ -177,9 +177,17 @@ def show(state_dir: Path, file: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(row) for row in rows], indent=2))
         return
-    width = max(len(row.name) for row in rows)
-    for row in rows:
-        click.echo(f"{row.name:<{width}}  {row.value!s:<24}  {row.origin}")
+    shown = [(row.name, _show_value(row.value), row.origin) for row in rows]
+    name_width, value_width = (max(len(row[column]) for row in shown) for column in (0, 1))
+    for name, value, origin in shown:
+        click.echo(f"{name:<{name_width}}  {value:<{value_width}}  {origin}")
+
+
+def _show_value(value: Any) -> str:
+    """As the file has it: ``false``, ``300``, and ``""`` where there is nothing to see."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() and value < 1e6 else str(value) or '""'
 
 
 @config_group.command()

@@ -74,17 +74,33 @@ def _make_node_verb(act: str) -> click.Command:
     def verb(node: str, state_dir: Path, url: str | None, wait_s: float, as_json: bool) -> None:
         address = server_url(state_dir, url)
         answer = post_json(address, f"/admin/nodes/{quote(node)}:{act}")
-        deadline_s = time.monotonic() + wait_s
-        while act == "drain" and time.monotonic() < deadline_s:
-            status = get_json(address, "/admin/status")
-            gpus = [gpu for report in status["nodes"] if report["node_id"] == node for gpu in report["gpus"]]
-            workers = [worker for worker in status["workers"] if worker["node_id"] == node]
-            if not workers and not any(gpu.get("spare_workers") for gpu in gpus):
-                break
-            time.sleep(POLL_S)
+        if act == "drain" and wait_s > 0:
+            _wait_empty(address, node, wait_s)
         click.echo(json.dumps(answer) if as_json else f"{node}: {act}ed")
 
     return verb
+
+
+def _wait_empty(address: str, node: str, wait_s: float) -> None:
+    """Return once ``node`` has no worker and no spare.
+
+    Raises:
+        ClickException: it still had some at the end.
+    """
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        status = get_json(address, "/admin/status")
+        left = [worker["worker_id"] for worker in status["workers"] if worker["node_id"] == node]
+        gpus = [gpu for report in status["nodes"] if report["node_id"] == node for gpu in report["gpus"]]
+        if num_spares := sum(gpu.get("spare_workers", 0) for gpu in gpus):
+            left.append(f"{num_spares} spares")
+        if not left:
+            return
+        if time.monotonic() > deadline_s:
+            raise click.ClickException(
+                f"{node} takes no new workers, but after {wait_s:g} s it still has {', '.join(left)}"
+            )
+        time.sleep(POLL_S)
 
 
 def _wait(address: str, model: str, act: str, wait_s: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from scheduler.client_commands import get_json, model_table, server_url, url_opt
 from scheduler.command import state_dir_option
 from scheduler.contract.log_file import LOG_NAME
 from scheduler.gpu_table import gpu_table
+from scheduler.plain_tables import make_console, make_table
 
 POLL_S: Final = 0.2
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
@@ -35,10 +36,9 @@ def top(state_dir: Path, url: str | None, every_s: float, count: int | None, as_
         for status in _looks(address, every_s, count):
             click.echo(json.dumps(status))
         return
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console()
+    console = make_console()
     try:
         if not console.is_terminal:
             for status in _looks(address, every_s, count or 1):
@@ -63,11 +63,8 @@ def _looks(address: str, every_s: float, count: int | None) -> Iterator[dict[str
 
 def _picture(status: dict[str, Any]) -> Any:
     from rich.console import Group
-    from rich.table import Table
 
-    workers = Table(box=None, pad_edge=False)
-    for column in ("WORKER", "NODE", "STATE", "PID", "RUNNING", "WAITING", "KV USED", "TOKENS"):
-        workers.add_column(column, no_wrap=True)
+    workers = make_table("WORKER", "NODE", "STATE", right=("PID", "RUNNING", "WAITING", "KV USED", "TOKENS"))
     for row in status["workers"]:
         used = f"{row['kv_used_bytes'] / max(1, row['kv_budget_bytes']):.0%}"
         numbers = (row["pid"], row["num_running"], row["num_waiting"])
@@ -102,31 +99,34 @@ def logs(state_dir: Path, follow: bool, lines: int, level: str, component: str |
     path = (Path(folder) if folder and folder != "off" else state_dir / "log") / LOG_NAME
     if not path.exists() and not follow:
         raise click.ClickException(f"{path}: no log yet; `glowplug serve` writes it")
-    wanted = LEVELS[LEVELS.index(level) :]
+    levels = LEVELS[LEVELS.index(level) :]
+
+    def is_wanted(line: str) -> bool:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return False  # a line that is being written
+        return event.get("level") in levels and (component is None or event.get("component") == component)
+
     try:
-        for line in _tail(path, lines, follow=follow):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # a line that is being written
-            if event.get("level") not in wanted or (component and event.get("component") != component):
-                continue
-            click.echo(line if as_json else _render(event))
+        for line in _tail(path, lines, is_wanted, follow=follow):
+            click.echo(line if as_json else _render(json.loads(line)))
             sys.stdout.flush()
     except KeyboardInterrupt:
         pass
 
 
-def _tail(path: Path, num_lines: int, *, follow: bool) -> Iterator[str]:
-    """The newest lines, then (``follow``) new ones for ever; a rotated file is read to its end, then the new one."""
+def _tail(path: Path, num_lines: int, is_wanted: Callable[[str], bool], *, follow: bool) -> Iterator[str]:
+    """The newest wanted lines, then (``follow``) new ones for ever; a rotated file is read to its end, then the new
+    one."""
     file = path.open(encoding="utf-8", errors="replace") if path.exists() else None
     if file is not None:
-        yield from (line.rstrip("\n") for line in deque(file, maxlen=num_lines))
+        yield from (line.rstrip("\n") for line in deque(filter(is_wanted, file), maxlen=num_lines))
     pending = ""
     while follow:
         chunk = file.read() if file is not None else ""
         *whole, pending = (pending + chunk).split("\n")
-        yield from whole
+        yield from filter(is_wanted, whole)
         if not chunk:
             if path.exists() and (file is None or path.stat().st_ino != os.fstat(file.fileno()).st_ino):
                 if file is not None:

@@ -9,6 +9,7 @@ import click
 
 from scheduler.client_commands import get_json, server_url, url_option
 from scheduler.command import state_dir_option
+from scheduler.plain_tables import make_console, make_table
 
 
 @click.command()
@@ -22,16 +23,9 @@ def usage(state_dir: Path, url: str | None, days: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("DAY", "TENANT", "KEY", "MODEL"):
-        table.add_column(column, no_wrap=True)
-    for column in ("REQUESTS", "ERRORS", "PROMPT", "COMPLETION"):
-        table.add_column(column, justify="right")
+    table = make_table("DAY", "TENANT", "KEY", "MODEL", right=("REQUESTS", "ERRORS", "PROMPT", "COMPLETION"))
     for row in rows:
         key = f"gp_{row['key_id']}" if row["key_id"] else "-"
         counts = (row["requests"], row["errors"], row["prompt_tokens"], row["completion_tokens"])
         table.add_row(row["day"], row["tenant"] or "-", key, row["model"], *(str(count) for count in counts))
-    Console().print(table)
+    make_console().print(table)

@@ -97,7 +97,7 @@ def describe_framework_error(error: web.HTTPException, request: web.Request, max
     """What aiohttp's router or body reader refused, in our words."""
     match error:
         case web.HTTPNotFound():
-            message = f"no such path: {request.method} {request.path[:200]}"
+            message = f"no such path: {request.method} {request.path[:200]}; {_path_remedy(request)}"
             return HttpError(404, message, code="unknown_path")
         case web.HTTPMethodNotAllowed():
             allowed = ", ".join(sorted(error.allowed_methods))
@@ -108,6 +108,16 @@ def describe_framework_error(error: web.HTTPException, request: web.Request, max
             return HttpError(413, message, code=ErrorCode.REQUEST_TOO_LARGE.value)
         case _:
             return HttpError(error.status, error.reason or "request refused", code="http_error")
+
+
+def _path_remedy(request: web.Request) -> str:
+    """A base_url without ``/v1``, with it twice, or a slash at the end are what clients get wrong."""
+    known = {resource.canonical for resource in request.app.router.resources()}
+    path = request.path.rstrip("/")
+    for meant in (path, f"/v1{path}", path.removeprefix("/v1")):
+        if meant in known:
+            return f"did you mean {meant}?"
+    return "GET /openapi.json lists the paths"
 
 
 def describe_refusal(error: GlowplugError | HttpError | web.HTTPException) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from scheduler.gateway.gateway import GATEWAY
 from scheduler.gateway.settings import GatewaySettings
 
 MAX_JSON_DEPTH: Final = 64
+TOO_DEEP: Final = f"the request body is nested too deeply: at most {MAX_JSON_DEPTH} levels"
 
 
 async def read_json_body(request: web.Request, settings: GatewaySettings) -> dict[str, Any]:
@@ -66,16 +67,16 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     Raises:
         GlowplugError: not JSON, nested too deep, or not an object.
     """
+    if not body.strip():
+        raise GlowplugError(ErrorCode.INVALID_REQUEST, "the request body is empty; expected a JSON object")
     try:
         found = msgspec.json.decode(body)
     except RecursionError as error:
-        raise GlowplugError(ErrorCode.INVALID_REQUEST, "the request body is nested too deeply") from error
+        raise GlowplugError(ErrorCode.INVALID_REQUEST, TOO_DEEP) from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise GlowplugError(ErrorCode.INVALID_REQUEST, f"the request body is not valid JSON: {error}") from error
     if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and is_deeper(found, MAX_JSON_DEPTH):
-        raise GlowplugError(
-            ErrorCode.INVALID_REQUEST, f"the request body is nested too deeply: at most {MAX_JSON_DEPTH} levels"
-        )
+        raise GlowplugError(ErrorCode.INVALID_REQUEST, TOO_DEEP)
     if not isinstance(found, dict):
         raise GlowplugError(
             ErrorCode.INVALID_REQUEST, f"the request body must be a JSON object, not {json_type(found)}"

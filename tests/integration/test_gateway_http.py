@@ -115,6 +115,28 @@ async def assert_error(answer: tuple[int, Any, Any], status: int, code: str, par
     assert len(headers["X-Request-Id"]) == 26
 
 
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/v1/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/chat/completions/", "did you mean /v1/chat/completions?"),
+        ("/api/chat", "GET /openapi.json lists the paths"),
+    ],
+)
+async def test_a_wrong_base_url_is_told_what_is_right(gateway: GatewayHarness, path: str, remedy: str) -> None:
+    """What clients get wrong most: /v1 left out, or there twice."""
+    _, _, body = await gateway.post(path, chat_body())
+    assert body["error"]["message"] == f"no such path: POST {path}; {remedy}"
+
+
+async def test_an_empty_body_is_called_empty(gateway: GatewayHarness) -> None:
+    """Not "truncated JSON"."""
+    async with gateway.client.post(gateway.url + CHAT, headers={"Content-Type": "application/json"}) as response:
+        answer = await response.json()
+    assert (response.status, answer["error"]["message"]) == (400, "the request body is empty; expected a JSON object")
+
+
 async def test_errors_have_openais_shape(gateway: GatewayHarness) -> None:
     """Every refusal, from the router's to the body reader's to ours; none of them wakes anything."""
     url = gateway.url

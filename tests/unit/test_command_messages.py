@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import socket
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +101,53 @@ def test_an_address_may_end_like_that_of_an_openai_client() -> None:
         "http://127.0.0.1:8080/v1/",
     ):
         assert client_commands.check_url(None, None, url) == "http://127.0.0.1:8080"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verb", [("ps",), ("run", "m", "hi"), ("batch", "list")])
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata:", "broke off "),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\ndata:", "broke off "),
+        (b"", "does not answer"),
+        (b"nonsense\r\n\r\n", "does not answer"),
+    ],
+)
+def test_a_server_that_dies_while_it_answers_is_told_so(verb: tuple[str, ...], answer: bytes, expected: str) -> None:
+    """Exit code 3, as where none answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        result = refuse(*verb, "--url", f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+    assert (result.exit_code, expected in result.output) == (3, True), result.output
+
+
+def test_a_key_that_cannot_be_sent_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key from a file ends with a newline or a carriage return: that is no part of it."""
+    for text in ("gp_a\nb", "gp_\u043a"):
+        monkeypatch.setenv("GLOWPLUG_API_KEY", text)
+        result = refuse("ps", "--url", "http://127.0.0.1:1")
+        assert "GLOWPLUG_API_KEY" in result.output
+        assert "gp_a" not in result.output
+    monkeypatch.setenv("GLOWPLUG_API_KEY", "gp_abc\r\n")
+    assert client_commands._authorization() == {"Authorization": "Bearer gp_abc"}
+
+
+def test_letters_that_the_terminal_has_not_end_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Latin-1 terminal: bars of `trace` become question marks."""
+    trace = {"request_id": "a", "model": "m", "cold_tier": "T2", "ttft_ms": 1.0, "marks": {"accepted": 1, "b": 2}}
+    phases = [{"name": "queue", "start": "accepted", "end": "b"}]
+    monkeypatch.setattr(client_commands, "get_json", lambda *_: {**trace, "phases": phases})
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    main(["trace", "--last", "--url", "http://x"], standalone_mode=False)
+    sys.stdout.flush()
+    assert b"queue       ????" in written.getvalue()

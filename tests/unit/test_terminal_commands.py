@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from scheduler import cli_reference, conversation, terminal_commands
+from scheduler import cli_reference, client_commands, conversation, operate_commands, terminal_commands
 from scheduler.command import VERBS, main
 
 
@@ -32,6 +32,8 @@ def test_logs_shows_the_newest_lines_of_a_level_and_a_part(tmp_path: Path) -> No
     (tmp_path / "log" / "glowplug.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"cut')
     shown = runner.invoke(main, ["logs", "--level", "error", "--json"]).output.splitlines()
     assert [json.loads(line)["i"] for line in shown] == [1, 3, 5, 7, 9]
+    shown = runner.invoke(main, ["logs", "--level", "error", "-n", "3", "--json"]).output.splitlines()
+    assert [json.loads(line)["i"] for line in shown] == [5, 7, 9]  # the newest three errors, however many lines ago
     shown = runner.invoke(main, ["logs", "--component", "gateway"]).output.splitlines()
     assert [line.split()[-1] for line in shown] == ["i=8", "i=9"]
 
@@ -40,7 +42,7 @@ def test_following_goes_on_in_the_new_file_after_a_rotation(tmp_path: Path) -> N
     """Lines before and after the file was renamed come once each, in order."""
     path = tmp_path / "a.jsonl"
     path.write_text("1\n2\n")
-    lines = terminal_commands._tail(path, 1, follow=True)
+    lines = terminal_commands._tail(path, 1, lambda _: True, follow=True)
     assert next(lines) == "2"
     with path.open("a") as file:
         file.write("3\n")
@@ -69,6 +71,55 @@ def test_top_prints_one_table_where_there_is_no_terminal(monkeypatch: pytest.Mon
     assert (shown.exit_code, "MODEL" in shown.output) == (0, True), shown.output
     lines = runner.invoke(main, ["top", "--url", "http://x", "--json", "--count", "2", "--every-s", "0.1"]).output
     assert [json.loads(line) for line in lines.splitlines()] == [status] * 2
+
+
+def test_a_model_s_name_is_whole_in_a_pipe_and_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe has no width; a terminal that is too narrow breaks the name and loses none of it."""
+    name = "mistral-small-3.2-24b-instruct-2506-of-march-with-a-long-name-q4-k-m"
+    row = {"name": name, "tier": "T4", "state": "ready", "workers": 1, "in_flight": 64, "sealed_bytes": 2**34}
+    row |= {
+        "worker_bytes": 2**34,
+        "proportional_bytes": 2**34,
+        "idle_for_s": 1,
+        "idle_timeout_s": 9999,
+        "pinned": False,
+    }
+    status = {"leader": "x", "models": [row], "nodes": [], "workers": [], "drained_nodes": []}
+    for module in (client_commands, terminal_commands):
+        monkeypatch.setattr(module, "get_json", lambda *_: status)
+    for verb in ("ps", "top"):
+        shown = CliRunner().invoke(main, [verb, "--url", "http://x"]).output
+        assert f"{name}  T4    ready" in shown
+        narrow = CliRunner().invoke(main, [verb, "--url", "http://x"], env={"COLUMNS": "100"}).output
+        assert name in "".join(line.split(" ")[0] for line in narrow.splitlines())
+
+
+def test_a_trace_is_found_by_what_answers_and_streams_call_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The id of a completion, of a message, of a stream's event; a request without an answer has no first byte."""
+    asked: list[str] = []
+    found = {"request_id": "01AB", "model": "m", "cold_tier": None, "ttft_ms": 0.0, "marks": {"accepted": 1}}
+
+    def answer(_: str, path: str) -> dict[str, Any]:
+        asked.append(path)
+        return {**found, "phases": [], "error": "cancelled"}
+
+    monkeypatch.setattr(client_commands, "get_json", answer)
+    for shown in ("01AB", "chatcmpl-01AB", "cmpl-01AB", "resp_01AB", "msg_01AB", "01AB:7", "a/b?c"):
+        result = CliRunner().invoke(main, ["trace", shown, "--url", "http://x"])
+        assert "ended with cancelled  no byte of an answer" in result.output
+    assert asked == ["/admin/traces/01AB"] * 6 + ["/admin/traces/a%2Fb%3Fc"]
+
+
+def test_a_drain_that_is_not_over_is_not_called_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After --wait-s the workers and spares that are left are named, with exit code 1; none left: done."""
+    gpus = [{"spare_workers": 2}]
+    status = {"nodes": [{"node_id": "n", "gpus": gpus}], "workers": [{"worker_id": "m-1", "node_id": "n"}]}
+    monkeypatch.setattr(operate_commands, "post_json", lambda *_: {})
+    monkeypatch.setattr(operate_commands, "get_json", lambda *_: status)
+    late = CliRunner().invoke(main, ["drain", "n", "--url", "http://x", "--wait-s", "0.1"])
+    assert (late.exit_code, "after 0.1 s it still has m-1, 2 spares" in late.output) == (1, True), late.output
+    status.update(nodes=[], workers=[])
+    assert CliRunner().invoke(main, ["drain", "n", "--url", "http://x"]).output == "n: drained\n"
 
 
 def test_a_conversation_carries_its_messages_and_its_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
