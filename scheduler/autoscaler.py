@@ -26,7 +26,7 @@ from typing import Final
 
 from scheduler.config import ModelPolicy
 from scheduler.contract.errors import ErrorCode, ErrorInfo
-from scheduler.contract.states import CLAIMING_STATES, SlotState
+from scheduler.contract.states import AWAY_STATES, CLAIMING_STATES, ParkPolicy, SlotState
 from scheduler.crash_streak import REFUSED_FROM, describe_held_back
 from scheduler.gpu_placement import GpuNeed, GpuView, Place, Refuse, Wait, decide_placement, decide_return
 
@@ -51,6 +51,7 @@ class WorkerView:
     ordered_at_s: float
     device: str = ""  # UUID of its GPU
     ready_at_s: float = 0.0
+    park: ParkPolicy = ParkPolicy.DROP
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +252,7 @@ def _decide_wake(model: ModelView, fleet: FleetView, reservations: _Reservations
     if model.refused is not None:
         return [RefuseQueue(model.name, model.refused)]
     live = model.live_workers
-    if live and all(worker.state is SlotState.PARKED for worker in live):
+    if live and all(worker.state in AWAY_STATES for worker in live):
         return _decide_return(model, live, fleet, reservations, now_s)
     if live and not _wants_another(model, live):
         return []

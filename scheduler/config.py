@@ -20,6 +20,7 @@ from scheduler.contract.config_file import (
     section_variables,
 )
 from scheduler.contract.environment import read_positive_float
+from scheduler.contract.states import ParkPolicy
 from scheduler.tenants import TenantPolicy
 
 GIB: Final = 1024**3
@@ -31,10 +32,11 @@ _DAY_WINDOW: Final = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3])
 class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one model is woken and put to sleep.
 
-    An interactive request that would wait longer than ``max_wait_s`` for its turn is refused.
-    ``max_running`` sequences share a worker's batch. ``kv_budget_bytes`` bounds a worker's KV cache. A ``pinned`` model
-    keeps a worker and is never scaled to zero. ``park_after_s`` is for backends that can park (T3); on others a worker
-    stays hot until ``idle_timeout_s``. 0: never parked.
+    An interactive request that would wait longer than ``max_wait_s`` for its turn is refused. ``max_running``
+    sequences share a worker's batch. ``kv_budget_bytes`` bounds a worker's KV cache. A ``pinned`` model keeps a
+    worker and is never scaled to zero. ``park_after_s`` is for backends that can park (T3); on others a worker stays
+    hot until ``idle_timeout_s``. 0: never parked. ``park`` says what leaves the device then: ``drop`` (weights and KV
+    blocks), ``keep`` (weights only), ``release`` (all, by the driver's checkpoint, where it has one).
 
     Lines of a batch wake the model, unless ``batch_wakes`` is off, and run within ``batch_window`` (local time, such as
     ``22:00-06:00``; empty: always), ``batch_in_flight`` at once. When none of them has been answered for
@@ -50,6 +52,7 @@ class ModelPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     drain_grace_s: float = 30.0
     pinned: bool = False
     park_after_s: float = 0.0
+    park: ParkPolicy = ParkPolicy.DROP
     batch_wakes: bool = True
     batch_window: str = ""
     batch_in_flight: int = 16

@@ -101,10 +101,12 @@ class Fleet:
         for report in reports:
             model = self._models.get(report.model)
             if model is not None and report.device and (known := model.workers.get(report.worker_id)) is not None:
-                model.workers[report.worker_id] = replace(known, device=report.device)  # a new leader has not heard it
+                # A new leader has not heard it.
+                model.workers[report.worker_id] = replace(known, device=report.device, park=report.park)
             if model is not None and report.worker_id not in model.workers and report.state in SERVING:
                 model.workers[report.worker_id] = WorkerView(
-                    report.worker_id, report.node_id, report.model, report.state, now_s, report.device, now_s
+                    *(report.worker_id, report.node_id, report.model, report.state, now_s, report.device, now_s),
+                    report.park,
                 )
         served = [w for m in self._models.values() for w in m.workers.values() if w.state in SERVING]
         missing = {worker.worker_id: worker for worker in served if worker.worker_id not in self._reporting}
@@ -132,7 +134,9 @@ class Fleet:
     def on_ordered(self, worker_id: str, model: str, node_id: str, now_s: float, device: str = "") -> None:
         """A spawn order is about to be sent."""
         self._models[model].count_awake(now_s)
-        self._models[model].workers[worker_id] = WorkerView(worker_id, node_id, model, SlotState.COLD, now_s, device)
+        park = self._config.policy_of(model).park  # as in the order
+        worker = WorkerView(worker_id, node_id, model, SlotState.COLD, now_s, device, park=park)
+        self._models[model].workers[worker_id] = worker
 
     def on_draining(self, worker_id: str, model: str) -> None:
         """A drain order is about to be sent."""
@@ -326,6 +330,7 @@ class Fleet:
             requests_per_s=model.history.requests_per_s(now_s),
             in_flight=model.in_flight + (model.wake_asked_s is not None),  # a wish brings a parked one back too
             is_wanted=self._is_wanted(name),
+            park=worker.park,
         )
 
     def _node_budget_bytes(self, report: NodeReport) -> int:
@@ -348,6 +353,8 @@ class Fleet:
             tier = Tier.HOT
         elif SlotState.PARKED in present:
             tier = Tier.PARKED
+        elif SlotState.RELEASED in present:
+            tier = Tier.RELEASED
         else:
             tier = Tier.HOST_RAM if sealed_bytes else Tier.DISK
         is_pinned = self._is_pinned(name)

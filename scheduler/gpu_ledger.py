@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from scheduler.contract.messages import GpuReport
-from scheduler.contract.states import SlotState
+from scheduler.contract.states import AWAY_STATES, ParkPolicy, SlotState
 from scheduler.gpu_placement import GpuNeed, GpuView, Resident
 
 STARTING: Final = frozenset({SlotState.COLD, SlotState.RESTORING})
@@ -36,18 +36,24 @@ class Tenant:
     requests_per_s: float
     in_flight: int
     is_wanted: bool = False  # pinned, or asked for: it does not leave for another
+    park: ParkPolicy = ParkPolicy.DROP
 
     @property
     def held_bytes(self) -> int:
-        """What it holds, once it is ready: a parked model's weights are gone from there."""
-        return self.need.device_bytes - (self.need.weights_bytes if self.state is SlotState.PARKED else 0)
+        """What it holds, once it is ready: of a parked model its context, and KV blocks where they are kept."""
+        if self.state is SlotState.RELEASED:
+            return 0
+        if self.state is not SlotState.PARKED:
+            return self.need.device_bytes
+        kv_bytes = 0 if self.park is ParkPolicy.KEEP else self.need.kv_bytes
+        return self.need.device_bytes - self.need.weights_bytes - kv_bytes
 
     @property
     def promised_bytes(self) -> int:
-        """What it is about to take: all of it before it is ready, the weights where a parked model is called back."""
+        """What it is about to take: all of it before it is ready, what it gave where a parked model is called back."""
         if self.state in STARTING:
             return self.need.device_bytes
-        return self.need.weights_bytes if self.state is SlotState.PARKED and self.in_flight else 0
+        return self.need.device_bytes - self.held_bytes if self.state in AWAY_STATES and self.in_flight else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ DEFAULT_WAIT_S: Final = 120.0
 #: When an act has come true, from a row of /admin/status. Acts that are not here are true at once.
 DONE: Final[dict[str, Callable[[dict[str, Any]], bool]]] = {
     "wake": lambda row: row["tier"] == "T4" and "ready" in row["state"],
-    "park": lambda row: row["tier"] == "T3",
+    "park": lambda row: row["tier"] in ("T3", "T3r"),
     "pin": lambda row: row["pinned"],
     "unpin": lambda row: not row["pinned"],
     "unload": lambda row: row["workers"] == 0 and row["sealed_bytes"] == 0,
@@ -28,7 +28,7 @@ DONE: Final[dict[str, Callable[[dict[str, Any]], bool]]] = {
 }
 HELP: Final = {
     "wake": "Start a worker for MODEL without a request; its idle timer runs from when it is ready.",
-    "park": "Return MODEL's device memory once it is idle and keep its process (T3), where its backend can.",
+    "park": "Return MODEL's device memory once it is idle and keep its process (T3, T3r), where its backend can.",
     "unload": "Drain MODEL to zero and forget its sealed bytes; the next request wakes it from disk (T1).",
     "pin": "Keep MODEL awake: a worker now, and never scaled to zero, also after restarts.",
     "unpin": "Let MODEL be scaled to zero again.",

@@ -54,7 +54,7 @@ from scheduler.contract.messages import (
     WorkerReport,
 )
 from scheduler.contract.reloading import SCHEDULER, ReloadListener
-from scheduler.contract.states import ModelAct, SlotState
+from scheduler.contract.states import AWAY_STATES, ModelAct, SlotState
 from scheduler.contract.telemetry import Mark
 from scheduler.dispatch import Dispatcher
 from scheduler.fleet import Fleet
@@ -256,7 +256,8 @@ class Scheduler:
         self._log.info("operator_order", model=model, act=act.value)
         if act is ModelAct.WAKE:
             self._fleet.on_wake_asked(model, now_s)
-            await self._park(self._fleet.workers_in(model, SlotState.PARKED), is_parked=False)
+            for state in AWAY_STATES:
+                await self._park(self._fleet.workers_in(model, state), is_parked=False)
         elif act is ModelAct.PARK:
             await self._park(self._fleet.workers_in(model, SlotState.READY))
         elif act is ModelAct.UNLOAD:
@@ -348,6 +349,7 @@ class Scheduler:
             max_running=policy.max_running,
             kv_budget_bytes=policy.kv_budget_bytes,
             park_after_s=policy.park_after_s,
+            park=policy.park,
             device=spawn.device,
             marks={Mark.DEMAND_SEEN: seen_mono_ns, Mark.SPAWN_ORDERED: time.monotonic_ns()},
         )

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from tests.checkpoint_fixtures import FakeCheckpointDriver
 from tests.nvml_fixtures import FakeDriver, FakeGpu
 from tests.worker_fixtures import Host
 
@@ -20,11 +21,13 @@ class EmulatedGpus:
     def __init__(self, folder: Path) -> None:
         self.driver = FakeDriver(folder / "nvml.txt", [FakeGpu(GPU), FakeGpu(OTHER_GPU)])
         self.driver.write()
+        self.checkpoint = FakeCheckpointDriver(folder / "checkpoint")
         self._orders = folder / "emulated.json"
         self.govern()
         paths = (str(ROOT / "tests" / "emulated_gpu"), str(ROOT), os.environ.get("PYTHONPATH", ""))
         self.env = {
             **self.driver.env,
+            **self.checkpoint.env,
             "EMULATED_GPU": str(self._orders),
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
             "GLOWPLUG_BACKEND": "cuda",

@@ -3,18 +3,15 @@
 Not run by the tests. Needs torch and transformers, which are no dependencies of this project:
 
     python3 -m venv /tmp/goldens && /tmp/goldens/bin/pip install torch==2.13.0 transformers==5.23.0
-    /tmp/goldens/bin/python tests/make_transformers_goldens.py [--greedy-only]
+    /tmp/goldens/bin/python tests/make_transformers_goldens.py
 
-Each folder is a complete Hugging Face checkpoint (bfloat16, so that importing it loses nothing), a
-``golden.safetensors`` with ``input_ids`` [T] and ``logits`` [T, V], computed in float32, and a ``greedy.safetensors``:
-64 greedy steps behind a prompt of 16 tokens, ``float32.token_ids`` [80], ``float32.logits`` [64, V], and the same for
-``bfloat16``. ``--greedy-only`` makes the latter from the checkpoints that are there.
+Each folder is a complete Hugging Face checkpoint (bfloat16, so that importing it loses nothing) and a
+``golden.safetensors`` with ``input_ids`` [T] and ``logits`` [T, V], computed in float32.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -36,7 +32,6 @@ from transformers import (
 
 DATA = Path(__file__).resolve().parent / "data"
 NUM_TOKENS = 40
-PROMPT_TOKENS, GREEDY_STEPS = 16, 64
 VOCAB_SIZE = 288
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -94,29 +89,7 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_greedy(folder: Path) -> None:
-    """Prompt and greedy continuation, each step computed anew from all tokens, in both types."""
-    tensors: dict[str, torch.Tensor] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        token_ids, rows = [(37 * i + 5) % 256 for i in range(PROMPT_TOKENS)], []
-        with torch.inference_mode():
-            for _ in range(GREEDY_STEPS):
-                rows.append(model(torch.tensor([token_ids])).logits[0, -1].clone())
-                token_ids.append(int(rows[-1].argmax()))
-        name = str(dtype).removeprefix("torch.")
-        tensors |= {
-            f"{name}.token_ids": torch.tensor(token_ids, dtype=torch.int32),
-            f"{name}.logits": torch.stack(rows),
-        }
-    save_file(tensors, folder / "greedy.safetensors")
-
-
 def main() -> None:
-    if "--greedy-only" in sys.argv:
-        for name in make_models():
-            make_greedy(DATA / name)
-        return
     for seed, (name, model) in enumerate(make_models().items()):
         folder = DATA / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +103,6 @@ def main() -> None:
         make_tokenizer().save(str(folder / "tokenizer.json"))
         settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-        make_greedy(folder)
         print(name, float(logits.abs().max()), float(logits.std()))
 
 

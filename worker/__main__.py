@@ -1,4 +1,4 @@
-"""``python -m worker agent`` and, started by the agent, ``python -m worker zygote FD``."""
+"""``python -m worker agent`` and, started by the agent, ``python -m worker zygote FD`` and ``releaser FD``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Final
 
 USAGE: Final = """usage: python -m worker agent
        python -m worker zygote FD    (started by the agent; FD is its end of a socket pair)
+       python -m worker releaser FD  (likewise; FD is a listening socket)
 Settings come from the environment: REDIS_URL, GLOWPLUG_STATE_DIR, GLOWPLUG_SNAPSHOT_KEYS, ..."""
 
 
@@ -39,6 +40,10 @@ def main(arguments: list[str]) -> int:
             from worker.zygote import main as run_zygote
 
             return run_zygote(int(fd))
+        case ["releaser", fd] if fd.isdecimal():
+            from worker.releaser import main as run_releaser
+
+            return run_releaser(int(fd))
         case _:
             print(USAGE, file=sys.stderr)
             return 2

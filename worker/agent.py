@@ -104,6 +104,7 @@ class NodeAgent:
             release_leases=self._release_leases,
             on_device_freed=self._on_device_freed,
             spares=self._gpus.spares,
+            find_release_address=self._gpus.release_address,
         )
         self._fencing_token = 0  # the highest seen; orders with a lower one come from a deposed leader
         self._spawns: set[asyncio.Task[None]] = set()
@@ -138,6 +139,7 @@ class NodeAgent:
                 asyncio.create_task(self._heartbeat(), name="heartbeat"),
                 asyncio.create_task(self._watch_store(), name="store-watch"),
                 asyncio.create_task(stopped.watch(), name="stopped-workers"),
+                asyncio.create_task(self._gpus.run(), name="gpus"),
             ]
             await asyncio.to_thread(agent_sealing.load_sealing)  # now, and not in the first wake from disk
             await self._until_stopped(side_tasks)

@@ -16,6 +16,7 @@ from guests.errors import GuestError, GuestIncompatible
 from guests.runtime import GuestEngine
 from scheduler.contract import codec
 from scheduler.contract.errors import ErrorCode, ErrorInfo
+from scheduler.contract.states import ParkPolicy, Tier
 from scheduler.contract.telemetry import Mark
 from snapshots.errors import Incompatible, SnapshotError
 from snapshots.manifest import Manifest
@@ -26,6 +27,7 @@ from worker.engine.parking import IdleParking
 from worker.engine.step_loop import StepLoop, bind_plan, make_step_loop
 from worker.engine.types import RequestStep
 from worker.prepared_models import InheritedModel
+from worker.process_release import connect_release
 from worker.restore import PreparedModel, RestoredModel, prepare_model
 from worker.spawn_order import SpawnedFds, SpawnOrder
 
@@ -45,8 +47,8 @@ class EngineListener(Protocol):
     def on_steps(self, steps: list[RequestStep]) -> None:
         """See :class:`worker.engine.engine.Engine`."""
 
-    def on_parked(self, is_parked: bool) -> None:
-        """The model has left the device, or is on its way back."""
+    def on_moved(self, tier: Tier) -> None:
+        """The model has left the device (PARKED, RELEASED), or is on its way back (HOT)."""
 
 
 class EngineThread:
@@ -125,15 +127,16 @@ class EngineThread:
     def _on_steps(self, steps: list[RequestStep]) -> None:
         self._wait_listener().on_steps(steps)
 
-    def _on_parked(self, is_parked: bool) -> None:
-        self._wait_listener().on_parked(is_parked)
+    def _on_moved(self, tier: Tier) -> None:
+        self._wait_listener().on_moved(tier)
 
     def _restore(self) -> StepLoop:
         order = self._order
         model, bound = self._warm_and_map()
         self._guest_engine.start_ticker()  # first: without it no deadline holds, and resuming calls the guest
         restored = self._restored = model.resume(secrets.randbits(63))
-        self._parking = IdleParking(bound, order.park_after_s, self._on_parked)
+        release = connect_release(order.release_address) if order.park is ParkPolicy.RELEASE else None
+        self._parking = IdleParking(bound, order.park_after_s, self._on_moved, order.park, release)
         engine = make_step_loop(
             restored.model,
             bound,

@@ -58,7 +58,7 @@ class _Running:
     run: Run
     marks: dict[str, int]
     outcome: asyncio.Future[RequestStep]
-    met_parked: bool = False  # its worker's model was parked when it came
+    met_tier: Tier | None = None  # where its worker's model was when it came, if off the device
     is_submitted: bool = False
     is_saying_farewell: bool = False
     emitted: tuple[tuple[int, ...], ...] = ()
@@ -83,7 +83,7 @@ class RequestRunner:
         self._running: dict[str, _Running] = {}
         self._farewells: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
-        self.is_parked = False  # the model; set by the slot
+        self.away_tier: Tier | None = None  # of the model, while it is off its device; set by the slot
 
     def __len__(self) -> int:
         return len(self._running)
@@ -106,7 +106,7 @@ class RequestRunner:
             structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
         run = await self._publisher.begin(request, attempt)
         request_id = request.request_id
-        running = _Running(request, run, marks, self._loop.create_future(), met_parked=self.is_parked)
+        running = _Running(request, run, marks, self._loop.create_future(), met_tier=self.away_tier)
         self._running[request_id] = running
         try:
             if run.is_finished:
@@ -204,7 +204,7 @@ class RequestRunner:
             error=step.error,
             marks=marks,
             worker_id=wake.worker_id,
-            cold_tier=wake.cold_tier if is_cold else Tier.PARKED if running.met_parked else None,
+            cold_tier=wake.cold_tier if is_cold else running.met_tier,
             snapshot_id=wake.snapshot_id,
             clock_id=CLOCK_ID,
             wake_tier=wake.cold_tier if is_foreign else None,

@@ -26,7 +26,7 @@ from guests.runtime import GuestEngine
 from scheduler.contract.connection import connect
 from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import WorkerReport
-from scheduler.contract.states import CLAIMING_STATES, SlotState
+from scheduler.contract.states import CLAIMING_STATES, SlotState, Tier
 from scheduler.contract.telemetry import Mark
 from worker.backends.protocol import Backend, BackendFull
 from worker.engine.engine_statistics import EngineStatistics
@@ -64,6 +64,12 @@ MAX_SILENCE_S: Final = 0.15
 #: And so long after the step that chose it, so that it is logged and published before connections are made.
 SETTLE_AFTER_TOKEN_S: Final = 0.02
 LAST_WORDS_S: Final = 2.0  # for the last reports of a worker that ends
+#: What a worker is called by where its model is.
+STATE_OF_TIER: Final = {
+    Tier.HOT: SlotState.READY,
+    Tier.PARKED: SlotState.PARKED,
+    Tier.RELEASED: SlotState.RELEASED,
+}
 EXIT_OK: Final = 0
 EXIT_CRASHED: Final = 70  # EX_SOFTWARE, as of a worker that raises
 
@@ -156,8 +162,8 @@ class WorkerSlot:
             self._has_stepped = True  # written only by the engine's thread
             self._tell_loop(self._settle_soon)
 
-    def on_parked(self, is_parked: bool) -> None:
-        self._tell_loop(self._change_parked, is_parked)
+    def on_moved(self, tier: Tier) -> None:
+        self._tell_loop(self._change_tier, tier)
 
     def _settle_soon(self) -> None:
         self._loop.call_later(SETTLE_AFTER_TOKEN_S, self._is_settled.set)
@@ -172,10 +178,10 @@ class WorkerSlot:
         gc.freeze()
         gc.enable()
 
-    def _change_parked(self, is_parked: bool) -> None:
+    def _change_tier(self, tier: Tier) -> None:
         if self._state in CLAIMING_STATES:
-            self._tell(SlotState.PARKED if is_parked else SlotState.READY)
-            self._runner.is_parked = is_parked
+            self._tell(STATE_OF_TIER[tier])
+            self._runner.away_tier = None if tier is Tier.HOT else tier
 
     def _be_restoring(self) -> None:
         """The restore takes longer than a blink: say so."""
@@ -292,6 +298,7 @@ class WorkerSlot:
             prompt_tokens=statistics.num_prompt_tokens,
             cached_tokens=statistics.num_cached_tokens,
             device=self._order.device,
+            park=self._order.park,
         )
 
     def _on_fenced(self, request_id: str) -> None:

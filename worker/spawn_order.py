@@ -31,7 +31,7 @@ from typing import Final
 
 import msgspec
 
-from scheduler.contract.states import Tier
+from scheduler.contract.states import ParkPolicy, Tier
 
 NUM_SPAWN_FDS: Final = range(2, 7)  # weights, guest, and what else the snapshot has for a worker
 NO_FD: Final = -1
@@ -63,6 +63,8 @@ class SpawnOrder(msgspec.Struct, frozen=True):
     draft_tokens: int = 0  # guessed ahead in each sequence; 0: none
     park_after_s: float = 0.0  # idle time after which a backend that can gives its device memory back; 0: never
     device: str = ""  # UUID of the one GPU that the worker may see; empty: as the environment says
+    park: ParkPolicy = ParkPolicy.DROP  # what leaves the device then
+    release_address: str = ""  # of who takes processes off their devices; empty: nobody here
 
 
 def choose_device(uuid: str) -> None:

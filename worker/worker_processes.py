@@ -85,7 +85,9 @@ class WorkerProcesses:
         release_leases: ReleaseLeases,
         on_device_freed: OnDeviceFreed,
         spares: SpareWorkers,
+        find_release_address: Callable[[], str] = str,
     ) -> None:
+        """``find_release_address``: of who takes processes off their devices; empty: nobody."""
         self._zygote = zygote
         self._cache = cache
         self._reports = reports
@@ -94,6 +96,7 @@ class WorkerProcesses:
         self._release_leases = release_leases
         self._on_device_freed = on_device_freed
         self.spares: Final = spares
+        self._find_release_address = find_release_address
         self._log = structlog.get_logger()
         self._processes: dict[str, _Process] = {}
         self._burials: set[asyncio.Task[None]] = set()
@@ -152,6 +155,8 @@ class WorkerProcesses:
             cold_tier=Tier.HOST_RAM if is_warm else Tier.DISK,
             draft_tokens=self._settings.draft_tokens,
             park_after_s=command.park_after_s,
+            park=command.park,
+            release_address=self._find_release_address(),
             device=command.device,
             marks={**command.marks, Mark.ORDER_RECEIVED: received_mono_ns, Mark.VERIFIED: time.monotonic_ns()},
         )

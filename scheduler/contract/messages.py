@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from scheduler.contract.errors import ErrorCode, ErrorInfo
-from scheduler.contract.states import FinishReason, GrammarKind, ModelAct, Priority, SlotState, Task, Tier
+from scheduler.contract.states import FinishReason, GrammarKind, ModelAct, ParkPolicy, Priority, SlotState, Task, Tier
 from scheduler.contract.trace_context import TraceContext
 
 
@@ -249,6 +249,7 @@ class SpawnWorker(msgspec.Struct, frozen=True, tag="spawn", omit_defaults=True):
     marks: dict[str, int] = {}
     park_after_s: float = 0.0  # idle time after which it gives its device memory back, if it can; 0: never
     device: str = ""  # UUID of the GPU that it is for; empty: a CPU, or the node's only GPU
+    park: ParkPolicy = ParkPolicy.DROP
 
 
 class DrainWorker(msgspec.Struct, frozen=True, tag="drain"):
@@ -348,6 +349,7 @@ class WorkerReport(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0  # of admitted requests
     cached_tokens: int = 0  # of these, taken over from earlier requests instead of computed
     device: str = ""  # UUID of its GPU; empty: as its order said
+    park: ParkPolicy = ParkPolicy.DROP  # what leaves the device when it is parked
 
 
 class StageEvent(msgspec.Struct, frozen=True, array_like=True):

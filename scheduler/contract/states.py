@@ -12,8 +12,17 @@ class Tier(StrEnum):
     REMOTE = "T0"  # object store
     DISK = "T1"  # local disk, not in sealed memory
     HOST_RAM = "T2"  # sealed memory file, no worker process
-    PARKED = "T3"  # worker alive, weights in host memory, device memory returned
+    RELEASED = "T3r"  # parked, and the driver keeps what else the process had on the device in host memory
+    PARKED = "T3"  # worker alive, weights in host memory, their device memory returned
     HOT = "T4"  # worker alive and serving
+
+
+class ParkPolicy(StrEnum):
+    """What of a parked worker leaves its device."""
+
+    KEEP = "keep"  # weights; KV blocks stay, and with them what later prompts could take over
+    DROP = "drop"  # weights and KV blocks
+    RELEASE = "release"  # everything, the context too, where the driver can (T3r); else as DROP
 
 
 class ModelAct(StrEnum):
@@ -49,9 +58,11 @@ class SlotState(StrEnum):
     cold      restoring  the process starts with its spawn order
     restoring ready      model mapped, guest restored, plan bound
     restoring failed     anything was refused or went wrong
+    parked    released   at once, by policy, where the driver takes the whole process off the device
     ready     draining   drain order, SIGTERM, or idle limit
     ready     parked     idle for ``park_after_s``, or asked to, on a backend that can
     parked    ready      a request was claimed, or a wake asked for; the weights are on their way back
+    released  parked     fetched back by the driver; else as from parked
     parked    failed     somebody else has the device memory and keeps it
     parked    draining   as from ready
     draining  cold       no request in flight; the process exits
@@ -62,12 +73,15 @@ class SlotState(StrEnum):
     RESTORING = "restoring"
     READY = "ready"
     PARKED = "parked"
+    RELEASED = "released"
     DRAINING = "draining"
     FAILED = "failed"
 
 
 #: A worker in one of these claims requests.
-CLAIMING_STATES: Final = frozenset({SlotState.READY, SlotState.PARKED})
+CLAIMING_STATES: Final = frozenset({SlotState.READY, SlotState.PARKED, SlotState.RELEASED})
+#: Of these, the ones whose model has left its device.
+AWAY_STATES: Final = frozenset({SlotState.PARKED, SlotState.RELEASED})
 
 
 class FinishReason(StrEnum):

@@ -24,6 +24,7 @@ COLD_START_NAMES: Final[dict[Tier | None, str]] = {
     None: "hot",
     Tier.HOT: "hot",
     Tier.PARKED: "parked",
+    Tier.RELEASED: "released",
     Tier.HOST_RAM: "snapshot",
     Tier.DISK: "disk",
     Tier.REMOTE: "remote",
@@ -31,7 +32,7 @@ COLD_START_NAMES: Final[dict[Tier | None, str]] = {
 
 
 #: What needs no start of a worker: its phases are those of a request to a hot one.
-WITHOUT_A_START: Final = frozenset({None, Tier.PARKED})
+WITHOUT_A_START: Final = frozenset({None, Tier.PARKED, Tier.RELEASED})
 
 
 class PhaseRow(msgspec.Struct):

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from cuda_device_fixtures import SETTINGS, bind, make_device, make_resources, put_in_blob
 from engine_fixtures import EngineHarness, greedy, make_request
 from llama_programs import TINY, compute_logits, random_plan
 
 from loadtest.gpu_table import format_report
+from scheduler.contract.states import ParkPolicy, Tier
 from snapshots.errors import BlobCorrupt
 from worker.backends.cuda.cuda_backend import CudaBackend
 from worker.backends.cuda.cuda_model import CudaModel
@@ -25,6 +27,7 @@ from worker.backends.sampling_rows import SamplingRow
 from worker.benchmarks.gpu_ladder import run_ladder
 from worker.engine.mailbox import Mailbox
 from worker.engine.parking import IdleParking
+from worker.engine.prefixes import PrefixIndex, PrimedPrefixArray
 
 SEEDS = range(6)
 PROMPT = SequenceInput((3, 1), 0, (1, 2, 3, 4, 5, 6, 7))
@@ -277,8 +280,6 @@ def test_parked_model_gives_its_memory_back_and_goes_on(keeps_kv: bool) -> None:
     assert left_bytes == (16 * model.kv_block_bytes if keeps_kv else 0) < used_bytes
     with pytest.raises(BackendError):
         model.step((PROMPT,))
-    if not keeps_kv:
-        model.open_kv(16)
     model.unpark()
     more = SequenceInput(PROMPT.block_table, 7, (9,))
     if not keeps_kv:
@@ -287,14 +288,14 @@ def test_parked_model_gives_its_memory_back_and_goes_on(keeps_kv: bool) -> None:
     model.close()
 
 
-def test_parked_weights_are_verified_again() -> None:
-    """Memory that changed while a model was parked is noticed before it is computed with."""
+@pytest.mark.parametrize("locks_source", [True, False])
+def test_parked_weights_are_verified_again(locks_source: bool) -> None:
+    """Memory that changed while a model was parked is noticed before it is computed with, by either way back."""
     plan = put_in_blob(random_plan(TINY))
     assert plan.blob is not None
     model = bind(plan, make_device())
-    model.park()
+    model.park(locks_source=locks_source)
     plan.blob.data[100] ^= 4
-    model.open_kv(16)
     model.unpark()
     with pytest.raises(BlobCorrupt):
         model.step((PROMPT,))
@@ -363,10 +364,61 @@ def test_idle_engine_parks_the_model_and_serves_again() -> None:
     first = harness.complete(make_request("r1", (4, 5, 6), greedy(6, ignore_eos=True)))
     mailbox = Mailbox()
     request = make_request("r2", (4, 5, 6), greedy(6, ignore_eos=True))
-    parking = IdleParking(model, 0.01, lambda is_parked: mailbox.submit(request) if is_parked else None)
+    parking = IdleParking(model, 0.01, lambda tier: mailbox.submit(request) if tier is Tier.PARKED else None)
     parking.wait_collect(mailbox)
     second = harness.complete(request)
     assert second.token_ids() == first.token_ids()
+
+
+PREFIX = tuple(range(4, 40))
+
+
+@pytest.mark.parametrize("policy", [ParkPolicy.KEEP, ParkPolicy.DROP])
+def test_after_a_parking_prefixes_are_taken_over_where_they_were_kept_and_else_computed_anew(
+    policy: ParkPolicy,
+) -> None:
+    """The same tokens either way; dropped, the device holds nothing of the model, and the blocks' books forget.
+
+    A primed prefix comes back from its mapping, not by computing.
+    """
+    plan = put_in_blob(random_plan(TINY))
+    device = make_device(7)
+    reference_model = NumpyBackend().bind(plan)
+    reference_model.open_kv(3)
+    primed_ids = PREFIX[:20]
+    reference_model.step((SequenceInput((0, 1, 2), 0, primed_ids),))
+    primed = PrefixIndex([PrimedPrefixArray(primed_ids, reference_model.capture_prefix((0, 1, 2), len(primed_ids)))])
+    model = CudaModel(plan, make_resources(device))
+    harness = EngineHarness(plan=plan, bound=model, kv_budget_bytes=1 << 19, prefixes=primed)
+    mailbox = Mailbox()
+    request = make_request("again", (*PREFIX, 50, 51), greedy(8, ignore_eos=True))
+    heard: list[Tier] = []
+
+    def on_moved(tier: Tier) -> None:
+        heard.append(tier)
+        if tier is Tier.PARKED:
+            mailbox.submit(request)
+
+    parking = IdleParking(model, 0.01, on_moved, policy)
+
+    def complete(name: str) -> tuple[list[int], int]:
+        outcome = harness.complete(make_request(name, (*PREFIX, 50, 51), greedy(8, ignore_eos=True)))
+        assert outcome.final is not None
+        return outcome.token_ids(), outcome.final.usage.cached_tokens
+
+    first, num_primed = complete("r1")
+    assert (complete("r2"), num_primed) == ((first, 32), 20)
+    hot_bytes = device.capacity_bytes - device.read_memory().free_bytes
+    with structlog.testing.capture_logs() as logs:
+        parking.wait_collect(mailbox)
+    kv_bytes = model.statistics()["kv_resident_bytes"]
+    left_bytes = kv_bytes if policy is ParkPolicy.KEEP else 0
+    told = next(line for line in logs if line["event"] == "model_parked")
+    assert told["freed_bytes"] == hot_bytes - left_bytes
+    assert told["device_free_bytes"] == device.capacity_bytes - left_bytes
+    assert heard == [Tier.PARKED, Tier.HOT]
+    assert complete("r3") == (first, 32 if policy is ParkPolicy.KEEP else num_primed)
+    assert complete("r4") == (first, 32)
 
 
 def test_lost_device_ends_the_engine_and_full_memory_only_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

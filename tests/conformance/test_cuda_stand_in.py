@@ -35,9 +35,10 @@ def run_device_tests(*arguments: str, **environment: str) -> str:
 
 @pytest.mark.timeout(240)  # where the kernels have to be compiled first
 def test_device_tests_pass_on_the_stand_in() -> None:
-    """Logits, draws, batched decodes by graph and parking, through the file that imports CuPy; 64 greedy steps of a
-    Llama, a Qwen2 and a Qwen3 in float32 and bf16, beside those of transformers."""
-    assert "passed" in run_device_tests("-k", "(64 or not agree) and not live", "tests/conformance/test_cuda_gpu.py")
+    """Logits, draws, batched decodes by graph and parking, through the file that imports CuPy."""
+    assert "passed" in run_device_tests(
+        "-k", "(64 or not agree) and not live and not qwen", "tests/conformance/test_cuda_gpu.py"
+    )
 
 
 @pytest.mark.timeout(240)

@@ -13,15 +13,17 @@ import os
 import sys
 from pathlib import Path
 
-from worker.backends.cuda.device import Place
+from worker.backends.cuda.device import ByteArray, DeviceMemory, Place
 from worker.backends.cuda.emulated_device import EmulatedDevice, EmulatedMemory
 from worker.backends.cuda_kernels import Launch
 
 
 class GovernedDevice(EmulatedDevice):
-    """Its memory and its faults are in the hands of the test."""
+    """Its memory and its faults are in the hands of the test. While the stand-in of the driver's checkpoint calls has
+    taken the process off its device, whatever is asked of it ends the process (a real one would stand still)."""
 
     def allocate(self, num_bytes: int) -> Place:
+        _check_present()
         self.capacity_bytes = int(_orders()["capacity_bytes"])
         place = super().allocate(num_bytes)
         assert isinstance(place.memory, EmulatedMemory)
@@ -29,10 +31,30 @@ class GovernedDevice(EmulatedDevice):
         place.memory.bytes[:] = 0
         return place
 
+    def read_memory(self) -> DeviceMemory:
+        _check_present()
+        return super().read_memory()
+
+    def free(self, place: Place) -> None:
+        _check_present()
+        super().free(place)
+
+    def register(self, memory: ByteArray) -> bool:
+        _check_present()
+        return super().register(memory)
+
     def launch(self, launch: Launch, stream: object) -> None:
+        _check_present()
         if _orders()["lose"] == os.getpid():
             self.lose_after = 0
         super().launch(launch, stream)  # type: ignore[arg-type]
+
+
+def _check_present() -> None:
+    state = Path(os.environ.get("CHECKPOINT_STAND_IN", "/nonexistent")) / str(os.getpid())
+    if state.exists() and state.read_text().strip() != "0":
+        print(f"a call of the device by {os.getpid()}, which is off it", file=sys.stderr, flush=True)
+        os._exit(99)
 
 
 def _orders() -> dict[str, int]:

@@ -20,8 +20,9 @@ from loadtest.streaming_client import get_json
 from scheduler.contract import keys, reloading
 from scheduler.contract.errors import ErrorCode
 from scheduler.contract.messages import ParkWorker
-from scheduler.contract.states import Tier
+from scheduler.contract.states import ParkPolicy, SlotState, Tier
 from scheduler.contract.telemetry import Mark
+from tests.checkpoint_fixtures import CHECKPOINTED, RUNNING
 from tests.eventually import eventually, eventually_sync
 from tests.gpu_host_fixtures import GPU, OTHER_GPU, EmulatedGpus, GpuHost
 from tests.worker_fixtures import MODEL, NODE, copy_state_dir, make_request, wait_gone
@@ -92,6 +93,67 @@ async def test_a_parked_worker_is_called_back_by_a_request(host: GpuHost) -> Non
     _, terminal = await host.ask("r2", marks=just_accepted())
     assert (terminal.error, terminal.cold_tier) == (None, None)
     assert (await host.worker_report("w1")).pid == worker.pid
+
+
+async def test_a_worker_is_released_and_fetched_back(host: GpuHost) -> None:
+    """The driver takes the whole process off its GPU (T3r); a request fetches it, says so, and gets the same text. What
+    the driver refuses is parked (T3) and serves as well. Neither agent nor zygote has the driver's library for it."""
+    worker = await host.spawn("w1", device=GPU, park=ParkPolicy.RELEASE)
+    assert worker.park is ParkPolicy.RELEASE
+    expected, _ = await host.ask("r0")
+    await host.order(ParkWorker("w1", host.fencing_token))
+    await host.wait_change("w1", "released")
+    assert host.gpus.checkpoint.state(worker.pid) == CHECKPOINTED
+    text, terminal = await host.ask("r1", marks=just_accepted())
+    assert (text, terminal.error, terminal.cold_tier) == (expected, None, Tier.RELEASED)
+    assert host.gpus.checkpoint.state(worker.pid) == RUNNING
+    host.gpus.checkpoint.order("refuse Checkpoint 801")
+    await host.order(ParkWorker("w1", host.fencing_token))
+    await host.wait_logged("release_refused")
+    await eventually(lambda: is_in_state(host, "w1", SlotState.PARKED), what="parked instead")
+    text, terminal = await host.ask("r2", marks=just_accepted())
+    assert (text, terminal.error, terminal.cold_tier) == (expected, None, Tier.PARKED)
+    report = await host.node_report()
+    assert report is not None
+    for pid in (host.agent.pid, report.zygote_pid):
+        assert "libcuda" not in mapped_libraries(pid)
+
+
+async def is_in_state(host: GpuHost, worker_id: str, state: SlotState) -> bool:
+    """As the worker's own report says."""
+    return (await host.worker_report(worker_id)).state is state
+
+
+async def test_a_worker_that_dies_off_its_device_is_replaced(host: GpuHost) -> None:
+    """Killed while released, or drained: its end is told like any other, and the next worker serves."""
+    worker = await host.spawn("w1", device=GPU, park=ParkPolicy.RELEASE, park_after_s=0.05)
+    await host.wait_change("w1", "released")
+    os.kill(worker.pid, signal.SIGKILL)
+    lost = await host.wait_change("w1", "failed", exited=True)
+    assert lost.error is not None
+    second = await host.spawn("w2", device=GPU, park=ParkPolicy.RELEASE, park_after_s=0.05)
+    await host.wait_change("w2", "released")
+    _, terminal = await host.ask("r1", marks=just_accepted())
+    assert (terminal.error, terminal.worker_id, terminal.cold_tier) == (None, "w2", Tier.RELEASED)
+    await eventually(lambda: host.gpus.checkpoint.state(second.pid) == CHECKPOINTED, what="released again")
+    await host.order_drain("w2")
+    assert (await host.wait_change("w2", "cold", exited=True)).error is None
+
+
+async def test_a_worker_that_cannot_come_back_ends_and_its_request_goes_on(host: GpuHost) -> None:
+    """The driver fails to fetch it: an error of the device, so another worker answers."""
+    await host.spawn("w1", device=GPU, park=ParkPolicy.RELEASE)
+    await host.order(ParkWorker("w1", host.fencing_token))
+    await host.wait_change("w1", "released")
+    host.gpus.checkpoint.order("refuse Restore 999")
+    await host.dispatcher.enqueue(make_request("r1"))
+    lost = await host.wait_change("w1", "failed", exited=True)
+    assert lost.error is not None
+    assert lost.had_requests
+    host.gpus.checkpoint.order()
+    await host.spawn("w2", device=OTHER_GPU)
+    _, terminal = await host.wait_answer("r1")
+    assert (terminal.error, terminal.worker_id) == (None, "w2")
 
 
 async def test_an_idle_worker_is_parked_by_its_policy_and_drained_from_there(host: GpuHost) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from scheduler.autoscaler import (
     Action,
     Drain,
@@ -19,7 +21,7 @@ from scheduler.autoscaler import (
 from scheduler.config import ModelPolicy, SchedulerConfig
 from scheduler.contract.errors import ErrorCode
 from scheduler.contract.messages import GpuReport, ModelCard, NodeReport, WorkerChanged, WorkerReport
-from scheduler.contract.states import SlotState, Task
+from scheduler.contract.states import ParkPolicy, SlotState, Task, Tier
 from scheduler.fleet import Fleet
 from scheduler.gpu_ledger import RETURN_S
 from scheduler.gpu_placement import MIN_RESIDENCE_S, OVERHEAD_BYTES, GpuView
@@ -107,9 +109,9 @@ def report(free_gib: float, *, at_s: float = 0.0, **fields: object) -> NodeRepor
     return NodeReport("g1", 1, at_s, 64 * GIB, 64 * GIB, {}, backend="cuda", gpus=(gpu,))
 
 
-def make_fleet(*names: str) -> Fleet:
+def make_fleet(*names: str, park: ParkPolicy = ParkPolicy.DROP) -> Fleet:
     """Models of 12 GiB on a GPU of 24, of which the driver calls 24 free."""
-    known = Fleet(SchedulerConfig(defaults=ModelPolicy(kv_budget_bytes=GIB)))
+    known = Fleet(SchedulerConfig(defaults=ModelPolicy(kv_budget_bytes=GIB, park=park)))
     known.on_cards([ModelCard(name, weights_bytes=12 * GIB) for name in names], 0.0)
     known.on_nodes([report(24)])
     return known
@@ -182,7 +184,7 @@ def test_busy_and_pinned_models_do_not_leave() -> None:
 
 
 def test_a_parked_model_gives_room_and_gets_it_back() -> None:
-    """Parked, only its KV blocks are booked; called back to a full GPU, the idle newcomer leaves for it."""
+    """Parked, only its context is booked; called back to a full GPU, the idle newcomer leaves for it."""
     known = make_fleet("a", "b")
     known.on_demand("a", 1.0)
     act(known, 1.0)
@@ -200,6 +202,36 @@ def test_a_parked_model_gives_room_and_gets_it_back() -> None:
     (drain,) = act(known, 7.0 + MIN_RESIDENCE_S + 1)
     assert isinstance(drain, Drain)
     assert drain.worker.worker_id == "w-b"
+
+
+@pytest.mark.parametrize(
+    ("park", "state", "held"),
+    [
+        ("keep", SlotState.PARKED, GIB + OVERHEAD_BYTES),
+        ("drop", SlotState.PARKED, OVERHEAD_BYTES),
+        ("release", SlotState.PARKED, OVERHEAD_BYTES),
+        ("release", SlotState.RELEASED, 0),
+    ],
+)
+def test_what_a_parked_model_holds_is_booked_and_the_rest_is_promised_to_its_return(
+    park: str, state: SlotState, held: int
+) -> None:
+    """By the policy that its worker was started with, whatever the configuration says by now."""
+    known = make_fleet("a", park=ParkPolicy(park))
+    known.on_demand("a", 1.0)
+    act(known, 1.0)
+    tell(known, "a", SlotState.READY, 2.0)
+    known.on_in_flight("a", 0, 2.5)
+    known.set_config(SchedulerConfig(defaults=ModelPolicy(kv_budget_bytes=GIB)))
+    tell(known, "a", state, 5.0)
+    (gpu,) = known.view(5.0).nodes[0].gpus
+    assert ([one.device_bytes for one in gpu.residents], gpu.promised_bytes) == ([held], 0)
+    (row,) = known.statuses([], 5.0)
+    assert (row.tier, row.state) == (Tier.RELEASED if state is SlotState.RELEASED else Tier.PARKED, state.value)
+    known.on_demand("a", 6.0)
+    assert act(known, 6.0) == []  # it claims the request and comes back by itself
+    (gpu,) = known.view(6.0).nodes[0].gpus
+    assert gpu.promised_bytes == 13 * GIB + OVERHEAD_BYTES - held
 
 
 def test_a_new_leader_learns_devices_from_the_workers_reports() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.backends.cuda.checkpoint import DriverCheckpoint, ProcessState, find_checkpoint
+from worker.backends.cuda.checkpoint import DriverCheckpoint, ProcessState, find_checkpoint, probe_checkpoint
 from worker.backends.cuda.device import DeviceError
 
 
@@ -41,7 +41,7 @@ def test_suspend_locks_first_and_resume_unlocks_last() -> None:
     checkpoint.suspend(42)
     assert checkpoint.read_state(42) is ProcessState.CHECKPOINTED
     checkpoint.resume(42)
-    assert driver.calls == ["Lock", "Checkpoint", "GetState", "Restore", "Unlock"]
+    assert driver.calls == ["Lock", "Checkpoint", "GetState", "GetState", "Restore", "Unlock"]
 
 
 def test_refused_checkpoint_lets_the_process_run_on() -> None:
@@ -53,6 +53,8 @@ def test_refused_checkpoint_lets_the_process_run_on() -> None:
 
 
 def test_machines_without_the_calls_have_no_checkpoint() -> None:
-    """No library, or one without the calls: None, and no error."""
+    """No library, or one without the calls: None, and no error; the probe says why."""
+    assert "no driver" in str(probe_checkpoint("libno-such-driver.so.1"))
+    assert "570" in str(probe_checkpoint("libc.so.6"))
     assert find_checkpoint("libno-such-driver.so.1") is None
     assert find_checkpoint("libc.so.6") is None

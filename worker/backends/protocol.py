@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -170,6 +170,30 @@ class BoundModel(Protocol):
 
     def close(self) -> None:
         """Free device memory. Idempotent."""
+
+
+@runtime_checkable
+class Parkable(Protocol):
+    """A bound model that can leave its device and come back. Requires of all: no sequence is running."""
+
+    def park(self, *, keeps_kv: bool = False, locks_source: bool = True) -> None:
+        """Return the device memory of weights, and of KV blocks unless they are kept; the weights' host copy stays, and
+        is page-locked for the way back unless ``locks_source`` is off. Idempotent; asked again, it may still lock."""
+
+    def unpark(self) -> None:
+        """Begin to bring the weights back, verified (steps wait for what they need of them), with empty KV blocks
+        where they were not kept.
+
+        Raises:
+            BackendFull: there is no room; still parked.
+            BackendLost: the device failed.
+        """
+
+    def watch_kv(self, on_dropped: Callable[[], None]) -> None:
+        """Have ``on_dropped`` called when the contents of all KV blocks are gone."""
+
+    def read_free_bytes(self) -> int:
+        """Device memory that no process has, as the driver counts."""
 
 
 class Backend(Protocol):

@@ -127,7 +127,6 @@ def measure_resumes(model: CudaModel, num_rounds: int) -> Iterator[tuple[float, 
         parked_s = time.perf_counter() - begin_s
         begin_s = time.perf_counter()
         model.unpark()
-        model.open_kv(NUM_BLOCKS)
         serve_first_token(model)
         yield time.perf_counter() - begin_s, parked_s
 

@@ -159,6 +159,16 @@ class BlockPool:
                 freed.append(block)
         return freed
 
+    def forget(self) -> None:
+        """The contents of all blocks are gone: keep none for prompts to come.
+
+        Raises:
+            BlockPoolIntegrityError: some are in use.
+        """
+        if self._references:
+            raise BlockPoolIntegrityError(f"{self.num_used} blocks are in use and their contents are gone")
+        self._evict(self.num_cached)
+
     def check_integrity(self, held: Iterable[int]) -> None:
         """Check the books against ``held``: every holder's blocks, one after the other.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from worker.backends.protocol import KV_BLOCK_TOKENS, BoundModel, FloatArray
+from worker.backends.protocol import KV_BLOCK_TOKENS, BoundModel, FloatArray, Parkable
 from worker.engine.block_pool import BlockPool
 from worker.engine.prefixes import PrefixIndex
 from worker.engine.sequence import Choice, RunningRequest
@@ -44,6 +44,8 @@ class KvCache:
         self._prefixes = prefixes
         self._prefix_caching = prefix_caching
         bound.open_kv(self.pool.num_blocks)
+        if isinstance(bound, Parkable):
+            bound.watch_kv(self.pool.forget)  # what was kept is computed anew, or restored from the mapped prefix
 
     @property
     def used_bytes(self) -> int:

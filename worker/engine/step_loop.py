@@ -55,7 +55,7 @@ def make_step_loop(
     if isinstance(model, LoadedEncoder):
         return EncoderEngine(model, cast(BoundEncoder, bound), on_steps=on_steps)
     bound_model = cast(BoundModel, bound)
-    return Engine(
+    engine = Engine(
         model,
         bound_model,
         max_running=max_running,
@@ -64,3 +64,6 @@ def make_step_loop(
         max_draft_tokens=max_draft_tokens,
         parking=parking,
     )
+    if parking is not None:
+        parking.attach(lambda: engine.statistics().num_waiting > 0)
+    return engine

@@ -6,7 +6,8 @@ const TIERS = [
   ["T0", "remote", "object store"],
   ["T1", "disk", "nothing in memory"],
   ["T2", "host memory", "sealed, no process"],
-  ["T3", "parked", "process, no device memory"],
+  ["T3r", "released", "process, nothing on the device"],
+  ["T3", "parked", "process, no weights on the device"],
   ["T4", "hot", "serving"],
 ];
 

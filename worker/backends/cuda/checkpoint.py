@@ -1,12 +1,14 @@
 """The driver's own way to take a process off its GPUs: ``cuCheckpointProcess*``, driver 570 and later.
 
-It suspends a whole process by its id: all its device memory goes to that process's host memory, the GPU is free. Beside
-parking (weights dropped, host copy kept) it is the slower and more general way; ``gpu-check`` measures it. Nothing here
-is used unless it is asked for. Source: CUDA Driver API, "CUDA Checkpointing".
+It suspends a whole process by its id: all its device memory goes to that process's host memory, the GPU is free.
+Alone it is the slower and more general way than parking (weights dropped, host copy kept): ``gpu-check`` measures
+that. Workers of models with ``park: release`` are parked first (:mod:`worker.releaser`). Source: CUDA Driver API,
+"CUDA Checkpointing".
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from enum import IntEnum
 from typing import Any, Final
@@ -14,7 +16,8 @@ from typing import Any, Final
 from worker.backends.cuda.device import DeviceError
 
 _LIBRARY: Final = "libcuda.so.1"
-_LOCK_TIMEOUT_MS: Final = 10_000
+_LOCK_TIMEOUT_MS: Final = 2_000
+_UNKNOWN: Final = 999  # CUDA_ERROR_UNKNOWN
 _CALLS: Final = ("Lock", "Checkpoint", "Restore", "Unlock", "GetState")
 
 
@@ -25,6 +28,14 @@ class ProcessState(IntEnum):
     LOCKED = 1
     CHECKPOINTED = 2
     FAILED = 3
+
+
+class CheckpointRefused(DeviceError):
+    """The driver did not do it. ``status`` is its error."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class _LockArguments(ctypes.Structure):
@@ -44,7 +55,7 @@ class DriverCheckpoint:
         """Whether the process has its GPU memory.
 
         Raises:
-            DeviceError: the driver refuses; so for all methods.
+            CheckpointRefused: the driver refuses; so for all methods.
         """
         state = ctypes.c_int()
         self._call("GetState", pid, ctypes.byref(state))
@@ -56,28 +67,41 @@ class DriverCheckpoint:
         self._call("Lock", pid, ctypes.byref(arguments))
         try:
             self._call("Checkpoint", pid, None)
-        except DeviceError:
-            self._call("Unlock", pid, None)
+        except CheckpointRefused:
+            with contextlib.suppress(CheckpointRefused):  # it may have ended; what it says of it first is the cause
+                self._call("Unlock", pid, None)
             raise
 
     def resume(self, pid: int) -> None:
-        """Bring the memory back and let its CUDA calls go on."""
-        self._call("Restore", pid, None)
-        self._call("Unlock", pid, None)
+        """Bring the memory back and let its CUDA calls go on, from wherever an earlier call has left it."""
+        state = self.read_state(pid)
+        if state is ProcessState.FAILED:
+            raise CheckpointRefused(f"process {pid} has failed in the driver and cannot come back", _UNKNOWN)
+        if state is ProcessState.CHECKPOINTED:
+            self._call("Restore", pid, None)
+        if state is not ProcessState.RUNNING:
+            self._call("Unlock", pid, None)
 
     def _call(self, name: str, pid: int, argument: Any) -> None:
         status = getattr(self._library, f"cuCheckpointProcess{name}")(ctypes.c_int(pid), argument)
         if status:
-            raise DeviceError(f"cuCheckpointProcess{name} of process {pid}: CUDA error {status}")
+            raise CheckpointRefused(f"cuCheckpointProcess{name} of process {pid}: CUDA error {status}", status)
 
 
 def find_checkpoint(library: str = _LIBRARY) -> DriverCheckpoint | None:
-    """The driver's checkpoint calls; None: no driver, or one older than 570. Never call it in an agent or a zygote: it
-    loads libcuda."""
+    """The driver's checkpoint calls; None: see :func:`probe_checkpoint`."""
+    found = probe_checkpoint(library)
+    return None if isinstance(found, str) else found
+
+
+def probe_checkpoint(library: str = _LIBRARY) -> DriverCheckpoint | str:
+    """The driver's checkpoint calls; text: why there are none. Never call it in an agent or a zygote: it loads
+    libcuda."""
     try:
         found = ctypes.CDLL(library)
-    except OSError:
-        return None
+    except OSError as error:
+        return f"no driver: {error}"
     if not all(hasattr(found, f"cuCheckpointProcess{name}") for name in _CALLS):
-        return None
-    return None if found.cuInit(0) else DriverCheckpoint(found)
+        return "the driver has no cuCheckpointProcess* (570 and later have)"
+    status = found.cuInit(0)
+    return f"cuInit: CUDA error {status}" if status else DriverCheckpoint(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -73,6 +73,8 @@ class CudaModel:
         self._blob: ByteArray | None = None if plan.blob is None else plan.blob.data
         self._is_registered = False
         self._is_closed = False
+        self._num_dropped_blocks = 0  # that come back, empty, with the weights
+        self._on_kv_dropped: Callable[[], None] = lambda: None
         self._newest_piece = -1  # that the compute stream has waited for
         self._image: Place | None = None
         self._weights: WeightStream | None = None
@@ -168,25 +170,28 @@ class CudaModel:
         """Whether the weights are off the device."""
         return self._image is None
 
-    def park(self, *, keeps_kv: bool = False) -> None:
-        """Return the memory of weights and workspace to the driver, and of the KV blocks where they are not kept.
+    def park(self, *, keeps_kv: bool = False, locks_source: bool = True) -> None:
+        """See :class:`~worker.backends.protocol.Parkable`: the memory goes to the driver, the workspace's too.
 
-        The weights' sealed host memory is page-locked meanwhile, so that :meth:`unpark` is one copy without a ring
-        (about 0.4 s a GiB, while nobody waits). Requires: no sequence is running; without ``keeps_kv``
-        :meth:`open_kv` comes before the next step. Idempotent.
+        With ``locks_source`` the weights' sealed host memory is page-locked meanwhile, so that :meth:`unpark` is one
+        copy without a ring (about 0.4 s a GiB, while nobody waits). Without, no page of it stays locked.
         """
-        if self.is_parked:
-            return
-        self._drop_weights()
-        if not keeps_kv:
-            self._kv.close()
-        self._workspace.close()
-        self._sampler.close()
-        if self._blob is not None and not self._is_registered:
+        if not self.is_parked:
+            self._drop_weights()
+            if not keeps_kv:
+                self._num_dropped_blocks = self._kv.num_blocks
+                self._kv.close()
+                self._on_kv_dropped()
+            self._workspace.close()
+            self._sampler.close()
+        if not locks_source:
+            self._unregister()
+        elif self._blob is not None and not self._is_registered:
             self._is_registered = self._device.register(self._blob)
 
     def unpark(self) -> None:
-        """Begin to bring the weights back, verified like the first time. Idempotent.
+        """Begin to bring the weights back, verified like the first time, with empty KV blocks where they were dropped.
+        Idempotent.
 
         Raises:
             OutOfDeviceMemory: somebody else took the room; still parked.
@@ -196,15 +201,26 @@ class CudaModel:
         image = self._device.allocate(self._layout.num_bytes)
         resources = self._resources
         try:
+            if self._num_dropped_blocks:
+                self._kv.open(self._num_dropped_blocks)
             self._weights = WeightStream(
                 *(self._device, resources.ring, self._layout.pieces, image, resources.settings),
                 is_blob_pinned=self._is_registered,
             )
         except BaseException:
+            if self._num_dropped_blocks:
+                self._kv.close()
             self._device.free(image)
             raise
+        self._num_dropped_blocks = 0
         self._image, self._newest_piece = image, -1
         self._weights.start()
+
+    def watch_kv(self, on_dropped: Callable[[], None]) -> None:
+        self._on_kv_dropped = on_dropped
+
+    def read_free_bytes(self) -> int:
+        return self._device.read_memory().free_bytes
 
     def wait_weights(self) -> None:
         """Block until all weights are on the device.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,8 +116,6 @@ def load_library(major: int) -> Any:
     tried = []
     for path in _list_libraries(major):
         try:
-            if (light := Path(path).with_name(f"libcublasLt.so.{major}")).exists():  # what it needs, beside it
-                ctypes.CDLL(str(light), mode=ctypes.RTLD_GLOBAL)
             return ctypes.CDLL(path)
         except OSError as error:
             tried.append(f"{path}: {error}")
@@ -137,14 +134,10 @@ def _list_libraries(major: int, maps: Path = _MAPS) -> Iterator[str]:
             if path.rpartition("/")[2].startswith(soname):
                 yield path
                 break
-    try:  # NVIDIA's own finder of libraries in wheels, conda and toolkits; CuPy 14 brings it, CuPy 13 does not
+    try:  # NVIDIA's own finder of libraries in wheels, conda and toolkits; comes with CuPy from version 14 on
         finder = importlib.import_module("cuda.pathfinder")
         yield str(finder.load_nvidia_dynamic_lib("cublas").abs_path)
     except Exception:  # not installed, or has not found it: the loader's own path is left
         pass
-    for folder in map(Path, sys.path):
-        for wheel in ("nvidia/cublas/lib", f"nvidia/cu{major}/lib"):  # of CUDA 12, of CUDA 13
-            if (found := folder / wheel / soname).exists():
-                yield str(found)
     yield soname
     yield f"/usr/local/cuda/lib64/{soname}"
