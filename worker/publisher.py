@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import structlog
 from redis.asyncio import Redis
@@ -50,14 +50,10 @@ class Run:
     num_logged: int
     is_cancelled: bool  # the client went away before this run began
     is_fenced: bool = False
+    is_finished: bool = False  # the log has its terminal frame, or will, once all is written
     published_mono_ns: int | None = None  # when this run's first frame was logged and published
     _pending_bytes: int = 0  # its share of the backlog
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the log has its terminal frame (or will, once all is written)."""
-        return bool(self.frames) and codec.is_terminal(self.frames[-1])
 
     def decode_frames(self) -> list[Frame]:
         """All frames so far, those of earlier attempts included.
@@ -129,6 +125,7 @@ class TokenPublisher:
             raise Fenced(f"request {request.request_id}: attempt {attempt} is no longer the newest")
         cancelled, *frames = reply
         run = Run(request.request_id, request.gateway_id, attempt, frames, len(frames), cancelled == b"1")
+        run.is_finished = bool(frames) and codec.is_terminal(frames[-1])
         self._runs[request.request_id] = run
         return run
 
@@ -143,6 +140,7 @@ class TokenPublisher:
                 continue
             data = codec.encode_frame(frame)
             run.frames.append(data)
+            run.is_finished = codec.is_terminal(data)
             run._pending_bytes += len(data)
             self._backlog_bytes += len(data)
             self._dirty[request_id] = run
@@ -215,10 +213,11 @@ class TokenPublisher:
     async def _write(self, gateway_id: str, batch: Sequence[tuple[Run, int, bytes]]) -> None:
         channel = keys.gateway_channel(gateway_id)
         message = token_log.encode_items([(run.request_id, seq, frame) for run, seq, frame in batch])
-        arguments: list[Any] = [message, keys.LOG_TTL_S, keys.REQUEST_TTL_S]
-        for run, seq, frame in batch:
-            arguments += (run.request_id, run.attempt, seq, frame)
-        reply = await self._append_step(keys=[channel], args=arguments)
+        heads = token_log.encode_heads([(run.request_id, run.attempt, seq) for run, seq, _ in batch])
+        frames = [frame for _, _, frame in batch]
+        reply = await self._append_step(
+            keys=[channel], args=[message, heads, keys.LOG_TTL_S, keys.REQUEST_TTL_S, *frames]
+        )
         self._messages += 1
         refused = {request_id.decode(): length for request_id, length in zip(reply[::2], reply[1::2], strict=True)}
         now_mono_ns = time.monotonic_ns()
@@ -286,7 +285,7 @@ class TokenPublisher:
         num_bytes = min(num_bytes, run._pending_bytes)  # nothing is left of a run that was dropped during its write
         run._pending_bytes -= num_bytes
         self._backlog_bytes -= num_bytes
-        if self._backlog_bytes <= self._max_backlog_bytes // 2:
+        if self._backlog_bytes <= self._max_backlog_bytes // 2 and not self.room.is_set():  # setting it takes locks
             self.room.set()
 
 

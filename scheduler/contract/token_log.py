@@ -36,32 +36,35 @@ TokenItem = tuple[str, int, bytes]
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(list[TokenItem])
 
-#: KEYS[1] gateway channel. ARGV: message, log TTL s, fence TTL s, then per item: request id, attempt, seq, frame.
+#: KEYS[1] gateway channel. ARGV: message, heads of its items (:func:`encode_heads`), log TTL s, fence TTL s, frames.
 #: Returns flat (request id, n): n = FENCED, FENCE_LOST, or the log's present length. Empty: all appended and published.
+#: Runs for every token: one call asks for all fences, and a frame is pushed before it is known to be the next one.
 APPEND_STEP: Final = f"""
-local refused = {{}}
+local heads = cmsgpack.unpack(ARGV[2])
+local fences, refused = {{}}, {{}}
 local function refuse(rid, n)
   refused[#refused + 1] = rid
   refused[#refused + 1] = n
 end
-for i = 4, #ARGV, 4 do
-  local rid = ARGV[i]
-  local log, fence = '{keys.token_log("")}' .. rid, '{keys.fence("")}' .. rid
-  local held = redis.call('GET', fence)
-  if not held then
+for i, head in ipairs(heads) do fences[i] = '{keys.fence("")}' .. head[1] end
+local held = redis.call('MGET', unpack(fences))
+for i, head in ipairs(heads) do
+  local rid, attempt, seq, frame = head[1], head[2], head[3], ARGV[i + 4]
+  if not held[i] then
     refuse(rid, {FENCE_LOST})
-  elseif held ~= ARGV[i + 1] then
+  elseif tonumber(held[i]) ~= attempt then
     refuse(rid, {FENCED})
   else
-    local n = redis.call('LLEN', log)
-    if n ~= tonumber(ARGV[i + 2]) then
+    local log = '{keys.token_log("")}' .. rid
+    local n = redis.call('RPUSH', log, frame) - 1
+    if n ~= seq then
+      redis.call('RPOP', log)
       refuse(rid, n)
     else
-      redis.call('RPUSH', log, ARGV[i + 3])
-      local is_end = string.byte(ARGV[i + 3]) == {codec.TERMINAL_KIND[0]}
-      if n % 64 == 0 or is_end then
-        redis.call('EXPIRE', log, ARGV[2])
-        redis.call('EXPIRE', fence, ARGV[is_end and 2 or 3])
+      local is_end = string.byte(frame) == {codec.TERMINAL_KIND[0]}
+      if seq % 64 == 0 or is_end then
+        redis.call('EXPIRE', log, ARGV[3])
+        redis.call('EXPIRE', fences[i], ARGV[is_end and 3 or 4])
       end
     end
   end
@@ -119,6 +122,11 @@ return 1
 def encode_items(items: Sequence[TokenItem]) -> bytes:
     """A message for a gateway's channel."""
     return _encoder.encode(items)
+
+
+def encode_heads(heads: Sequence[tuple[str, int, int]]) -> bytes:
+    """What :data:`APPEND_STEP` checks of each item before it takes its frame: request id, attempt, sequence number."""
+    return _encoder.encode(heads)
 
 
 def decode_items(data: bytes) -> list[TokenItem]:

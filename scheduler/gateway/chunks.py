@@ -108,28 +108,31 @@ class ChatChunkWriter(CompletionChunkWriter):
         return b"".join(self._chunk(part, [ChatChunkChoice(index, role)]) for index in _choices_of(self._call, part))
 
     def tokens(self, events: tuple[TokenEvent, ...], part: int) -> bytes:
+        if len(events) == 1:  # nearly always
+            return self._token(events[0], part)
+        return b"".join(self._token(event, part) for event in events)
+
+    def _token(self, event: TokenEvent, part: int) -> bytes:
+        index = part * self._call.num_choices + event.choice
+        if event.text and event.logprob is None and event.finish_reason is None and not self._parsers:
+            return self._text_event(part, index, event.text)
         pieces = []
-        for event in events:
-            index = part * self._call.num_choices + event.choice
-            if event.text and event.logprob is None and event.finish_reason is None and not self._parsers:
-                pieces.append(self._text_event(part, index, event.text))
-                continue
-            logprobs = None if event.logprob is None else ChatLogprobs([build_chat_token(event.logprob)])
-            num_calls = 0
-            if self._parsers:
-                parser = self._parsers[index]
-                deltas = [build_chat_delta(delta) for delta in read_deltas(parser, event)]
-                num_calls = parser.num_calls
-            else:
-                deltas = [Delta(content=event.text)] if event.text else []
-            if not deltas and logprobs is not None:
-                deltas.append(Delta(content=""))
-            for delta in deltas:
-                pieces.append(self._chunk(part, [ChatChunkChoice(index, delta, logprobs)]))
-                logprobs = None  # a token's chunk is its first one
-            if event.finish_reason is not None:
-                reason = finish_word(event.finish_reason, num_calls)
-                pieces.append(self._chunk(part, [ChatChunkChoice(index, Delta(), None, reason)]))
+        logprobs = None if event.logprob is None else ChatLogprobs([build_chat_token(event.logprob)])
+        num_calls = 0
+        if self._parsers:
+            parser = self._parsers[index]
+            deltas = [build_chat_delta(delta) for delta in read_deltas(parser, event)]
+            num_calls = parser.num_calls
+        else:
+            deltas = [Delta(content=event.text)] if event.text else []
+        if not deltas and logprobs is not None:
+            deltas.append(Delta(content=""))
+        for delta in deltas:
+            pieces.append(self._chunk(part, [ChatChunkChoice(index, delta, logprobs)]))
+            logprobs = None  # a token's chunk is its first one
+        if event.finish_reason is not None:
+            reason = finish_word(event.finish_reason, num_calls)
+            pieces.append(self._chunk(part, [ChatChunkChoice(index, Delta(), None, reason)]))
         return b"".join(pieces)
 
     def ending(self, usage: UsageBody) -> bytes:

@@ -371,17 +371,22 @@ class Exchange:
         self.last_frame_mono_s = time.monotonic()
         if part.terminal is not None:
             return
-        part.marks.setdefault(Mark.RECEIVED, time.monotonic_ns())
-        if not isinstance(frame, TerminalFrame):
+        if not part.has_frames:
+            part.has_frames = True
+            part.marks[Mark.RECEIVED] = time.monotonic_ns()
+        if isinstance(frame, StepFrame):
             self.has_frames = True
-            if isinstance(frame, StepFrame):
-                part.num_streamed_tokens += len(frame.events)
-            if isinstance(frame, VectorFrame):
-                if self._on_vector is not None and self.error is None:
-                    self._on_vector(part, frame)
-            elif self._on_step is not None and self.error is None:
+            part.num_streamed_tokens += len(frame.events)
+            if self._on_step is not None and self.error is None:
                 self._on_step(part, frame)
-            return
+        elif isinstance(frame, VectorFrame):
+            self.has_frames = True
+            if self._on_vector is not None and self.error is None:
+                self._on_vector(part, frame)
+        else:
+            self._on_terminal(part, frame)
+
+    def _on_terminal(self, part: Part, frame: TerminalFrame) -> None:
         part.terminal = frame
         self._unfinished -= 1
         if frame.error is not None:

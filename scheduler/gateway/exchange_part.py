@@ -11,6 +11,7 @@ class Part:
 
     __slots__ = (
         "choice_offset",
+        "has_frames",
         "index",
         "marks",
         "may_be_queued",
@@ -28,6 +29,7 @@ class Part:
         self.marks: dict[str, int] = dict(request.marks)
         self.terminal: TerminalFrame | None = None
         self.may_be_queued = False
+        self.has_frames = False
         self.num_streamed_tokens = 0
 
     @property

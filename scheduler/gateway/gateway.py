@@ -25,6 +25,7 @@ from scheduler.gateway.hub import Hub
 from scheduler.gateway.identity import IDENTITY
 from scheduler.gateway.metrics import GatewayMetrics
 from scheduler.gateway.model_directory import ModelDirectory
+from scheduler.gateway.paced_writes import PacedWrites
 from scheduler.gateway.quotas import Quotas
 from scheduler.gateway.settings import GatewaySettings
 from scheduler.gateway.traces import TraceStore
@@ -68,6 +69,7 @@ class Gateway:
         self.templates = ChatTemplates()
         self.directory = ModelDirectory(redis, settings.redis_limit_s, self._on_card, lambda: hub.cut_off_for_s)
         self.metrics = GatewayMetrics()
+        self.writes = PacedWrites()
         self.traces = TraceStore(redis)
         self.tracing = Tracing(settings.tracing, gateway_id)
         self.files = FileStore(

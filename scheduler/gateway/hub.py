@@ -247,22 +247,23 @@ class Hub:
 
     def _on_items(self, items: Iterable[token_log.TokenItem]) -> None:
         behind: list[_Stream] = []
+        now_s = asyncio.get_running_loop().time()
         for request_id, seq, frame in items:
             stream = self._streams.get(request_id)
             if stream is not None:
-                self._on_item(stream, seq, frame, behind)
+                self._on_item(stream, seq, frame, now_s, behind)
             elif request_id not in self._further:
                 self._unknown += 1
             if self._further:
                 for further in tuple(self._further.get(request_id, ())):
-                    self._on_item(further, seq, frame, behind)
+                    self._on_item(further, seq, frame, now_s, behind)
         if behind:
             self._fill(behind)
 
-    def _on_item(self, stream: _Stream, seq: int, frame: bytes, behind: list[_Stream]) -> None:
+    def _on_item(self, stream: _Stream, seq: int, frame: bytes, now_s: float, behind: list[_Stream]) -> None:
         if seq == stream.next_seq:
             self._live += 1
-            self._deliver(stream, frame)
+            self._deliver(stream, frame, now_s)
         elif seq < stream.next_seq:
             self._duplicates += 1
         else:
@@ -301,10 +302,10 @@ class Hub:
         self._fill(silent)
         self._ensure_watch()
 
-    def _deliver(self, stream: _Stream, data: bytes) -> None:
+    def _deliver(self, stream: _Stream, data: bytes, now_s: float) -> None:
         """Hand over frame ``stream.next_seq``."""
         stream.next_seq += 1
-        stream.heard_s = asyncio.get_running_loop().time()
+        stream.heard_s = now_s
         stream.silence_s = self._silence_s
         stream.delivered.append(data)
         frame: Frame
@@ -375,7 +376,7 @@ class Hub:
                 # Live messages may have overtaken this reply: only the next one counts.
                 if seq == stream.next_seq and not stream.closed:
                     self._filled += 1
-                    self._deliver(stream, data)
+                    self._deliver(stream, data, now_s)
             if length < start and not stream.closed:
                 await self._repair(stream)
             if was_queued and not has_job and not stream.closed:

@@ -63,13 +63,14 @@ class GatewayMetrics:
         """A line of a batch was answered, well or not. ``model`` None: it named none that exists."""
         self.ensure_ready().batch_answers_total.labels(model or UNKNOWN_MODEL, "completed" if ok else "failed").inc()
 
-    def on_delivery(self, sampled_mono_ns: int, written_mono_ns: int) -> None:
-        """A step's tokens were written to a client's socket."""
-        seconds = (written_mono_ns - sampled_mono_ns) / 1e9
-        if 0 <= seconds <= MAX_DELIVERY_S:
-            # Once a token: the library's histogram, with its locks, would cost four times as much.
-            self._delivery_counts[bisect_left(DELIVERY_BUCKETS_S, seconds)] += 1
-            self._delivery_sum_s += seconds
+    def on_delivery(self, sampled_mono_ns: list[int], written_mono_ns: int) -> None:
+        """The tokens of steps were written to a client's socket; ``sampled_mono_ns``: when each step had sampled."""
+        for instant_mono_ns in sampled_mono_ns:
+            seconds = (written_mono_ns - instant_mono_ns) / 1e9
+            if 0 <= seconds <= MAX_DELIVERY_S:
+                # Once a token: the library's histogram, with its locks, would cost four times as much.
+                self._delivery_counts[bisect_left(DELIVERY_BUCKETS_S, seconds)] += 1
+                self._delivery_sum_s += seconds
 
     def on_trace(self, trace: Trace, *, prompt_tokens: int, completion_tokens: int) -> None:
         """A request ended well."""

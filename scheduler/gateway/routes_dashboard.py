@@ -105,7 +105,7 @@ async def watch_live(request: web.Request) -> web.StreamResponse:
 
 
 async def _stream(request: web.Request, gateway: Gateway) -> web.StreamResponse:
-    stream = EventStream(request, {}, gateway.settings.max_write_buffer_bytes)
+    stream = EventStream(request, gateway.writes, gateway.settings.max_write_buffer_bytes)
     changed = asyncio.Event()
     unwatch = gateway.hub.watch_all_stages(lambda event: changed.set())
     try:

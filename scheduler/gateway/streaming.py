@@ -32,10 +32,15 @@ class StreamedCall:
         self._gateway = gateway
         self._exchange = exchange
         self._model = exchange.call.card.name
-        self._stream = EventStream(request, {}, gateway.settings.max_write_buffer_bytes, gateway.settings.write_limit_s)
+        settings = gateway.settings
+        self._stream = EventStream(
+            request, gateway.writes, settings.max_write_buffer_bytes, settings.write_limit_s, self._on_written
+        )
         ids = EventIds(exchange.request_id, len(exchange.parts), seen)
         self._chunks = make_chunk_writer(exchange.call, exchange.request_id, exchange.created_at_s, ids)
-        self._begun: set[int] = set()  # prompts whose first events are out
+        self._begun: set[int] = set()  # prompts whose first events were made
+        self._unwritten_mono_ns: list[int] = []  # when the tokens were sampled that were pushed and not yet written
+        self._silent_parts = list(exchange.parts)  # those with no first byte yet
         self._stage = StageEvent(self._model, FIRST_STAGE)
         self._log = structlog.get_logger()
 
@@ -54,8 +59,7 @@ class StreamedCall:
             first = sse.comment("ok") if is_hot else self._waking_comment()
             response = await self._stream.open(first + self._chunks.opening())
             self._stream.push(await self._serve())
-            if not self._stream.is_cut:
-                await self._stream.finish()
+            await self._stream.finish()
         finally:
             unwatch()
         if self._stream.cut_for_slowness:
@@ -66,6 +70,7 @@ class StreamedCall:
         """Until the exchange is done; what is left to send then."""
         try:
             await self._wait()
+            self._stream.flush()  # the trace tells when
             return await self._ending()
         except Exception:  # the headers are out: our bug must end this stream as an event, not start a second response
             self._log.exception("stream_failed", request_id=self._exchange.request_id)
@@ -88,14 +93,28 @@ class StreamedCall:
                 self._stream.push(sse.comment_line(f"waiting model={self._model}"))
 
     def _on_step(self, part: Part, frame: StepFrame) -> None:
-        tokens = self._begin(part) + self._chunks.tokens(frame.events, part.index)
-        self._stream.push(tokens)
         if self._stream.is_cut:
             self._exchange.fail(ErrorInfo(ErrorCode.CANCELLED, "the client is gone or reads too slowly"))
-        elif tokens:
-            written_mono_ns = time.monotonic_ns()
-            part.marks.setdefault(Mark.FIRST_BYTE, written_mono_ns)
-            self._gateway.metrics.on_delivery(frame.sampled_mono_ns, written_mono_ns)
+            return
+        beginning = (
+            b"" if part.index in self._begun else self._begin(part)
+        )  # first: events are numbered as they are made
+        tokens = beginning + self._chunks.tokens(frame.events, part.index)
+        if tokens:
+            self._unwritten_mono_ns.append(frame.sampled_mono_ns)
+            self._stream.push(tokens)
+
+    def _on_written(self) -> None:
+        if not self._unwritten_mono_ns:  # a comment
+            return
+        written_mono_ns = time.monotonic_ns()
+        if self._silent_parts:
+            heard = [part for part in self._silent_parts if part.index in self._begun]
+            for part in heard:
+                part.marks.setdefault(Mark.FIRST_BYTE, written_mono_ns)
+                self._silent_parts.remove(part)
+        self._gateway.metrics.on_delivery(self._unwritten_mono_ns, written_mono_ns)
+        self._unwritten_mono_ns.clear()
 
     def _begin(self, part: Part) -> bytes:
         if part.index in self._begun:

@@ -183,8 +183,8 @@ def test_metrics_show_cold_starts_phases_and_the_fleet() -> None:
     )
     metrics.on_trace(trace, prompt_tokens=3, completion_tokens=4)
     metrics.on_request(None, "chat", 404)
-    metrics.on_delivery(0, 1_000_000)
-    metrics.on_delivery(5, 0)
+    metrics.on_delivery([0], 1_000_000)
+    metrics.on_delivery([5], 0)
     text = metrics.render(make_status(Tier.HOST_RAM), {"corrupt": 2})[0].decode()
     for line in (
         'glowplug_cold_starts_total{model="tiny",tier="snapshot"} 1.0',
