@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from loadtest.processes import free_port
+from tests.fleet_fixtures import copy_linked
 from tests.model_fixtures import CACHE_DIR
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -90,7 +90,7 @@ class Reader:
 
     def take_state(self, built: Path) -> None:
         """Begin with a state folder that was built before."""
-        shutil.copytree(built, self.state_dir)
+        copy_linked(built, self.state_dir)
 
     def run(self, script: str, *, within_s: float) -> str:
         """Run ``script``; what it printed. Nothing that it started is left behind.

@@ -42,6 +42,8 @@ LAYER = [
 ]
 TENSORS = ["embed.weight", "position.weight", "embed_norm.weight", "embed_norm.bias", *LAYER]
 EVERYTHING = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+#: Planes 4 to 13, 15 and 16 have no characters or private ones: of them every 61st.
+DEALT_OUT = [p for p in EVERYTHING if p < 0x40000 or 0xE0000 <= p < 0xF0000 or p % 61 == 0]
 MARKS = [chr(point) for point in EVERYTHING if unicodedata.combining(chr(point))]
 
 
@@ -90,8 +92,8 @@ def agree(pair: Any, text: str) -> None:
 
 def test_every_code_point_alone_and_behind_a_letter(pair: Any) -> None:
     """All planes: between spaces (its own class), and joined to a letter and its neighbours (words, marks)."""
-    for first in range(0, len(EVERYTHING), 4096):
-        part = [chr(point) for point in EVERYTHING[first : first + 4096]]
+    for first in range(0, len(DEALT_OUT), 4096):
+        part = [chr(point) for point in DEALT_OUT[first : first + 4096]]
         agree(pair, " ".join(part))
         agree(pair, " ".join("e" + character for character in part))
 

@@ -1,4 +1,4 @@
-"""Two hundred schemas over SmolLM2's own tokeniser: whatever a random model answers under its grammar validates."""
+"""A hundred schemas over SmolLM2's own tokeniser: whatever a random model answers under its grammar validates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scheduler.contract.states import FinishReason, GrammarKind
 from worker.benchmarks.schema_generator import Schema, generate_schema
 from worker.engine.types import EngineRequest
 
-NUM_SCHEMAS = 200
+NUM_SCHEMAS = 100
 IN_FLIGHT = 16
 MAX_TOKENS = 900
 

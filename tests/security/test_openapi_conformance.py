@@ -31,7 +31,7 @@ from scheduler.gateway.app import build_app
 from scheduler.gateway.openapi import build_document, list_operations
 from tests.gateway_fixtures import TOOL_TEMPLATE, GatewayHarness, Publish, end, make_card, run_gateway, say
 
-NUM_EXAMPLES = int(os.environ.get("GLOWPLUG_TEST_API_EXAMPLES", "6"))
+NUM_EXAMPLES = int(os.environ.get("GLOWPLUG_TEST_API_EXAMPLES", "4"))
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

@@ -18,6 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from loadtest.processes import Server
+from tests.fleet_fixtures import copy_linked
 from tests.model_fixtures import SMOLLM2, BuiltState
 
 pytestmark = pytest.mark.browser
@@ -28,8 +29,7 @@ LIMIT_S = 30
 @pytest.fixture(scope="module")
 def server(smollm2_built: BuiltState, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with one real model, asleep; the first wake is slowed down, so that it can be looked at."""
-    state_dir = tmp_path_factory.mktemp("d") / "state"
-    shutil.copytree(smollm2_built.state_dir, state_dir)
+    state_dir = copy_linked(smollm2_built.state_dir, tmp_path_factory.mktemp("d") / "state")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("GLOWPLUG_FILL_LIMIT_BYTES_PER_S", str(150_000_000))
         starting = Server(state_dir, "--idle-timeout-s", "4")
