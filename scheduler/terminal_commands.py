@@ -21,6 +21,7 @@ from scheduler.plain_tables import make_console, make_table
 
 POLL_S: Final = 0.2
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+LEVEL_COLOURS: Final = {"warning": "yellow", "error": "red", "critical": "red"}
 
 
 @click.command()
@@ -139,7 +140,7 @@ def _tail(path: Path, num_lines: int, is_wanted: Callable[[str], bool], *, follo
 def _render(event: dict[str, Any]) -> str:
     at, level = str(event.pop("timestamp", ""))[11:23], str(event.pop("level", ""))
     component, name = event.pop("component", ""), event.pop("event", "")
-    colour = {"warning": "yellow", "error": "red", "critical": "red"}.get(level)
+    colour = None if os.environ.get("NO_COLOR") else LEVEL_COLOURS.get(level)
     facts = " ".join(f"{key}={value}" for key, value in event.items())
     return f"{at} {click.style(f'{level:<8}', fg=colour)} {component:<9} {name} {facts}".rstrip()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
@@ -166,9 +167,9 @@ def configure_logging(
     to a file, always as JSON. Call once a process, before the first log line. Prompts and completions are never logged.
     """
     as_console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
-    renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if as_console else structlog.processors.JSONRenderer()
-    )
+    renderer: structlog.typing.Processor = structlog.processors.JSONRenderer()
+    if as_console:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"))
     to_file = [] if log_dir is None else [_append_to(LogFile(log_dir))]
     structlog.configure(
         processors=[

@@ -19,8 +19,10 @@ from scheduler.command import VERBS, main
 from scheduler.config import load_config
 from scheduler.contract.telemetry import Metric
 from scheduler.gateway.metrics import GatewayMetrics
+from scheduler.gateway.settings import GatewaySettings
 from tests.certificates import make_certificate
 from tests.document_pages import read_blocks
+from worker.agent_settings import DEFAULT_DRAIN_GRACE_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = {metric.value for metric in Metric}
@@ -115,6 +117,16 @@ def test_the_nginx_site_passes_streams_on_and_keeps_admin_inside(setting: str) -
         assert line[-1] in "{};", line
     assert setting + ";" in text
     assert re.search(r"location ~ \^/\(admin\|metrics\) \{\s+deny all;", text)
+
+
+def test_nothing_in_front_of_a_gateway_has_less_patience_or_room_than_it() -> None:
+    """nginx lets through the largest upload that a gateway takes; Compose waits for as long as a gateway drains."""
+    settings = GatewaySettings()
+    (room,) = re.findall(r"client_max_body_size (\d+)m;", (ROOT / "deploy" / "nginx.conf").read_text())
+    assert int(room) * 2**20 > max(settings.max_file_bytes, settings.max_body_bytes)
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for service, drain_s in (("gateway", settings.drain_grace_s), ("worker", DEFAULT_DRAIN_GRACE_S)):
+        assert int(services[service]["stop_grace_period"].removesuffix("s")) > drain_s, service
 
 
 def test_the_nginx_site_is_read_by_nginx_own_parser(tmp_path: Path) -> None:

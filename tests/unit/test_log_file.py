@@ -50,5 +50,6 @@ def test_format_is_an_option_and_the_file_is_always_json(tmp_path: Path) -> None
             [sys.executable, "-c", script, log_format, str(tmp_path)], capture_output=True, text=True, check=True
         )
         assert done.stderr.startswith("{") == (log_format != "console")
+        assert "\x1b" not in done.stderr  # colours are for terminals
     lines = [json.loads(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
     assert [(line["event"], line["number"], line["component"]) for line in lines] == [("hello", 3, "x")] * 3
