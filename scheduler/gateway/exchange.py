@@ -305,11 +305,10 @@ class Exchange:
         waited_s = now_mono_s - self.started_mono_s
         is_waking = not self.has_frames and waited_s >= settings.cold_start_limit_s
         if is_waking and not await self._is_hot_now():
-            return ErrorInfo(
-                ErrorCode.WAKE_TIMEOUT,
-                f'model "{model}" gave no token within {settings.cold_start_limit_s:g} s of being woken; try again',
-                retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S,
-            )
+            cause = self._gateway.directory.describe_cold(model)
+            message = f'model "{model}" gave no token within {settings.cold_start_limit_s:g} s of being woken'
+            message += f" ({cause}); try again" if cause else "; try again"
+            return ErrorInfo(ErrorCode.WAKE_TIMEOUT, message, retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S)
         if waited_s >= settings.stream_limit_s:
             message = f"the request ran longer than {settings.stream_limit_s:g} s; ask for fewer tokens"
             return ErrorInfo(ErrorCode.OVERLOADED, message, retry_after_s=DEFAULT_WAKE_RETRY_AFTER_S)

@@ -9,6 +9,7 @@ from aiohttp import web
 from scheduler.contract import keys
 from scheduler.contract.errors import GlowplugError
 from scheduler.gateway.gateway import GATEWAY, Gateway
+from scheduler.gateway.model_directory import NO_NODE
 
 RETRY_AFTER_S: Final = 2
 
@@ -40,5 +41,5 @@ async def find_reasons(gateway: Gateway) -> list[str]:
     if status is None:  # its TTL tells, on the server's clock: those of two hosts may differ, or step
         return [f"no scheduler has reported in the last {keys.STATUS_TTL_S} s"]
     if not status.nodes:
-        return ["no node agent has reported; start one with `glowplug agent`"]
+        return [NO_NODE]
     return []

@@ -27,6 +27,7 @@ FORGOTTEN_GRACE_S: Final = 5.0
 #: A server that has been away this long is not waited for: a restart is over sooner.
 AWAY_S: Final = 1.0
 AWAY_RETRY_AFTER_S: Final = 2
+NO_NODE: Final = "no node agent has reported; start one with `glowplug agent`"
 WAKE_WEIGHT: Final = 0.3  # of the newest measurement
 MAX_NAMES_IN_ERROR: Final = 20
 
@@ -75,6 +76,18 @@ class ModelDirectory:
         """Whether a worker was ready for ``model`` at the last report (advisory)."""
         found = self._status_by_model.get(model)
         return found is not None and found.tier is Tier.HOT and SlotState.READY in found.state
+
+    def describe_cold(self, model: str) -> str:
+        """Why nothing runs ``model``, with the remedy, as far as the last report tells; empty where it does not."""
+        status = self._status
+        if status is None:
+            return "no scheduler reports; start one with `glowplug scheduler`"
+        if not status.nodes:
+            return NO_NODE
+        if all(node.node_id in status.drained_nodes for node in status.nodes):
+            return "every node is drained; let one work again with `glowplug undrain NODE`"
+        row = self.status_of(model)
+        return (row.error or "") if row is not None else ""
 
     def on_wake_measured(self, trace: Trace) -> None:
         """Learn how long a wake of this model takes (moving average), for the estimates given to those who wait."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from scheduler.config import SchedulerConfig
@@ -17,7 +18,7 @@ from scheduler.contract.messages import GenerateRequest, TerminalFrame
 from scheduler.dispatch import Dispatcher
 from scheduler.service import Scheduler
 from tests.eventually import eventually
-from tests.gateway_fixtures import MODEL, GatewayHarness, chat_body, events_of, run_gateway
+from tests.gateway_fixtures import MODEL, GatewayHarness, chat_body, events_of, make_card, make_status, run_gateway
 from tests.queue_fixtures import serving_worker
 
 CHAT = "/v1/chat/completions"
@@ -112,14 +113,26 @@ async def test_a_request_that_waits_past_its_life_in_the_queue(
     assert ran == []
 
 
-async def test_a_request_whose_model_does_not_wake_in_time(redis_url: str, tmp_path: Path) -> None:
-    """The gateway's own limit: a 503 with the limit and when to come back; the request leaves the queue with an end."""
+@pytest.mark.parametrize(
+    ("report", "cause"),
+    [
+        ({}, "of being woken; try again"),
+        ({"nodes": ()}, "start one with `glowplug agent`"),
+        ({"drained_nodes": ("node-0",)}, "every node is drained; let one work again with `glowplug undrain NODE`"),
+    ],
+)
+async def test_a_request_whose_model_does_not_wake_in_time(
+    redis_url: str, tmp_path: Path, report: dict[str, Any], cause: str
+) -> None:
+    """The gateway's own limit: a 503 with the limit, the cause where it is known, and when to come back; the request
+    leaves the queue with an end."""
     async with run_gateway(redis_url, tmp_path, cold_start_limit_s=0.2) as gateway:
+        await gateway.publish(make_card(), status=msgspec.structs.replace(make_status(), **report))
         gateway.worker.is_away = True
         waiting = asyncio.create_task(gateway.post(CHAT, chat_body()))
         request_id = await queued(gateway)
         status, headers, answer = await waiting
         assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "wake_timeout", "30")
-        for words in (f'"{MODEL}"', "0.2 s", "try again"):
+        for words in (f'"{MODEL}"', "0.2 s", "try again", cause):
             assert words in answer["error"]["message"]
         await assert_ended_once(gateway, request_id)
