@@ -69,6 +69,8 @@ class Conversation:
                 click.echo(text, nl=False)
                 sys.stdout.flush()
         except click.ClickException as error:
+            if not sys.stdin.isatty():
+                raise  # a script is to see it in the exit code
             click.echo(f"{error.format_message()}", err=True)
             return  # the question is not part of the conversation
         except KeyboardInterrupt:

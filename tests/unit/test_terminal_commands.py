@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -139,6 +140,17 @@ def test_a_conversation_carries_its_messages_and_its_history(tmp_path: Path, mon
     assert bodies[0]["max_tokens"] == 3
     assert "/nonsense is not known" in done.output
     assert (tmp_path / "run_history").stat().st_mode & 0o077 == 0
+
+
+def test_a_conversation_from_a_pipe_ends_with_the_error_it_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`echo ... | glowplug run m || ...`: nobody is there to read it and go on."""
+
+    def refuse(*_: Any) -> None:
+        raise click.ClickException("404: no model")
+
+    monkeypatch.setattr(conversation, "stream_chat", refuse)
+    done = CliRunner().invoke(main, ["run", "m", "--url", "http://x"], input="first\nsecond\n")
+    assert (done.exit_code, done.output.count("404: no model")) == (1, 1)
 
 
 def test_no_server_is_exit_code_3_for_every_verb_that_needs_one() -> None:
