@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -147,12 +146,27 @@ def _show_time(at_s: int | None) -> str:
 
 def _read_last_used() -> dict[str, int]:
     """When gateways last saw each key; empty when no queue server answers, for the list is worth having without."""
-    import redis
+    import asyncio
 
-    url = os.environ.get("REDIS_URL") or read_process_settings().redis_url
+    from redis.exceptions import RedisError
+
+    from scheduler.contract.connection import connect
+
+    url = read_process_settings().redis_url
+    path = Path(url.removeprefix("unix://").partition("?")[0])
+    if url.startswith("unix://") and not path.exists():  # the embedded server does not run: nothing to wait for
+        return {}
+
+    async def read() -> Any:
+        client: Any = connect(url)
+        try:
+            async with asyncio.timeout(READ_LIMIT_S):
+                return await client.hgetall(redis_keys.KEYS_USED)
+        finally:
+            await client.aclose()
+
     try:
-        with redis.Redis.from_url(url, socket_connect_timeout=READ_LIMIT_S, socket_timeout=READ_LIMIT_S) as client:
-            found: Any = client.hgetall(redis_keys.KEYS_USED)
-    except (redis.RedisError, OSError):
+        found = asyncio.run(read())
+    except (RedisError, OSError):  # TimeoutError is one
         return {}
     return {key_id.decode(): int(at_s) for key_id, at_s in found.items()}

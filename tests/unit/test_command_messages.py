@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from scheduler import client_commands
+from scheduler import api_keys_command, client_commands
 from scheduler.command import main
 
 
@@ -139,6 +139,16 @@ def test_a_key_that_cannot_be_sent_is_named_and_not_shown(monkeypatch: pytest.Mo
         assert "gp_a" not in result.output
     monkeypatch.setenv("GLOWPLUG_API_KEY", "gp_abc\r\n")
     assert client_commands._authorization() == {"Authorization": "Bearer gp_abc"}
+
+
+def test_keys_are_listed_whatever_the_queue_server_s_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When they were last used is worth having, not worth failing for: sentinels that are away, too."""
+    assert CliRunner().invoke(main, ["keys", "api", "new", "--note", "mine"]).exit_code == 0
+    for url in ("redis+sentinel://127.0.0.1:1/main", "redis://127.0.0.1:1", "unix:///nowhere.sock"):
+        monkeypatch.setenv("REDIS_URL", url)
+        monkeypatch.setattr(api_keys_command, "READ_LIMIT_S", 0.1)
+        listed = CliRunner().invoke(main, ["keys", "api", "list"])
+        assert (listed.exit_code, "mine" in listed.output) == (0, True), listed.output
 
 
 def test_letters_that_the_terminal_has_not_end_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
