@@ -25,6 +25,7 @@ from loadtest.gpu_table import format_report
 RESULTS: Final = Path(__file__).resolve().parent / "results" / "gpu"
 #: What fits into a lent machine's time with room to spare.
 TOTAL_S: Final = 480.0
+_HTTP_S: Final = 190.0  # after which no round of the ladder through HTTP begins
 _ON_DEVICE: Final = {"GLOWPLUG_KERNELS_ON": "cuda"}
 _PYTEST: Final = ("-m", "pytest", "-q")
 _DEVICE_PYTEST: Final = (*_PYTEST, "-c", "tests/gpu.ini", "-p", "no:asyncio")
@@ -66,7 +67,14 @@ def list_steps(options: argparse.Namespace, work: Path) -> list[Step]:
     models = options.models.split(",")
     shape = options.checkpoint
     checkpoint, http = str(work / "checkpoint"), str(work / "http")
-    ask_http = ("-m", "loadtest.gpu_http", checkpoint, http, "--rounds", str(options.rounds))
+    ask_http = ("-m", "loadtest.gpu_http", checkpoint, http, "--rounds", str(options.rounds), "--limit-s", str(_HTTP_S))
+    further = [Step(f"ladder-{name}", f"ladder of {name}", (*ladder, "--models", name), 110, "open") for name in models]
+    peers = [
+        Step(
+            f"peer-{name}", f"peer: {name}", ("-m", "loadtest.gpu_peers", checkpoint, "--peer", name), 60, "checkpoint"
+        )
+        for name in ("naive", "fastsafetensors", "runai", "compiled")
+    ]
     steps = [
         Step("open", "context, modules, warm-up", (*ladder, "--models", ""), 60),
         Step("device-tests", "tests on the device", (*_DEVICE_PYTEST, "tests/conformance/test_cuda_gpu.py"), 90),
@@ -78,24 +86,17 @@ def list_steps(options: argparse.Namespace, work: Path) -> list[Step]:
             100,
             "open",
         ),
-        *(Step(f"ladder-{name}", f"ladder of {name}", (*ladder, "--models", name), 110, "open") for name in models[1:]),
+        *further[1:2],
         Step(
             "checkpoint",
             "a checkpoint to serve",
             ("-m", "loadtest.random_checkpoint", checkpoint, "--shape", shape),
             60,
         ),
-        Step("http", "T3, T2, T1 through HTTP", ask_http, 170, "checkpoint"),
-        *(
-            Step(
-                f"peer-{name}",
-                f"peer: {name}",
-                ("-m", "loadtest.gpu_peers", checkpoint, "--peer", name),
-                60,
-                "checkpoint",
-            )
-            for name in ("naive", "fastsafetensors", "runai")
-        ),
+        Step("http", "T3, T2, T1 through HTTP", ask_http, _HTTP_S + 30, "checkpoint"),
+        *peers[:1],
+        *further[2:],
+        *peers[1:],
         Step("suspend", "the driver's checkpoint", ("-m", "worker.benchmarks.gpu_suspend"), 40, "open"),
         Step("sanitizer", "compute-sanitizer", ("-m", "worker.benchmarks.gpu_sanitizer"), 90, "open"),
     ]

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,12 +83,26 @@ def ask(server: Server) -> Figures:
     }
 
 
-def measure(name: str, rounds: int, once: Callable[[], Figures]) -> Figures:
-    """``rounds`` times ``once``; medians of the whole and of each phase. Stops at the first error, and tells it."""
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """``count`` rounds, fewer (but one) where ``deadline_s`` of the monotonic clock comes first."""
+
+    count: int
+    deadline_s: float
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(self.count):
+            if index and time.monotonic() > self.deadline_s:
+                return
+            yield index
+
+
+def measure(name: str, rounds: Rounds, once: Callable[[], Figures]) -> Figures:
+    """``once`` in each of ``rounds``; medians of the whole and of each phase. Ends at the first error, and tells it."""
     samples: list[Figures] = []
     error = ""
     try:
-        for _ in range(rounds):
+        for _ in rounds:
             samples.append(once())
     except (RuntimeError, TimeoutError, OSError) as failure:
         error = str(failure)
@@ -108,7 +123,7 @@ def measure(name: str, rounds: int, once: Callable[[], Figures]) -> Figures:
     return found | ({"error": error[-800:]} if error else {})
 
 
-def measure_parked(state_dir: Path, folder: Path, rounds: int) -> Figures:
+def measure_parked(state_dir: Path, folder: Path, rounds: Rounds) -> Figures:
     """T3: the model parks after each answer; VRAM meanwhile is what the driver counts."""
     config = write_config(folder / "parks.yaml", parks=True)
     with Server(state_dir, "--config", str(config), log=folder / "parked.log") as server:
@@ -124,7 +139,7 @@ def measure_parked(state_dir: Path, folder: Path, rounds: int) -> Figures:
         return found | {"device_mib": read_device_mib()}
 
 
-def measure_sealed(state_dir: Path, folder: Path, rounds: int, *, spares: int) -> Figures:
+def measure_sealed(state_dir: Path, folder: Path, rounds: Rounds, *, spares: int) -> Figures:
     """T2: the worker has ended, the weights are sealed; with ``spares`` warm workers of no model, where they exist."""
     name = "T2 with a spare" if spares else "T2"
     config = write_config(folder / "ends.yaml", parks=False)
@@ -151,7 +166,7 @@ def measure_sealed(state_dir: Path, folder: Path, rounds: int, *, spares: int) -
             os.environ["GLOWPLUG_SPARE_WORKERS"] = before
 
 
-def measure_first(state_dir: Path, folder: Path, rounds: int) -> Figures:
+def measure_first(state_dir: Path, folder: Path, rounds: Rounds) -> Figures:
     """T1: a fresh server, files dropped from the page cache."""
 
     def once() -> Figures:
@@ -206,23 +221,29 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quantize", choices=["int8", "fp8", "int4"])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--tiers", default="T3,T2,T1,T2s", help="comma separated; T2s: with a spare")
+    parser.add_argument("--tiers", default="T3,T2s,T2,T1", help="comma separated; T2s: with a spare")
+    parser.add_argument("--limit-s", type=float, default=600.0, help="no round begins after it, no tier either")
     options = parser.parse_args()
     # Stopped early, it unwinds: a server that it started would keep the GPU from whoever comes next.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.folder.mkdir(parents=True, exist_ok=True)
+    deadline_s = time.monotonic() + options.limit_s
     os.environ["GLOWPLUG_BACKEND"] = "cuda"
     BIAS.update(choose_bias(options.checkpoint))
     state_dir = options.folder / "state"
     print(json.dumps({"build_s": round(build(options.checkpoint, state_dir, options.quantize), 1)}), flush=True)
+    rounds = Rounds(options.rounds, deadline_s)
     tiers: dict[str, Callable[[Path], Figures]] = {
-        "T3": lambda logs: measure_parked(state_dir, logs, options.rounds),
-        "T2": lambda logs: measure_sealed(state_dir, logs, options.rounds, spares=0),
-        "T2s": lambda logs: measure_sealed(state_dir, logs, options.rounds, spares=1),
-        "T1": lambda logs: measure_first(state_dir, logs, min(options.rounds, 3)),
+        "T3": lambda logs: measure_parked(state_dir, logs, rounds),
+        "T2": lambda logs: measure_sealed(state_dir, logs, rounds, spares=0),
+        "T2s": lambda logs: measure_sealed(state_dir, logs, rounds, spares=1),
+        "T1": lambda logs: measure_first(state_dir, logs, Rounds(min(options.rounds, 3), deadline_s)),
     }
     failed = False
     for tier in options.tiers.split(","):
+        if time.monotonic() > deadline_s:
+            print(json.dumps({"tier": tier, "num_samples": 0, "error": "no time was left"}), flush=True)
+            continue
         with tempfile.TemporaryDirectory(dir=options.folder) as logs:
             try:
                 found = tiers[tier](Path(logs))

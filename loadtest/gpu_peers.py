@@ -1,8 +1,9 @@
 """``python -m loadtest.gpu_peers CHECKPOINT --peer NAME``: other ways to the first token on the same GPU, as JSON.
 
 ``naive``: a fresh Python, torch, transformers, ``from_pretrained`` in bf16 on the device, one token; then greedy decode
-at batch 1, eager. ``fastsafetensors`` and ``runai``: the time from a fresh process to all weights on the device by
-their loaders. What is not importable says so and exits with 77. Run each with the page cache warm.
+at batch 1, eager. ``compiled``: the decode alone, under ``torch.compile``, which may take minutes. ``fastsafetensors``
+and ``runai``: the time from a fresh process to all weights on the device by their loaders. What is not importable says
+so and exits with 77. Run each with the page cache warm.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def elapsed_ms() -> float:
     return round((time.perf_counter() - STARTED_S) * 1e3, 1)
 
 
-def run_naive(checkpoint: Path, num_steps: int) -> Figures:
-    """Phases up to the first token, and milliseconds of a decode step."""
+def load_model(checkpoint: Path) -> tuple[Any, Figures]:
+    """The model of transformers on the device, and when what was done."""
     import torch
 
     phases = {"torch_imported_ms": elapsed_ms()}
@@ -39,7 +40,15 @@ def run_naive(checkpoint: Path, num_steps: int) -> Figures:
     phases["transformers_imported_ms"] = elapsed_ms()
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, device_map="cuda")
     torch.cuda.synchronize()
-    phases["loaded_ms"] = elapsed_ms()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return model, {**versions, **phases, "loaded_ms": elapsed_ms()}
+
+
+def run_naive(checkpoint: Path, num_steps: int) -> Figures:
+    """Phases up to the first token, and milliseconds of a decode step."""
+    import torch
+
+    model, phases = load_model(checkpoint)
     ids = torch.arange(PROMPT_TOKENS, device="cuda")[None] % 96
     with torch.inference_mode():
         out = model(ids, use_cache=True)
@@ -55,21 +64,25 @@ def run_naive(checkpoint: Path, num_steps: int) -> Figures:
             token.item()
             steps.append((time.perf_counter() - begin_s) * 1e3)
     return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
         **phases,
         "decode_eager_ms": round(sorted(steps)[len(steps) // 2], 3),
-        "decode_compiled_ms": measure_compiled(model, token, num_steps),
         "allocated_bytes": torch.cuda.memory_allocated(),
     }
 
 
-def measure_compiled(model: Any, token: Any, num_steps: int) -> float | str:
+def run_compiled(checkpoint: Path, num_steps: int) -> Figures:
     """Milliseconds of a decode step under ``torch.compile`` with a static cache; text: why there is none."""
+    model, phases = load_model(checkpoint)
+    return {**phases, "decode_compiled_ms": measure_compiled(model, num_steps)}
+
+
+def measure_compiled(model: Any, num_steps: int) -> float | str:
+    """See :func:`run_compiled`."""
     import torch
     import transformers
 
     try:
+        token = torch.ones((1, 1), dtype=torch.long, device="cuda")
         cache = transformers.StaticCache(config=model.config, max_cache_len=128)
         step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=False)
         steps = []
@@ -117,6 +130,7 @@ def run_runai(checkpoint: Path, _num_steps: int) -> Figures:
 
 PEERS: dict[str, tuple[tuple[str, ...], Callable[[Path, int], Figures]]] = {
     "naive": (("torch", "transformers"), run_naive),
+    "compiled": (("torch", "transformers"), run_compiled),
     "fastsafetensors": (("torch", "fastsafetensors"), run_fastsafetensors),
     "runai": (("torch", "runai_model_streamer"), run_runai),
 }

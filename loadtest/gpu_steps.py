@@ -56,8 +56,8 @@ class Outcome:
     @property
     def last_line(self) -> str:
         """What a table shows of it."""
-        lines = self.output.strip().splitlines()
-        return lines[-1].strip()[:160] if lines else ""
+        lines = [line.strip() for line in self.output.splitlines()]
+        return next((line[:160] for line in reversed(lines) if any(map(str.isalnum, line))), "")
 
 
 def run_step(step: Step, limit_s: float) -> Outcome:

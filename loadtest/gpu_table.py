@@ -89,7 +89,7 @@ def _http(record: Figures) -> Iterator[str]:
 
 
 def _peers(record: Figures) -> Iterator[str]:
-    for key in ("peer-naive", "peer-fastsafetensors", "peer-runai"):
+    for key in ("peer-naive", "peer-fastsafetensors", "peer-runai", "peer-compiled"):
         peer = record.get(key)
         if peer is None or "not_importable" in peer:
             missing = "" if peer is None else f": {', '.join(peer['not_importable'])} cannot be imported"

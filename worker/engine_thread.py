@@ -26,6 +26,7 @@ from worker.backends.protocol import Backend, BackendError, BackendFull, BoundMo
 from worker.engine.parking import IdleParking
 from worker.engine.step_loop import StepLoop, bind_plan, make_step_loop
 from worker.engine.types import RequestStep
+from worker.kernel_images import read_kernels
 from worker.prepared_models import InheritedModel
 from worker.process_release import connect_release
 from worker.restore import PreparedModel, RestoredModel, prepare_model
@@ -154,7 +155,7 @@ class EngineThread:
         """The device ready, the model mapped and bound: taken over from the zygote, or done here."""
         order, fds, inherited = self._order, self._fds, self._inherited
         backend = self._warm if inherited is None else inherited.backend
-        backend = backend or make_backend(order.backend, order.num_threads)
+        backend = backend or make_backend(order.backend, order.num_threads, self._read_kernels)
         backend.warm()
         self.marks[Mark.DEVICE_READY] = time.monotonic_ns()
         if inherited is not None:
@@ -169,6 +170,10 @@ class EngineThread:
             bound = bind_plan(backend, model.plan)
         self.marks[Mark.MAPPED] = time.monotonic_ns()
         return model, bound
+
+    def _read_kernels(self, architectures: tuple[str, ...]) -> dict[str, bytes]:
+        """Device code that the snapshot brings along; asked for by a device that what ships has none for."""
+        return read_kernels(codec.decode(self._order.manifest, Manifest), self._fds, architectures)
 
 
 def describe_failure(model: str, error: Exception) -> ErrorInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +20,11 @@ from snapshots.manifest import KERNELS
 from snapshots.mapping import seal_blob
 from tests.checkpoint_files import DATA
 from tests.model_fixtures import BuiltState, new_state
+from worker.backends.cuda.opening import load_kernels
+from worker.backends.kernels.manifest import FATBIN_NAME, MANIFEST_NAME, load_manifest, name_in_snapshots
+from worker.backends.kernels.sources import KERNELS_FOLDER
 from worker.build.errors import BuildError
+from worker.build.further_sections import read_further_sections
 from worker.build.hf_source import open_hugging_face
 from worker.build.kernel_files import MAGICS, read_kernel_file
 from worker.build.snapshot_builder import build_snapshot
@@ -82,6 +87,34 @@ def test_kernels_are_listed_with_digests_and_reach_the_worker(built: BuiltState)
         lying = msgspec.structs.replace(manifest, kernels=(wrong,))
         with pytest.raises(BlobCorrupt, match="not the kernel that was signed"):
             read_kernels(lying, fds, (wrong.architecture,))
+
+
+def test_a_device_that_what_ships_has_no_code_for_takes_the_snapshots(tmp_path: Path) -> None:
+    """glowplug's own kernels are named by their sources; only a newer device asks for them, and gets what is signed."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    for name in (FATBIN_NAME, MANIFEST_NAME):
+        shutil.copy(KERNELS_FOLDER / name, folder)
+    state = new_state(tmp_path / "state")
+    with open_hugging_face(DATA / "tiny_llama") as source:
+        further = read_further_sections([folder / FATBIN_NAME], None)
+        build_snapshot(source, "tiny", state.store, state.keyring, further=further)
+    manifest = state.manifest("tiny")
+    assert [kernel.name for kernel in manifest.kernels] == [name_in_snapshots(load_manifest())]
+    asked: list[tuple[str, ...]] = []
+    with ExitStack() as stack:
+        fds = seal_all(state, stack)
+
+        def read(architectures: tuple[str, ...]) -> dict[str, bytes]:
+            asked.append(architectures)
+            return read_kernels(manifest, fds, architectures)
+
+        assert load_kernels(90, read) == load_kernels(130, read)  # here the same file, by two ways
+        assert asked == [("sm_130", "fatbin")]
+        assert load_kernels(130, lambda _architectures: {"glowplug-of-others": b"code"})[:4] == MAGICS["fatbin"]
+    (folder / FATBIN_NAME).write_bytes(MAGICS["fatbin"] + b"changed")
+    with pytest.raises(BuildError, match="its manifest says"):
+        read_kernel_file(folder / FATBIN_NAME)
 
 
 def test_a_snapshot_without_kernels_has_none(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from loadtest.gpu_check import list_steps, parse_options
-from loadtest.gpu_steps import GpuRun, Step, read_documents
+from loadtest.gpu_http import Rounds
+from loadtest.gpu_steps import GpuRun, Outcome, Step, read_documents
 from loadtest.gpu_table import format_report
 
 
@@ -28,6 +30,17 @@ def test_failing_and_hanging_steps_are_told_and_the_rest_goes_on(tmp_path: Path)
     assert "reason" in record["steps"][0]["output_tail"]
     assert "not done after" in record["steps"][1]["output_tail"]
     assert record["gpu"] == "stand-in"
+
+
+def test_rounds_end_at_the_deadline_but_there_is_one() -> None:
+    """A tier that begins late has a figure all the same; one in time has all of its rounds."""
+    assert list(Rounds(10, time.monotonic() - 1)) == [0]
+    assert list(Rounds(3, time.monotonic() + 60)) == [0, 1, 2]
+
+
+def test_a_step_is_told_by_its_last_line_of_text() -> None:
+    """Not by the bracket that ends its JSON."""
+    assert Outcome(Step("one", "one", (), 1), "ok", 0.0, "3 models\n{\n}\n").last_line == "3 models"
 
 
 def test_no_step_begins_after_the_deadline(tmp_path: Path) -> None:
@@ -55,5 +68,5 @@ def test_steps_of_a_run_have_keys_of_their_own(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys))
     assert [step.key for step in list_steps(parse_options(["--only", "open,peer"]), tmp_path)] == [
         "open",
-        *(f"peer-{name}" for name in ("naive", "fastsafetensors", "runai")),
+        *(f"peer-{name}" for name in ("naive", "fastsafetensors", "runai", "compiled")),
     ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from worker.backends.detection import CUDA
 from worker.backends.numkong_cpu import NumKongBackend
 from worker.backends.numpy_reference import NumpyBackend
-from worker.backends.protocol import Backend, BackendError
+from worker.backends.protocol import Backend, BackendError, ReadKernels
 
 
-def make_backend(name: str, num_threads: int) -> Backend:
+def make_backend(name: str, num_threads: int, read_kernels: ReadKernels | None = None) -> Backend:
     """The backend of that name. No device is touched, and CuPy not imported: that is :meth:`Backend.warm`'s.
+    ``read_kernels`` gives the device code that a snapshot brings along, where the worker is for one already.
 
     Raises:
         BackendError: unknown name.
@@ -21,7 +22,7 @@ def make_backend(name: str, num_threads: int) -> Backend:
     if name == CUDA or name.startswith(f"{CUDA}:"):
         from worker.backends.cuda.opening import make_cuda_backend  # 5 ms that only such workers take
 
-        return make_cuda_backend(_read_device_number(name), num_threads)
+        return make_cuda_backend(_read_device_number(name), num_threads, read_kernels=read_kernels)
     raise BackendError(f"backend {name!r} is not known: expected numkong, numpy, cuda or cuda:1 (the GPU's number)")
 
 

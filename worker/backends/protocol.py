@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # the encoder's protocol is made of the types here
     from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
 
 FloatArray = npt.NDArray[np.float32]
+#: A snapshot's device code: images by kernel name, for the first of these architectures that has each.
+ReadKernels = Callable[[tuple[str, ...]], dict[str, bytes]]
 
 #: Tokens of one block of the KV cache. At a head width of 64, float32, one head's keys of a block are one 4 KiB page.
 KV_BLOCK_TOKENS: Final = 16

@@ -299,6 +299,8 @@ def main() -> int:
     probe_bytes = options.probe_mib << 20
     figures = run_ladder(device, shapes, options.rounds, sweeps=options.sweep, probe_bytes=probe_bytes)
     print(json.dumps({**opened, **figures}, indent=1))
+    ceilings = figures["copy_ceiling_bytes_per_s"] / 1e9, figures["memory_bytes_per_s"] / 1e9
+    print(f"{len(shapes)} models; pinned copy {ceilings[0]:.1f} GB/s, device memory {ceilings[1]:.0f} GB/s")
     return 0
 
 

@@ -1,7 +1,9 @@
 """Compiled device code that a build puts into a snapshot: fat binaries and cubins, checked by their first bytes.
 
 A fat binary (``NAME.fatbin``) holds code for several architectures; it is listed under the architecture ``fatbin``, and
-the driver chooses. A cubin is for one, which its file's name says: ``NAME.sm_90.cubin``.
+the driver chooses. A cubin is for one, which its file's name says: ``NAME.sm_90.cubin``. glowplug's own kernels
+(``kernels.fatbin`` with ``kernels.json`` beside it, as ``glowplug kernels build --out`` leaves them) are named by their
+sources, so that workers know them.
 """
 
 from __future__ import annotations
@@ -16,10 +18,18 @@ from snapshots.keyring import KeyRing
 from snapshots.manifest import KERNELS
 from snapshots.sections import CompiledKernel, fill_up, plan_kernels
 from snapshots.store import SnapshotStore
+from worker.backends.kernels.manifest import (
+    FATBIN,
+    FATBIN_NAME,
+    MANIFEST_NAME,
+    StaleKernelsError,
+    load_manifest,
+    name_in_snapshots,
+    verify_kernels,
+)
 from worker.build.errors import BuildError
 
 MAX_KERNEL_BYTES: Final = 256 << 20  # of one file
-FATBIN: Final = "fatbin"
 CUBIN: Final = "cubin"
 #: What files begin with. Source: fatbinary_section.h of the CUDA toolkit; System V ABI, ELF header.
 MAGICS: Final = {FATBIN: b"\x50\xed\x55\xba", CUBIN: b"\x7fELF"}
@@ -54,7 +64,21 @@ def read_kernel_file(path: Path) -> KernelFile:
         name, _, architecture = path.stem.rpartition(".")
         if not name:
             raise BuildError(f"{path}: a cubin's name says its architecture, as in NAME.sm_90.cubin")
+    own_manifest = path.with_name(MANIFEST_NAME)
+    if path.name == FATBIN_NAME and own_manifest.exists():
+        name = _name_own_kernels(path)
     return KernelFile(name, architecture, data)
+
+
+def _name_own_kernels(path: Path) -> str:
+    """
+    Raises:
+        BuildError: the file is not what its manifest says, or of other sources than this glowplug's.
+    """
+    try:
+        return name_in_snapshots(load_manifest(verify_kernels(path.parent).parent))
+    except StaleKernelsError as error:
+        raise BuildError(f"{path}: {error}") from error
 
 
 def store_kernels(

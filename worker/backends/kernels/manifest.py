@@ -12,6 +12,7 @@ from worker.backends.kernels.sources import KERNELS_FOLDER, compute_source_diges
 
 FATBIN_NAME: Final = "kernels.fatbin"
 MANIFEST_NAME: Final = "kernels.json"
+FATBIN: Final = "fatbin"  # the architecture under which snapshots list one
 
 
 class StaleKernelsError(Exception):
@@ -50,6 +51,11 @@ class KernelManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def needs_driver_compiler(self, architecture: int) -> bool:
         """Whether such a device would have the driver compile the PTX, which takes seconds, once."""
         return not any(a // 10 == architecture // 10 and a <= architecture for a in self.architectures)
+
+
+def name_in_snapshots(manifest: KernelManifest) -> str:
+    """The name under which a snapshot holds the kernels of these sources: no worker takes those of others."""
+    return f"glowplug-{manifest.source_digest[:16]}"
 
 
 def load_manifest(folder: Path = KERNELS_FOLDER) -> KernelManifest:
