@@ -224,10 +224,11 @@ class PostProcessor:
             self._resume()
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         result: str = self._call(POST_PROCESS, self._function, clean)
-        if len(result) > self._limits.result_bytes:
+        size_bytes = len(result.encode())
+        if size_bytes > self._limits.result_bytes:
             self._drop()
             raise GuestContractError(
-                f"{POST_PROCESS}: a text of {len(result)} characters: at most {self._limits.result_bytes}"
+                f"{POST_PROCESS}: a text of {size_bytes} bytes: at most {self._limits.result_bytes}"
             )
         return result
 

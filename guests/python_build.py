@@ -1,7 +1,7 @@
 """Builds a Python guest into a component: ``python -m guests.python_build FOLDER -o OUT.wasm``.
 
 ``FOLDER`` holds ``app.py`` and the WIT world it implements (``guest.wit``; see ``examples/python_postprocess``). Needs
-the package ``componentize-py`` (in the development extra), which brings its own interpreter; takes about ten seconds.
+the package ``componentize-py`` (extra ``python-guests``), which brings its own interpreter; takes about ten seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def build_component(folder: Path) -> bytes:
     """The component of the Python guest in ``folder``. Its module-level code runs now, in the sandbox of the tool.
 
     Raises:
-        GuestError: the tool is missing or reports errors; its output is in the message.
+        GuestError: the tool is missing, reports errors (its output is in the message) or takes too long.
         GuestModuleRefused: the result is not a component.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -46,10 +46,13 @@ def build_component(folder: Path) -> bytes:
         shutil.copytree(folder, work, ignore=shutil.ignore_patterns("__pycache__", "*.wasm"))
         output = Path(scratch) / "guest.wasm"
         command = [find_componentize_py(), "-q", "-d", "guest.wit", "-w", WORLD, "componentize", "--stub-wasi"]
-        done = subprocess.run(
-            [*command, "-o", str(output), "app"], cwd=work, capture_output=True, text=True, check=False,
-            timeout=TIMEOUT_S,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [*command, "-o", str(output), "app"], cwd=work, capture_output=True, text=True, check=False,
+                timeout=TIMEOUT_S,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise GuestError(f"building the Python guest in {folder} took longer than {TIMEOUT_S:g} s") from error
         if done.returncode != 0:
             raise GuestError(f"building the Python guest in {folder} failed:\n{done.stdout}{done.stderr}")
         component = output.read_bytes()

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
+
 from guests.runtime import GuestEngine
 from scheduler.contract import codec
 from snapshots.errors import SnapshotError
@@ -106,7 +108,7 @@ class _Preparation:
                 gc.unfreeze()
                 gc.collect()
                 gc.freeze()
-                model.close()
+                _close_or_keep(model)
 
     def close_files(self) -> None:
         """The mappings keep the memory."""
@@ -186,6 +188,14 @@ class PreparedModels:
 
     def _unfinished(self) -> list[_Preparation]:
         return [preparation for preparation in self._preparations.values() if preparation.steps is not None]
+
+
+def _close_or_keep(model: PreparedModel) -> None:
+    """What is still in use somewhere stays mapped: a zygote that died of it would take all workers along."""
+    try:
+        model.close()
+    except SnapshotError as error:
+        structlog.get_logger().error("prepared_model_stays_mapped", snapshot_id=model.snapshot_id, error=str(error))
 
 
 def _return_free_memory() -> None:

@@ -6,6 +6,7 @@ from        to          when
 (none)      starting    spawn order; the snapshot is being sealed or the fork is under way
 starting    running     the zygote forked it, or it was a spare; its weights may still be filled in
 starting    (none)      refused: snapshot corrupt, no room, no fork; reported as failed
+starting    (none)      drain order, or the agent stops, before there is a process: reported
 running     stopping    drain order, or the agent stops: SIGTERM, and SIGKILL past the grace
 running     (none)      it ended by itself: reported with its error
 running     (none)      a chunk of its weights is wrong: killed before it served, reported as failed
@@ -65,6 +66,7 @@ class _Process:
     device: str = ""  # UUID of the GPU that it was placed on
     fork_id: str = ""  # what the zygote calls it: the worker's id, or that of the spare it was
     pid: int = 0  # 0 until forked
+    start: asyncio.Task[None] | None = None  # carries out its spawn order
     is_stopping: bool = False
     stood_still: bool = False  # killed because a signal had stopped it
     cause: SnapshotError | None = None  # killed for this: its snapshot turned out corrupt while it started
@@ -110,6 +112,17 @@ class WorkerProcesses:
         if command.worker_id in self._processes:
             return  # the order was delivered twice
         process = self._processes[command.worker_id] = _Process(command.worker_id, command.model, entry, command.device)
+        process.start = asyncio.current_task()
+        try:
+            await self._spawn_or_refuse(process, command, entry, received_mono_ns)
+        except asyncio.CancelledError:  # the agent stops
+            if self._processes.get(process.worker_id) is process:
+                self._bury(process, None)
+            raise
+
+    async def _spawn_or_refuse(
+        self, process: _Process, command: SpawnWorker, entry: CatalogueEntry, received_mono_ns: int
+    ) -> None:
         try:
             await self._spawn(process, command, entry, received_mono_ns)
         except BlobCorrupt as error:
@@ -140,6 +153,9 @@ class WorkerProcesses:
         if not is_warm:
             self._start_task(self._reports.stage(card.name, "verifying"), f"stage of {card.name}")
         fds = await self._cache.acquire(card.snapshot_id, entry.manifest, process.worker_id)
+        if self._is_overtaken(process):
+            self._bury(process, None)
+            return
         order = SpawnOrder(
             worker_id=process.worker_id,
             node_id=self._settings.process.node_id,
@@ -174,8 +190,13 @@ class WorkerProcesses:
         )
         if process.cause is not None:  # so did the wrong chunk
             await self._zygote.signal(process.fork_id, signal.SIGKILL)
-        elif process.is_stopping:  # the drain order overtook the fork
+        elif self._is_overtaken(process):
             await self._zygote.signal(process.fork_id, signal.SIGTERM)
+
+    @staticmethod
+    def _is_overtaken(process: _Process) -> bool:
+        """Whether a drain order came before the one to start was carried out."""
+        return process.is_stopping
 
     async def _start_process(self, process: _Process, order: SpawnOrder, fds: SpawnedFds) -> bool:
         """A spare where there is one for that device, else a fork; whether it was a spare."""
@@ -222,7 +243,7 @@ class WorkerProcesses:
         if process.kill_timer is not None:
             process.kill_timer.cancel()
         process.kill_timer = asyncio.get_running_loop().call_later(grace_s + KILL_MARGIN_S, self._kill, worker_id)
-        if not was_stopping:  # a second one would end its drain at once
+        if process.fork_id and not was_stopping:  # a second one would end its drain at once
             await self._zygote.signal(process.fork_id, signal.SIGTERM)
 
     async def park(self, worker_id: str, is_parked: bool) -> None:
@@ -244,9 +265,12 @@ class WorkerProcesses:
             self._start_task(self._zygote.signal(process.fork_id, signal.SIGKILL), f"end of {worker_id}")
 
     async def drain_all(self, grace_s: float) -> None:
-        """Drain every worker and wait until all are gone and reported."""
-        for worker_id in list(self._processes):
-            await self.drain(worker_id, grace_s)
+        """Drain every worker and wait until all are gone and reported. One whose snapshot is still being sealed is
+        given up: that may take minutes."""
+        for process in list(self._processes.values()):
+            await self.drain(process.worker_id, grace_s)
+            if not process.fork_id and process.start is not None:
+                process.start.cancel()
         await self.wait_gone()
 
     async def wait_gone(self) -> None:

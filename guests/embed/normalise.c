@@ -4,10 +4,10 @@
 #include "unicode.h"
 #include "utf8.h"
 
-enum { REPLACEMENT_CHARACTER = 0xFFFD };
+enum { REPLACEMENT_CHARACTER = 0xFFFD, NUM_CLASSES = 256 };
 
-/* The text being written. Marks are put in canonical order as they come: `run` is where those after the last starter
- * begin, whether that starter was written or stripped. */
+/* The text being written. `run` is where the marks after the last starter begin, whether that starter was written or
+ * stripped; they are put in canonical order when the next one comes. Only where accents are stripped. */
 typedef struct {
     char_list *out;
     uint32_t run;
@@ -37,15 +37,28 @@ static bool append_lowered(char_list *list, uint32_t code_point) {
     return true;
 }
 
-/* A mark goes before those of its run with a higher combining class. Marks have no case. */
-static bool append_mark(writer *to, uint32_t mark, uint32_t combining_class) {
-    if (!append(to->out, mark))
+/* Order the marks of the run by combining class, those of one class as they came; the next run begins behind them.
+ * Counting, because a hostile text may be one run. */
+static bool end_run(writer *to) {
+    static buffer ordered;
+    uint32_t places[NUM_CLASSES + 1] = {0};
+    uint32_t count = to->out->count - to->run;
+    uint32_t *marks = char_list_data(to->out) + to->run;
+    if (!tokenizer_has(TOKENIZER_STRIP_ACCENTS) || count < 2) {
+        to->run = to->out->count;
+        return true;
+    }
+    if (!buffer_reserve(&ordered, 0, (uint64_t)count * sizeof *marks))
         return false;
-    uint32_t *chars = char_list_data(to->out);
-    uint32_t place = to->out->count - 1;
-    for (; place > to->run && unicode_combining_class(chars[place - 1]) > combining_class; place--)
-        chars[place] = chars[place - 1];
-    chars[place] = mark;
+    for (uint32_t i = 0; i < count; i++)
+        places[unicode_combining_class(marks[i]) + 1]++;
+    for (uint32_t i = 1; i < NUM_CLASSES; i++)
+        places[i] += places[i - 1];
+    uint32_t *sorted = ordered.data;
+    for (uint32_t i = 0; i < count; i++)
+        sorted[places[unicode_combining_class(marks[i])]++] = marks[i];
+    memcpy(marks, sorted, (size_t)count * sizeof *marks);
+    to->run = to->out->count;
     return true;
 }
 
@@ -53,12 +66,12 @@ static bool write_stripped(writer *to, uint32_t code_point) {
     uint32_t stripped[MOST_MAPPED];
     uint32_t count = unicode_strip_accents(code_point, stripped);
     if (count == 0 && !(unicode_flags(code_point) & CHAR_COMBINES))
-        to->run = to->out->count; /* a stripped mark of class 0 still keeps marks from changing places over it */
+        return end_run(to); /* a stripped mark of class 0 still keeps marks from changing places over it */
     for (uint32_t i = 0; i < count; i++) {
-        uint32_t combining_class = unicode_combining_class(stripped[i]);
-        if (!(combining_class ? append_mark(to, stripped[i], combining_class) : append_lowered(to->out, stripped[i])))
+        bool is_mark = unicode_combining_class(stripped[i]) != 0;
+        if (!(is_mark ? append(to->out, stripped[i]) : end_run(to) && append_lowered(to->out, stripped[i])))
             return false;
-        if (!combining_class)
+        if (!is_mark)
             to->run = to->out->count;
     }
     return true;
@@ -73,7 +86,7 @@ static bool write_char(writer *to, uint32_t code_point) {
             code_point = ' ';
     }
     bool stands_alone = tokenizer_has(TOKENIZER_SPACE_CJK) && flags & CHAR_CJK;
-    if (stands_alone && !append(to->out, ' '))
+    if (stands_alone && !(end_run(to) && append(to->out, ' ')))
         return false;
     if (!(tokenizer_has(TOKENIZER_STRIP_ACCENTS) ? write_stripped(to, code_point)
                                                  : append_lowered(to->out, code_point)))
@@ -95,5 +108,5 @@ bool normalise(const uint8_t *text, uint32_t length, char_list *out) {
         if (!write_char(&to, code_point == UTF8_INVALID ? REPLACEMENT_CHARACTER : code_point))
             return false;
     }
-    return true;
+    return end_run(&to);
 }

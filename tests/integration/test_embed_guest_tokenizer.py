@@ -118,6 +118,12 @@ def test_empty_texts_and_long_words(pair: Any, text: str) -> None:
     agree(pair, text)
 
 
+def test_a_long_run_of_marks_in_the_wrong_order_is_done_in_time(pair: Any) -> None:
+    """A text that is one run, which each mark would have to pass, takes no longer than its length says."""
+    agree(pair, "a" + "\u302e" * 30_000 + "\u1b44" * 30_000)
+    agree(pair, "\u4e2d" + "\u302e\u1b44" * 3 + "\u4e2d" + "\u1b44\u302e")
+
+
 def test_specials_are_plain_text_without_the_flag(pair: Any) -> None:
     """Without PARSE_SPECIAL a written-out special token never becomes one; without ADD_SPECIAL none is put around."""
     guest, _ = pair

@@ -101,10 +101,19 @@ def test_a_python_guest_sees_no_environment_and_may_log(guest: PostProcessor) ->
 
 
 def test_an_answer_that_is_too_long_is_refused(guest: PostProcessor) -> None:
-    """More than the limit of characters is not passed on."""
-    with pytest.raises(GuestContractError, match="5242880 characters"):
+    """More than the limit of bytes is not passed on."""
+    with pytest.raises(GuestContractError, match="5242880 bytes"):
         guest.post_process("!long")
     assert_serves(guest)
+
+
+def test_the_limit_of_an_answer_counts_bytes(engine: ComponentEngine, component: Any) -> None:
+    """As many letters as bytes are allowed, each of which takes two."""
+    guest = PostProcessor(engine, component, SEED, InstanceLimits(call_deadline_ms=5_000, result_bytes=1_000))
+    assert guest.post_process("e" * 1_000) == "e" * 1_000
+    with pytest.raises(GuestContractError, match="2000 bytes: at most 1000"):
+        guest.post_process("\u00e9" * 1_000)
+    guest.close()
 
 
 def test_a_resume_that_raises_makes_no_post_processor(engine: ComponentEngine, component: Any) -> None:

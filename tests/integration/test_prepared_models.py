@@ -137,6 +137,23 @@ def test_forgetting_unmaps_and_closes_everything(snapshot: Snapshot, models: Pre
         assert models.wait_ms() is None
 
 
+def test_a_weight_that_is_still_in_use_costs_memory_and_not_the_zygote(
+    snapshot: Snapshot, models: PreparedModels
+) -> None:
+    """A zygote that died of it would take every worker of the host along; its other models are as they were."""
+    models.begin(snapshot.message(), snapshot.fds)
+    assert isinstance(finish(models), ModelPrepared)
+    models.before_fork(snapshot.order(), snapshot.fds)
+    assert models.selected is not None
+    held = models.selected.model.weights.view()
+    models.after_fork()
+    models.forget(snapshot.manifest.snapshot_id)
+    assert len(bytes(held[:8])) == 8  # still mapped
+    models.begin(snapshot.message(), snapshot.fds)
+    assert isinstance(finish(models), ModelPrepared)
+    models.forget(snapshot.manifest.snapshot_id)
+
+
 def test_only_the_very_same_files_and_settings_are_taken_over(snapshot: Snapshot, models: PreparedModels) -> None:
     """Another manifest, another backend, or the same bytes in another memory file: the worker restores by itself."""
     models.begin(snapshot.message(), snapshot.fds)

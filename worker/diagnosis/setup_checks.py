@@ -82,10 +82,12 @@ def check_store(state_dir: Path) -> Iterator[Finding]:
         keyring = load_keyring(state_dir, {k: v for k, v in os.environ.items() if k != "GLOWPLUG_DEV"})
     except (SettingsError, KeyRingError):
         return  # told by check_keys
-    store = SnapshotStore(state_dir / "store")
-    names = store.list_names()
-    if not names:
+    root = state_dir / "store"
+    store = SnapshotStore(root) if root.is_dir() else None  # which it would make
+    names = store.list_names() if store is not None else []
+    if store is None or not names:
         yield Finding("snapshots", "warn", "none", "glowplug build MODEL --name NAME")
+        return
     good = 0
     for name in names:
         try:
