@@ -1,8 +1,9 @@
 """``python -m loadtest.gpu_http CHECKPOINT FOLDER``: the ladder of a GPU node through HTTP, as JSON lines.
 
 Builds a snapshot of the checkpoint in FOLDER and serves it there; each line is one tier: first content byte of a
-streamed answer, its phases, and the tier that the answer's trace names. T3: parked. T2: weights sealed, no worker, with
-and without a spare one. T1: a fresh server and nothing in the page cache.
+streamed answer, its phases, and the tier that the answer's trace names. T3: parked. T3r: the whole process
+released by the driver, where it can, else as T3. T2: weights sealed, no worker, with and without a spare one. T1: a
+fresh server and nothing in the page cache.
 """
 
 from __future__ import annotations
@@ -52,9 +53,13 @@ def build(checkpoint: Path, state_dir: Path, quantize: str | None) -> float:
     return time.perf_counter() - begin_s
 
 
-def write_config(path: Path, *, parks: bool) -> Path:
+def write_config(path: Path, *, parks: bool, park: str = "drop") -> Path:
     """A configuration in which a worker parks soon and stays, or ends soon."""
-    policy = {"park_after_s": _PARK_AFTER_S if parks else 0.0, "idle_timeout_s": 600.0 if parks else _IDLE_TIMEOUT_S}
+    policy: Figures = {
+        "park": park,
+        "park_after_s": _PARK_AFTER_S if parks else 0.0,
+        "idle_timeout_s": 600.0 if parks else _IDLE_TIMEOUT_S,
+    }
     path.write_text(json.dumps({"defaults": policy}))  # JSON is YAML
     return path
 
@@ -123,9 +128,9 @@ def measure(name: str, rounds: Rounds, once: Callable[[], Figures]) -> Figures:
     return found | ({"error": error[-800:]} if error else {})
 
 
-def measure_parked(state_dir: Path, folder: Path, rounds: Rounds) -> Figures:
-    """T3: the model parks after each answer; VRAM meanwhile is what the driver counts."""
-    config = write_config(folder / "parks.yaml", parks=True)
+def measure_parked(state_dir: Path, folder: Path, rounds: Rounds, *, park: str = "drop") -> Figures:
+    """T3, or T3r (``park`` "release"): the model parks after each answer; VRAM meanwhile as the driver counts."""
+    config = write_config(folder / "parks.yaml", parks=True, park=park)
     with Server(state_dir, "--config", str(config), log=folder / "parked.log") as server:
         prepare(server)
 
@@ -133,7 +138,7 @@ def measure_parked(state_dir: Path, folder: Path, rounds: Rounds) -> Figures:
             wait_until(lambda: is_parked(server), within_s=_WORKER_START_S, what="the model parked", every_s=0.05)
             return ask(server)
 
-        found = measure("T3", rounds, once)
+        found = measure("T3r" if park == "release" else "T3", rounds, once)
         if "error" not in found:
             wait_until(lambda: is_parked(server), within_s=_WORKER_START_S, what="the model parked", every_s=0.05)
         return found | {"device_mib": read_device_mib()}
@@ -209,9 +214,8 @@ def read_device_mib() -> int | None:
 
 
 def is_parked(server: Server) -> bool:
-    """Whether the model's worker says that it is parked."""
-    text = json.dumps(server.model_status(MODEL))
-    return '"parked"' in text or '"T3"' in text
+    """Whether the model's worker says that it is parked, or released."""
+    return server.model_status(MODEL).get("tier") in ("T3", "T3r")
 
 
 def main() -> int:
@@ -221,7 +225,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--quantize", choices=["int8", "fp8", "int4"])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--tiers", default="T3,T2s,T2,T1", help="comma separated; T2s: with a spare")
+    parser.add_argument("--tiers", default="T3,T2s,T2,T1,T3r", help="comma separated; T2s: with a spare")
     parser.add_argument("--limit-s", type=float, default=600.0, help="no round begins after it, no tier either")
     options = parser.parse_args()
     # Stopped early, it unwinds: a server that it started would keep the GPU from whoever comes next.
@@ -235,6 +239,7 @@ def main() -> int:
     rounds = Rounds(options.rounds, deadline_s)
     tiers: dict[str, Callable[[Path], Figures]] = {
         "T3": lambda logs: measure_parked(state_dir, logs, rounds),
+        "T3r": lambda logs: measure_parked(state_dir, logs, Rounds(min(options.rounds, 5), deadline_s), park="release"),
         "T2": lambda logs: measure_sealed(state_dir, logs, rounds, spares=0),
         "T2s": lambda logs: measure_sealed(state_dir, logs, rounds, spares=1),
         "T1": lambda logs: measure_first(state_dir, logs, Rounds(min(options.rounds, 3), deadline_s)),

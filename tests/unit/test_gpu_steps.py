@@ -6,6 +6,9 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
+from loadtest import gpu_peers
 from loadtest.gpu_check import list_steps, parse_options
 from loadtest.gpu_http import Rounds
 from loadtest.gpu_steps import GpuRun, Outcome, Step, read_documents
@@ -70,3 +73,15 @@ def test_steps_of_a_run_have_keys_of_their_own(tmp_path: Path) -> None:
         "open",
         *(f"peer-{name}" for name in ("naive", "fastsafetensors", "runai", "compiled")),
     ]
+
+
+@pytest.mark.parametrize("peer", sorted(gpu_peers.PEERS))
+def test_a_peer_that_is_not_installed_is_left_out(
+    peer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what is missing, with the status that the table shows as lacking; nothing of it is imported."""
+    monkeypatch.setattr("sys.argv", ["gpu_peers", "/nonexistent", "--peer", peer])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert gpu_peers.main() == gpu_peers.NOT_IMPORTABLE
+    told = json.loads(capsys.readouterr().out)
+    assert (told["peer"], told["not_importable"]) == (peer, list(gpu_peers.PEERS[peer][0]))
