@@ -211,7 +211,8 @@ def _explain(status: int, said: IO[bytes], limits: WorkLimits) -> str:
         case signal.SIGKILL:
             reason = "was killed (out of memory, or of CPU time?)"
         case number if number > 0:
-            reason = f"crashed with {signal.Signals(number).name}"
+            name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+            reason = f"crashed with {name}"
         case _:
             reason = f"ended with code {status}"
     said.seek(max(0, said.seek(0, os.SEEK_END) - MAX_SHOWN_BYTES))

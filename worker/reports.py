@@ -153,7 +153,8 @@ def describe_exit(worker_id: str, model: str, exit_code: int) -> ErrorInfo:
     elif exit_code == -signal.SIGKILL:
         how = "was killed (SIGKILL; out of memory, or by hand)"
     else:
-        how = f"was ended by signal {signal.Signals(-exit_code).name}"
+        name = next((known.name for known in signal.Signals if known == -exit_code), f"number {-exit_code}")
+        how = f"was ended by signal {name}"
     return ErrorInfo(ErrorCode.WORKER_FAILED, f"worker {worker_id} of model {model!r} {how}; see its log lines")
 
 

@@ -316,7 +316,8 @@ class WorkerProcesses:
                 self.spares.on_exit(fork_id)
 
     def _find_forked(self, fork_id: str) -> _Process | None:
-        return next((process for process in self._processes.values() if process.fork_id == fork_id), None)
+        forked = (process for process in self._processes.values() if process.fork_id)
+        return next((process for process in forked if process.fork_id == fork_id), None)
 
     def _bury(self, process: _Process, error: ErrorInfo | None, *, crashed: bool = False) -> None:
         del self._processes[process.worker_id]

@@ -6,6 +6,8 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import ModelCard, SpawnWorker
 from scheduler.contract.states import SlotState
@@ -14,7 +16,7 @@ from snapshots.store import ManifestStamp
 from worker.agent_settings import read_agent_settings
 from worker.model_catalogue import CatalogueEntry
 from worker.sealed_cache import SealedCache
-from worker.spawn_order import SpawnedFds, SpawnOrder
+from worker.spawn_order import SpawnedFds, SpawnOrder, WorkerExited
 from worker.worker_processes import WorkerProcesses
 from worker.zygote_client import ZygoteClient
 
@@ -136,6 +138,21 @@ async def test_an_agent_that_stops_waits_for_no_sealing() -> None:
     assert len(host.workers) == 0
     assert host.zygote.asked == []
     assert host.reports.ends == {"w1": (SlotState.COLD, None)}
+
+
+@pytest.mark.parametrize(("number", "name"), [(11, "SIGSEGV"), (37, "number 37")])
+async def test_a_worker_is_buried_whatever_signal_ended_it(number: int, name: str) -> None:
+    """Real-time signals have no names of their own; whoever sends one must not leave a worker in the books for ever."""
+    host = Host()
+    host.cache.gate.set()
+    await (await host.begin())
+    host.workers.on_exit(WorkerExited("w1", 77, number))
+    async with asyncio.timeout(10):
+        await host.workers.wait_gone()
+    state, error = host.reports.ends["w1"]
+    assert state is SlotState.FAILED
+    assert error is not None
+    assert f"was ended by signal {name}" in error.message
 
 
 async def test_weights_that_turn_out_wrong_while_a_worker_waits_are_told_as_such_once() -> None:
