@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from worker.backends.cpu_attention_packed import attend_packed
 from worker.backends.cpu_attention_scratch import (
     QUERY_ROWS,
     AttentionScratch,
@@ -26,6 +28,12 @@ _SCORES_FOR_THREADS: Final = 1024 * 1024
 #: From as many keys and tokens on, tiles in bf16 pay: keys and values are rounded anew in each step.
 _TILED_KEYS: Final = 1024
 _TILED_TOKENS: Final = 64
+#: Keys whose scores are compared in one go.
+_JOINED_ROWS: Final = 16
+#: From as many keys before a portion on, fewer tokens than those are attended to with packed keys.
+_PACKED_START: Final = 512
+#: Scores of packed keys held at once: they stay in the core's own cache.
+_PACKED_SCORES: Final = 512 * 1024
 
 
 def attend_many(
@@ -45,6 +53,14 @@ def attend_many(
     num_scores = shape.num_heads * total * share.num_tokens
     if scratch.rounds_long and total >= _TILED_KEYS and share.num_tokens >= _TILED_TOKENS:
         tasks = _list_tile_tasks(queries, out, planes, share, shape)
+    elif (
+        scratch.rounds_long
+        and share.block_table is not None
+        and share.start >= _PACKED_START
+        and not (0 < shape.window_tokens < total)
+    ):
+        _attend_packed(queries, out, planes, share, share.block_table, shape, scratch)
+        return
     else:
         block_rows = max(1, min(QUERY_ROWS, _MAX_SCORES // (shape.num_heads * total)))
         if num_scores >= _SCORES_FOR_THREADS:
@@ -56,6 +72,26 @@ def attend_many(
         return
     for task in tasks:
         task(scratch)
+
+
+def _attend_packed(
+    queries: FloatArray,
+    out: FloatArray,
+    planes: FloatArray,
+    share: SequenceShare,
+    block_table: Sequence[int],
+    shape: AttentionShape,
+    scratch: AttentionScratch,
+) -> None:
+    """A portion of a prompt, in stretches of tokens whose scores are few; arrays as in :func:`attend_many`."""
+    total = share.start + share.num_tokens
+    tiles = scratch.packed.find(block_table, share.start, shape.layer, planes, share.runs)
+    num_stretches = -(-share.num_tokens * shape.num_heads * total // _PACKED_SCORES)
+    for tokens in _cut_tokens(share.num_tokens, -(-share.num_tokens // num_stretches)):
+        own = queries[..., tokens]
+        desk = scratch.desk(shape.num_kv_heads, own.shape[1] * own.shape[3], shape.head_dim)
+        runs = cut_runs(share.runs, 0, share.start + tokens.stop)
+        attend_packed(own, out[..., tokens], planes, runs, tiles, desk, scratch.below_diagonal)
 
 
 def _cut_tokens(num_tokens: int, size: int) -> list[slice]:
@@ -124,12 +160,24 @@ def _attend_block(
     by_query[:, num_keys - num_rows :] += scratch.below_diagonal[:num_rows, None, :num_rows]
     if shape.window_tokens:
         by_query += _mask_before_window(position, num_rows, begin, end, shape.window_tokens)[:, None]
-    np.subtract(scores, np.maximum.reduce(scores, 1, keepdims=True), scores)
+    np.subtract(scores, _find_largest(scores), scores)
     np.exp(scores, scores)
     sums = np.matmul(np.ones((1, num_keys), np.float32), scores)  # [Hkv, 1, G * queries]
     weighted = _sum_values(planes[num_kv_heads:], scores, runs)
     np.divide(weighted, sums, weighted)
     out[...] = weighted.reshape(num_kv_heads, head_dim, group, num_rows).swapaxes(1, 2)
+
+
+def _find_largest(scores: FloatArray) -> FloatArray:
+    """``[Hkv, 1, Q]`` of ``[Hkv, keys, Q]``. Rows are joined to long ones first: few columns would not vectorise."""
+    num_heads, num_keys, num_queries = scores.shape
+    num_joined = num_keys // _JOINED_ROWS
+    if num_joined < 2:
+        return np.maximum.reduce(scores, 1, keepdims=True)
+    joined = scores[:, : num_joined * _JOINED_ROWS].reshape(num_heads, num_joined, -1)
+    largest = np.maximum.reduce(joined, 1).reshape(num_heads, _JOINED_ROWS, num_queries)
+    rest = scores[:, num_joined * _JOINED_ROWS :]
+    return np.maximum.reduce(np.concatenate((largest, rest), 1), 1, keepdims=True)
 
 
 def _multiply_keys(keys: FloatArray, queries: FloatArray, runs: Runs, scores: FloatArray) -> None:

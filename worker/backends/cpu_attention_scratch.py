@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from worker.backends.cpu_attention_packed import PackedDesk, PackedPrompts
 from worker.backends.cpu_attention_tiles import TileMemory
 from worker.backends.kv_blocks import Runs
 from worker.backends.protocol import FloatArray
@@ -20,13 +21,15 @@ QUERY_ROWS: Final = 64
 @dataclass(slots=True)
 class SequenceShare:
     """Tokens ``first`` to ``first + num_tokens`` of the step belong to one sequence, at positions ``start`` on.
-    ``runs`` of KV memory hold all its tokens, those of the step included; ``targets`` those of the step alone."""
+    ``runs`` of KV memory hold all its tokens, those of the step included; ``targets`` those of the step alone.
+    ``block_table`` is a prompt's, whose keys and values may be kept packed from step to step."""
 
     runs: Runs
     targets: Runs
     first: int
     num_tokens: int
     start: int
+    block_table: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class AttentionScratch:
     def __init__(self, num_threads: int = 1, *, rounds_long: bool = False) -> None:
         self.rounds_long = rounds_long
         self.tiles = TileMemory()
+        self.packed = PackedPrompts()
+        self._desk: PackedDesk | None = None
         self.roles: dict[int, StepRoles] = {}  # of the step in progress, by window
         self._others = [AttentionScratch() for _ in range(num_threads - 1)]
         self._executor: ThreadPoolExecutor | None = None
@@ -89,6 +94,12 @@ class AttentionScratch:
             self._flat = np.empty(1 << (num_elements - 1).bit_length(), np.float32)
         return self._flat[:num_elements].reshape(num_heads, num_rows, num_keys)
 
+    def desk(self, num_kv_heads: int, num_rows: int, head_dim: int) -> PackedDesk:
+        """Buffers of that shape; the previous ones are gone."""
+        if self._desk is None or self._desk.key != (num_kv_heads, num_rows, head_dim):
+            self._desk = PackedDesk(num_kv_heads, num_rows, head_dim)
+        return self._desk
+
     def run_tasks(self, tasks: Sequence[Task]) -> None:
         """Call each of ``tasks`` with buffers of its own, on all threads."""
         if self._executor is None:
@@ -111,7 +122,8 @@ class AttentionScratch:
         return 1 + len(self._others)
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
+        """End the threads and forget packed prompts. Idempotent."""
+        self.packed.clear()
         if self._executor is not None:
             self._executor.shutdown()
             self._executor = None

@@ -113,7 +113,10 @@ class NumKongModel(KvBlocksModel):
         for item, runs in zip(inputs, self._blocks.find_runs(inputs), strict=True):
             num_tokens = len(item.token_ids)
             targets = skip_tokens(runs, item.start)
-            self._shares.append(SequenceShare(runs, targets, len(token_ids), num_tokens, item.start))
+            table = item.block_table if item.num_logits <= 1 else None  # guesses are verified once in a while
+            self._shares.append(SequenceShare(runs, targets, len(token_ids), num_tokens, item.start, table))
+            if num_tokens == 1:
+                self._attention.packed.forget(item.block_table)
             token_ids += item.token_ids
             positions += range(item.start, item.start + num_tokens)
             last_rows += range(len(token_ids) - item.num_logits, len(token_ids))
@@ -131,6 +134,18 @@ class NumKongModel(KvBlocksModel):
     def sample(self, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         return sample_rows(self._logits, rows)
 
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._attention.packed.forget_blocks(target for _, target in pairs)
+        super().copy_blocks(pairs)
+
+    def release_blocks(self, blocks: Sequence[int]) -> None:
+        self._attention.packed.forget_blocks(blocks)
+        super().release_blocks(blocks)
+
+    def restore_prefix(self, block_table: Sequence[int], keys_values: FloatArray) -> None:
+        self._attention.packed.forget_blocks(block_table)
+        super().restore_prefix(block_table, keys_values)
+
     def statistics(self) -> Mapping[str, int]:
         return {
             "num_steps": self._num_steps,
@@ -138,6 +153,7 @@ class NumKongModel(KvBlocksModel):
             "num_thread_fallbacks": self._governor.num_fallbacks,
             "kv_resident_bytes": self._blocks.resident_bytes,
             "kv_spare_bytes": self._blocks.spare_bytes,
+            "kv_packed_bytes": self._attention.packed.num_bytes,
         }
 
     def close(self) -> None:
