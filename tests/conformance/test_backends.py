@@ -284,6 +284,31 @@ def test_memory_of_released_blocks_goes_back_beyond_the_spare_limit(
     np.testing.assert_array_equal(run_tokens(bound, [1, 2, 3], [3], (1,)), kept)
 
 
+def test_small_portions_of_a_long_prompt(host_backend: Backend) -> None:
+    """Portion by portion beyond 512 tokens, two prompts in turn, another one's decode between: as the reference. What a
+    backend keeps for a prompt goes with the prompt."""
+    config = replace(TINY, context_length=1024)
+    plan = random_plan(config, dtype="bfloat16")
+    rng = np.random.default_rng(3)
+    prompts = [[int(token) for token in rng.integers(0, TINY.vocab_size, 700)] for _ in range(2)]
+    tables = [tuple(range(44)), tuple(range(50, 94))]
+    reference, bound = reference_of(plan), bind(host_backend, plan)
+    for model in (reference, bound):
+        model.step(tuple(SequenceInput(table, 0, tuple(ids[:500])) for table, ids in zip(tables, prompts, strict=True)))
+    for start in range(500, 700, 40):
+        for table, ids in zip(tables, prompts, strict=True):
+            portion = SequenceInput(table, start, tuple(ids[start : start + 40]))
+            other = SequenceInput(SPARE_BLOCKS, 0, (5,))
+            got, want = (compute_logits(model, other, portion) for model in (bound, reference))
+            np.testing.assert_allclose(got, want, atol=TOLERANCE["bfloat16"], rtol=0)
+    for table, ids in zip(tables, prompts, strict=True):
+        decode = SequenceInput(table, 700, (ids[0],))
+        got, want = (compute_logits(model, decode) for model in (bound, reference))
+        np.testing.assert_allclose(got, want, atol=TOLERANCE["bfloat16"], rtol=0)
+        bound.release_blocks(table)
+    assert bound.statistics().get("kv_packed_bytes", 0) == 0
+
+
 def test_closed_model_lets_go_of_its_weights(backend: Backend) -> None:
     """After close nothing refers to the weights any more, so that their mapping can be closed too."""
     plan = random_plan(TINY)

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from worker.backends.cpu_attention_prompts import attend_many
-from worker.backends.cpu_attention_scratch import AttentionScratch, AttentionShape, SequenceShare, StepRoles
+from worker.backends.cpu_attention_scratch import AttentionScratch, AttentionShape, SeenKeys, SequenceShare, StepRoles
 from worker.backends.kv_blocks import KvBlocks, Runs, skip_tokens
 from worker.backends.protocol import FloatArray
 
@@ -85,10 +85,14 @@ def bind_attention(
     source_queries = source[:width]
     if num_tokens == 1:  # one sequence, and its column is the whole array
         query, out_one = query_heads[..., 0], out_heads[..., 0]
+        kind = shape.window_tokens, shape.num_kv_heads, group
 
         def attend_one() -> None:
             np.multiply(source_queries, shape.score_scale, queries)
-            _attend_one(query, out_one, memory.layers[shape.layer], shares[0], shape, scratch)
+            seen = scratch.seen.get(kind)
+            if seen is None:  # the same for all layers of that kind
+                seen = scratch.seen[kind] = _see_keys(shares[0], shape, scratch)
+            _attend_one(query, out_one, memory.layers[shape.layer], seen, scratch)
 
         return attend_one
 
@@ -104,7 +108,7 @@ def bind_attention(
         if roles.together:
             _attend_together(queries, out, planes, roles, shape, scratch)
         for share in roles.alone:
-            _attend_one(query_heads[..., share.first], result, planes, share, shape, scratch)
+            _attend_one(query_heads[..., share.first], result, planes, _see_keys(share, shape, scratch), scratch)
             np.copyto(out[:, share.first], result_column)
         for share in roles.prompts:
             columns = slice(share.first, share.first + share.num_tokens)
@@ -205,18 +209,19 @@ def _score_one(
     np.copyto(scores, by_key.transpose(0, 2, 1))
 
 
-def _attend_one(
-    queries: FloatArray,
-    out: FloatArray,
-    planes: FloatArray,
-    share: SequenceShare,
-    shape: AttentionShape,
-    scratch: AttentionScratch,
-) -> None:
-    """One query of one sequence: ``queries`` and ``out`` are ``[Hkv, G, Dh]``."""
+def _see_keys(share: SequenceShare, shape: AttentionShape, scratch: AttentionScratch) -> SeenKeys:
+    """What the one query of ``share`` sees, and where its scores go."""
     runs, num_keys = _see_window(share, shape.window_tokens)
     num_kv_heads = shape.num_kv_heads
-    scores = scratch.scores(num_kv_heads, shape.num_heads // num_kv_heads, num_keys)
+    return SeenKeys(runs, scratch.scores(num_kv_heads, shape.num_heads // num_kv_heads, num_keys))
+
+
+def _attend_one(
+    queries: FloatArray, out: FloatArray, planes: FloatArray, seen: SeenKeys, scratch: AttentionScratch
+) -> None:
+    """One query of one sequence: ``queries`` and ``out`` are ``[Hkv, G, Dh]``."""
+    runs, scores = seen.runs, seen.scores
+    num_kv_heads = len(queries)
     _score_one(queries, planes[:num_kv_heads], runs, scores, scratch)
     np.subtract(scores, np.maximum.reduce(scores, -1, keepdims=True), scores)
     np.exp(scores, scores)

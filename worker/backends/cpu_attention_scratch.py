@@ -57,6 +57,14 @@ class StepRoles:
     columns: slice | list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class SeenKeys:
+    """Where the keys lie that one query sees, and its ``scores`` ``[Hkv, G, keys]``, which are scratch."""
+
+    runs: Runs
+    scores: FloatArray
+
+
 class AttentionScratch:
     """Buffers that all attention operations of a model share; grown on demand. ``rounds_long``: long prompts may be
     attended to in bf16 (see :mod:`~worker.backends.cpu_attention_tiles`).
@@ -71,6 +79,7 @@ class AttentionScratch:
         self.packed = PackedPrompts()
         self._desk: PackedDesk | None = None
         self.roles: dict[int, StepRoles] = {}  # of the step in progress, by window
+        self.seen: dict[tuple[int, int, int], SeenKeys] = {}  # of its one query, by window and heads
         self._others = [AttentionScratch() for _ in range(num_threads - 1)]
         self._executor: ThreadPoolExecutor | None = None
         self._flat: FloatArray = np.empty(0, np.float32)
@@ -79,6 +88,11 @@ class AttentionScratch:
         # Key j is later than query i where j > i: below the diagonal of [keys, queries].
         self.below_diagonal: FloatArray = np.zeros((QUERY_ROWS, QUERY_ROWS), np.float32)
         self.below_diagonal[np.tril_indices(QUERY_ROWS, k=-1)] = -np.inf
+
+    def begin_step(self) -> None:
+        """Forget what held for the step before."""
+        self.roles.clear()
+        self.seen.clear()
 
     def one_result(self, shape: tuple[int, int, int]) -> FloatArray:
         """An uninitialised array of that shape, one for all layers and steps: it lasts for one call."""

@@ -80,7 +80,7 @@ class CpuProgram:
         bound = self._ensure_tokens(pad_rows(len(token_ids)))
         bound.token_ids[: len(token_ids)] = token_ids
         bound.positions[: len(positions)] = positions
-        self._compiled.tokens.scratch.roles.clear()
+        self._compiled.tokens.scratch.begin_step()
         _run_calls(bound)
         return bound
 
