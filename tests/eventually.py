@@ -8,7 +8,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-POLL_INTERVAL_S = 0.005
+#: What comes at once is seen at once; a longer wait takes no core from what is waited for.
+POLL_INTERVALS_S = (0.002, 0.02)
+POLL_GROWTH = 1.2
 #: Only a failing test waits this long: a loaded machine is no reason to fail.
 WITHIN_S = 30.0
 
@@ -22,6 +24,7 @@ async def eventually(
         AssertionError: it never became true; the message holds ``what`` and the last value.
     """
     deadline_mono_s = time.monotonic() + within_s
+    interval_s, longest_s = POLL_INTERVALS_S
     while True:
         value = predicate()
         if inspect.isawaitable(value):
@@ -30,14 +33,17 @@ async def eventually(
             return value
         if time.monotonic() > deadline_mono_s:
             raise AssertionError(f"not within {within_s:g} s: {what or predicate} (last value {value!r})")
-        await asyncio.sleep(POLL_INTERVAL_S)
+        await asyncio.sleep(interval_s)
+        interval_s = min(interval_s * POLL_GROWTH, longest_s)
 
 
 def eventually_sync(predicate: Callable[[], Any], *, within_s: float = WITHIN_S, what: str = "") -> Any:
     """Like :func:`eventually`, for tests without a loop."""
     deadline_mono_s = time.monotonic() + within_s
+    interval_s, longest_s = POLL_INTERVALS_S
     while not (value := predicate()):
         if time.monotonic() > deadline_mono_s:
             raise AssertionError(f"not within {within_s:g} s: {what or predicate} (last value {value!r})")
-        time.sleep(POLL_INTERVAL_S)
+        time.sleep(interval_s)
+        interval_s = min(interval_s * POLL_GROWTH, longest_s)
     return value

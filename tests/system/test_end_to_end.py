@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
-import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,29 +15,16 @@ import pytest
 from loadtest.processes import Server, descendants, wait_until
 from loadtest.streaming_client import StreamedAnswer, chat_body, get_json, get_text, post_stream
 from tests.eventually import eventually_sync
+from tests.fleet_fixtures import copy_linked
 from tests.worker_fixtures import is_running
 
 MODEL = "smollm2"
 
 
-@pytest.fixture
-def state_dir(smollm2_state_dir: Path, short_tmp_path: Path) -> Path:
-    """A private copy of the session's state folder (snapshots hard-linked, keys copied)."""
-    target = short_tmp_path / "state"
-    shutil.copytree(smollm2_state_dir, target, copy_function=_link_blobs)
-    return target
-
-
-def _link_blobs(source: str, target: str) -> None:
-    if "/blobs/" in source:
-        os.link(source, target)
-    else:
-        shutil.copy2(source, target)
-
-
-@pytest.fixture
-def server(state_dir: Path) -> Iterator[Server]:
+@contextlib.contextmanager
+def started(folder: Path, smollm2_state_dir: Path) -> Iterator[Server]:
     """A server with a short idle timeout; it must end with status 0 and leave nothing behind."""
+    state_dir = copy_linked(smollm2_state_dir, folder / "state")
     with Server(state_dir, "--idle-timeout-s", "0.5") as running:
         running.wait_ready()
         running.wait_listed(MODEL)
@@ -47,12 +35,34 @@ def server(state_dir: Path) -> Iterator[Server]:
     assert list(state_dir.rglob("*.sock")) == []
 
 
+@pytest.fixture
+def fresh_server(smollm2_state_dir: Path, short_tmp_path: Path) -> Iterator[Server]:
+    """One that has served nothing yet."""
+    with started(short_tmp_path, smollm2_state_dir) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def served(smollm2_state_dir: Path) -> Iterator[Server]:
+    """One for all other tests here."""
+    with tempfile.TemporaryDirectory(prefix="gp-") as folder, started(Path(folder), smollm2_state_dir) as running:
+        yield running
+
+
+@pytest.fixture
+def server(served: Server) -> Server:
+    """The shared one, its model asleep."""
+    served.wait_asleep(MODEL)
+    return served
+
+
 def ask(server: Server, **fields: object) -> StreamedAnswer:
     return post_stream(server.url, chat_body(MODEL, **{"max_tokens": 24, **fields}))  # type: ignore[arg-type]
 
 
-def test_a_cold_request_streams_then_the_model_goes_back_to_zero_and_wakes_again(server: Server) -> None:
+def test_a_cold_request_streams_then_the_model_goes_back_to_zero_and_wakes_again(fresh_server: Server) -> None:
     """No process before; tokens; no process after; the same again from sealed memory."""
+    server = fresh_server
     assert server.worker_pids() == []
     assert get_json(server.url, "/v1/models")["data"][0]["id"] == MODEL
     first = ask(server)
