@@ -14,7 +14,7 @@ from scheduler.autoscaler import FleetView, ModelView, NodeView, WorkerView
 from scheduler.config import SchedulerConfig
 from scheduler.contract.errors import ErrorInfo
 from scheduler.contract.messages import ModelCard, ModelStatus, NodeReport, WorkerChanged, WorkerReport
-from scheduler.contract.states import CLAIMING_STATES, SlotState, Task, Tier
+from scheduler.contract.states import AWAY_STATES, CLAIMING_STATES, SlotState, Task, Tier
 from scheduler.crash_streak import DEATHS_AT_ONCE, CrashStreak
 from scheduler.gpu_ledger import RETURN_S, Departed, Tenant, view_gpus
 from scheduler.gpu_placement import GpuNeed, GpuView
@@ -167,6 +167,8 @@ class Fleet:
             self._set_state(change.model, change.worker_id, change.state)
         if change.state is SlotState.READY:
             model.wake_asked_s = None
+        if known is not None and known.state in AWAY_STATES and change.state is SlotState.READY:
+            self._on_returned(model, change.worker_id, now_s)
         if change.state is SlotState.READY and not was_ready:
             model.crashes.on_ready(change.worker_id, now_s)
             self._on_ready(model, change.worker_id, now_s)
@@ -203,6 +205,12 @@ class Fleet:
         worker = model.workers[worker_id]
         if worker.state is SlotState.READY and not worker.ready_at_s:
             model.history.on_ready(now_s - worker.ordered_at_s)
+            model.workers[worker_id] = replace(worker, ready_at_s=now_s)
+
+    def _on_returned(self, model: _Model, worker_id: str, now_s: float) -> None:
+        """A parked model is on its device again: its residence begins anew, so that two do not take turns for ever."""
+        worker = model.workers[worker_id]
+        if worker.state is SlotState.READY:
             model.workers[worker_id] = replace(worker, ready_at_s=now_s)
 
     def _on_departed(self, model: _Model, worker: WorkerView | None, now_s: float) -> None:

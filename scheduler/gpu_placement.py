@@ -181,6 +181,10 @@ def _choose_evicted(
 
 
 def _describe_refusal(need: GpuNeed, largest_bytes: int, num_faulty: int) -> ErrorInfo:
+    if not largest_bytes:
+        message = f"model {need.model!r} needs a GPU and none can be used: {num_faulty} report faults"
+        remedy = "`glowplug doctor` says which and what helps (a reset, or `glowplug config reload` after it)"
+        return ErrorInfo(ErrorCode.BACKEND_UNAVAILABLE, f"{message}. {remedy}")
     faulty = f", {num_faulty} more report faults" if num_faulty else ""
     return ErrorInfo(
         ErrorCode.OUT_OF_MEMORY,

@@ -16,7 +16,8 @@ import structlog
 
 from tests.checkpoint_fixtures import CHECKPOINTED, RUNNING, FakeCheckpointDriver
 from tests.eventually import eventually
-from worker import release_process
+from worker import release_process, releaser
+from worker.backends.cuda.checkpoint import DriverCheckpoint, probe_checkpoint
 from worker.backends.protocol import BackendError, BackendFull, BackendLost
 from worker.process_release import DriverRelease, connect_release
 from worker.release_process import ReleaseProcess
@@ -165,3 +166,11 @@ async def test_after_the_agent_nobody_is_asked() -> None:
         await asyncio.to_thread(release.suspend)
     with pytest.raises(BackendLost):
         await asyncio.to_thread(release.resume)
+
+
+def test_another_user_moves_nobody(driver: FakeCheckpointDriver) -> None:
+    """An abstract socket has no owner: the helper looks at who calls."""
+    checkpoint = probe_checkpoint(driver.env["GLOWPLUG_DRIVER_LIBRARY"])
+    assert isinstance(checkpoint, DriverCheckpoint)
+    answer = releaser._carry_out("suspend", ME, os.getuid() + 1, checkpoint)
+    assert (answer.status != 0, "no order for user" in answer.error, driver.calls()) == (True, True, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from scheduler.autoscaler import (
@@ -77,7 +78,7 @@ def test_a_faulty_gpu_gets_nothing() -> None:
     assert decide(fleet(MODEL, nodes=(half,)), 1.0) == [Spawn("m", "g1", "GPU-a")]
     (refusal,) = decide(fleet(MODEL, nodes=(broken,)), 1.0)
     assert isinstance(refusal, RefuseQueue)
-    assert "2 more report faults" in refusal.error.message
+    assert "2 report faults" in refusal.error.message
 
 
 def test_host_memory_is_still_counted() -> None:
@@ -202,6 +203,48 @@ def test_a_parked_model_gives_room_and_gets_it_back() -> None:
     (drain,) = act(known, 7.0 + MIN_RESIDENCE_S + 1)
     assert isinstance(drain, Drain)
     assert drain.worker.worker_id == "w-b"
+
+
+def test_a_parked_model_that_came_back_stays_as_long_as_a_new_one() -> None:
+    """Its residence begins with its return: the other one that wants the GPU has to wait."""
+    known = make_fleet("a", "b")
+    known.on_demand("a", 1.0)
+    act(known, 1.0)
+    tell(known, "a", SlotState.READY, 2.0)
+    known.on_in_flight("a", 0, 2.5)
+    tell(known, "a", SlotState.PARKED, 50.0)
+    tell(known, "a", SlotState.READY, 100.0)
+    known.on_nodes([report(10.5)])
+    known.on_demand("b", 101.0)
+    assert act(known, 101.0) == []
+    (drain,) = act(known, 100.0 + MIN_RESIDENCE_S + 1)
+    assert isinstance(drain, Drain)
+    assert drain.worker.worker_id == "w-a"
+
+
+def test_instances_of_one_gpu_are_devices_of_their_own() -> None:
+    """Under one number; a model goes to the one that it fits, and a faulty one gets none."""
+    known = make_fleet("a")
+    small, large = (
+        GpuReport(0, f"MIG-{size}", "Stand-in MIG", size * GIB, size * GIB, instance=size) for size in (10, 20)
+    )
+    known.on_nodes([msgspec.structs.replace(report(0), gpus=(small, large))])
+    known.on_demand("a", 1.0)
+    assert act(known, 1.0) == [Spawn("a", "g1", "MIG-20")]
+    broken = make_fleet("a")
+    fault = "bad rows of its memory wait to be mapped out: reset it"
+    broken.on_nodes([msgspec.structs.replace(report(0), gpus=(small, msgspec.structs.replace(large, fault=fault)))])
+    broken.on_demand("a", 1.0)
+    (refusal,) = act(broken, 1.0)
+    assert isinstance(refusal, RefuseQueue)
+    assert "1 more report faults" in refusal.error.message
+    both = (msgspec.structs.replace(small, fault=fault), msgspec.structs.replace(large, fault=fault))
+    broken.on_nodes([msgspec.structs.replace(report(0), gpus=both)])
+    broken.on_demand("a", 2.0)
+    (refusal,) = act(broken, 2.0)
+    assert isinstance(refusal, RefuseQueue)
+    assert refusal.error.code is ErrorCode.BACKEND_UNAVAILABLE
+    assert "2 report faults" in refusal.error.message
 
 
 @pytest.mark.parametrize(
