@@ -155,7 +155,7 @@ def results(batch_id: str, wait: bool, output: Path | None, state_dir: Path, url
 
 
 @batch.command(name="list")
-@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True, help="How many.")
 @server_options
 def list_batches(limit: int, state_dir: Path, url: str | None, as_json: bool) -> None:
     """Show the newest batches."""

@@ -115,9 +115,11 @@ def model_table(status: dict[str, Any]) -> Any:
 @state_dir_option
 @url_option
 @click.option("--system", help="System prompt.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of the answer, at most."
+)
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0: greedy.")
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="The same seed draws the same answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print the raw stream events.")
 def run(
     model: str,

@@ -42,7 +42,11 @@ def _common(function: Any) -> Any:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Machine-readable output."),
         click.option(
-            "--wait-s", type=click.FloatRange(0), default=DEFAULT_WAIT_S, show_default=True, help="0: do not."
+            "--wait-s",
+            type=click.FloatRange(0),
+            default=DEFAULT_WAIT_S,
+            show_default=True,
+            help="For it to come true; 0: do not.",
         ),
         url_option,
         state_dir_option,

@@ -16,6 +16,13 @@ DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_PORT: Final = 8080
 
 
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Settings (default: GLOWPLUG_CONFIG, else glowplug.yaml in the state folder, if there is one).",
+)
+
+
 def listener_options(function: Any) -> Any:
     """What ``serve`` and ``gateway`` share: where to listen, TLS, and whether keys are needed."""
     file = click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True)
@@ -48,7 +55,7 @@ def export_listener(tls_cert: Path | None, tls_key: Path | None, no_auth: bool) 
 @state_dir_option
 @listener_options
 @click.option("--idle-timeout-s", type=click.FloatRange(min=0.05), help="Scale a model to zero after this idle time.")
-@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
+@config_option
 @click.option("--dev", is_flag=True, help="Make a signing key in the state folder if there is none.")
 def serve(
     state_dir: Path,
@@ -77,7 +84,7 @@ def serve(
 @click.command()
 @state_dir_option
 @listener_options
-@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
+@config_option
 def gateway(
     state_dir: Path,
     host: str | None,
@@ -98,7 +105,7 @@ def gateway(
 @click.command()
 @state_dir_option
 @click.option("--idle-timeout-s", type=click.FloatRange(min=0.05), help="Scale a model to zero after this idle time.")
-@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
+@config_option
 def scheduler(state_dir: Path, idle_timeout_s: float | None, config: Path | None) -> None:
     """Start the scheduler alone; finds the rest through REDIS_URL."""
     _check_settings(config)
@@ -109,7 +116,7 @@ def scheduler(state_dir: Path, idle_timeout_s: float | None, config: Path | None
 
 @click.command()
 @state_dir_option
-@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="glowplug.yaml")
+@config_option
 def agent(state_dir: Path, config: Path | None) -> None:
     """Start the node agent alone; it starts and stops this machine's workers."""
     _check_settings(config)
