@@ -66,8 +66,23 @@ def server_options(function: Any) -> Any:
     return function
 
 
+def _check_output(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """A file that can be made: said now, and not after hours of waiting.
+
+    Raises:
+        BadParameter: its folder is not there, or not for this user.
+    """
+    if value is not None and not os.access(value.absolute().parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{value.absolute().parent} is no folder that this user can write to")
+    return value
+
+
 output_option = click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="File for the results (default: stdout)."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_check_output,
+    help="File for the results (default: stdout).",
 )
 
 
@@ -308,6 +323,11 @@ def _finish(server: str, found: dict[str, Any], output: Path | None, as_json: bo
             with open(part, "wb") as file:
                 _write_results(server, found, file)
             os.replace(part, output)
+        except OSError as error:
+            again = f"glowplug batch results {found['id']} -o FILE"
+            raise click.ClickException(
+                f"{output}: cannot be written: {error.strerror}; `{again}` tries again"
+            ) from error
         finally:
             part.unlink(missing_ok=True)
     elif not as_json:

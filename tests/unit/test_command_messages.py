@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from scheduler import api_keys_command, client_commands
+from scheduler import api_keys_command, batch_command, client_commands
 from scheduler.command import main
 
 
@@ -149,6 +149,26 @@ def test_keys_are_listed_whatever_the_queue_server_s_address(monkeypatch: pytest
         monkeypatch.setattr(api_keys_command, "READ_LIMIT_S", 0.1)
         listed = CliRunner().invoke(main, ["keys", "api", "list"])
         assert (listed.exit_code, "mine" in listed.output) == (0, True), listed.output
+
+
+def test_results_that_cannot_be_written_are_told_before_the_batch_or_with_the_way_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is not there: wrong usage, nothing is submitted. A disk that is full at the end: what to repeat."""
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"url": "/v1/chat/completions"}')
+    result = refuse("batch", "submit", str(requests), "--wait", "-o", "/none/results.jsonl", "--url", "http://x")
+    assert (result.exit_code, "/none is no folder" in result.output) == (2, True)
+
+    def fill(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    ended = {"id": "batch_1", "status": "completed"}
+    monkeypatch.setattr(batch_command, "get_json", lambda *_: ended)
+    monkeypatch.setattr(batch_command, "_write_results", fill)
+    result = refuse("batch", "results", "batch_1", "-o", str(tmp_path / "out"), "--url", "http://x")
+    assert "No space left on device; `glowplug batch results batch_1 -o FILE` tries again" in result.output
+    assert list(tmp_path.glob("*.part")) == []
 
 
 def test_letters_that_the_terminal_has_not_end_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
