@@ -141,8 +141,7 @@ def status(batch_id: str, state_dir: Path, url: str | None, as_json: bool) -> No
     """Show how far BATCH_ID is."""
     found = _get(server_url(state_dir, url), batch_id)
     click.echo(json.dumps(found, indent=2) if as_json else describe(found))
-    for error in (found.get("errors") or {}).get("data", ()):
-        click.echo(f"  line {error['line'] or '-'}: {error['code']}: {error['message']}", err=True)
+    _show_errors(found)
 
 
 @batch.command()
@@ -187,6 +186,12 @@ def describe(found: dict[str, Any]) -> str:
     return (
         f"{found['id']}  {found['status']:<11}  {done}/{counts['total']} lines{failed}{waits}  {found['model'] or ''}"
     )
+
+
+def _show_errors(found: dict[str, Any]) -> None:
+    """Why a batch failed before anything ran, line by line."""
+    for error in (found.get("errors") or {}).get("data", ()):
+        click.echo(f"  line {error['line'] or '-'}: {error['code']}: {error['message']}", err=True)
 
 
 # --- submitting -------------------------------------------------------------------------------------------------
@@ -335,8 +340,7 @@ def _finish(server: str, found: dict[str, Any], output: Path | None, as_json: bo
     if as_json:
         click.echo(json.dumps(found, indent=2))
     click.echo(describe(found), err=True)
-    for error in (found.get("errors") or {}).get("data", ()):
-        click.echo(f"  line {error['line'] or '-'}: {error['code']}: {error['message']}", err=True)
+    _show_errors(found)
     counts = found["request_counts"]
     if found["status"] != "completed" or counts["completed"] < counts["total"]:
         sys.exit(INCOMPLETE_EXIT)

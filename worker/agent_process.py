@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
 
+import structlog
 import uvloop
 
 from scheduler.contract.config_file import find_changed
 from scheduler.contract.connection import connect
-from scheduler.contract.environment import EXIT_SETTINGS, SettingsError
+from scheduler.contract.environment import EXIT_SETTINGS, NODE_ID, SettingsError
 from scheduler.contract.reloading import AGENT, ReloadListener
 from scheduler.contract.telemetry import configure_logging
 from snapshots.errors import KeyRingError
@@ -53,6 +60,34 @@ async def _check_config() -> tuple[str, ...]:
     return await asyncio.to_thread(find_changed, ("agent", "logging"))
 
 
+@contextmanager
+def hold_node(state_dir: Path, node_id: str) -> Iterator[None]:
+    """Be the only agent of this name on this state folder, until the end. The kernel lets go of it when we die.
+
+    Raises:
+        SettingsError: another one runs.
+    """
+    path = state_dir / "run" / f"agent-{quote(node_id, safe='')}.lock"
+    descriptor = -1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise SettingsError(
+            f'a node agent runs as node "{node_id}" on {state_dir} already: two of one name would start each worker '
+            f"twice. Stop it, or give this one a name of its own in {NODE_ID}"
+        ) from error
+    except OSError as error:  # a folder that only reads: whoever runs such agents names them
+        structlog.get_logger().warning("node_not_held", path=str(path), error=error.strerror)
+    try:
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
 def main(zygote: ZygoteProcess | None = None) -> int:
     """Entry point of ``python -m worker agent``; exit code. Takes over ``zygote``, if one was started already."""
     try:
@@ -63,7 +98,9 @@ def main(zygote: ZygoteProcess | None = None) -> int:
             log_format=settings.process.log_format,
             log_dir=settings.process.log_dir,
         )
-        uvloop.run(run_agent(settings, load_keyring(settings.process.state_dir), zygote))
+        keyring = load_keyring(settings.process.state_dir)
+        with hold_node(settings.process.state_dir, settings.process.node_id):
+            uvloop.run(run_agent(settings, keyring, zygote))
     except (SettingsError, KeyRingError) as error:
         print(f"glowplug agent: {error}", file=sys.stderr)
         return EXIT_SETTINGS

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from redis.exceptions import RedisError
 
 from scheduler.contract import codec, keys
 from scheduler.contract.connection import CONNECTION_ERRORS
+from scheduler.contract.environment import NODE_ID
 from scheduler.contract.errors import ErrorCode, ErrorInfo
 from scheduler.contract.messages import (
     GpuReport,
@@ -40,6 +42,7 @@ RETRY_AFTER_S: Final = 0.5
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 MAX_MEMINFO_BYTES: Final = 65_536
 REDIS_TROUBLE: Final = (*CONNECTION_ERRORS, RedisError)
+KEPT_REPORTS: Final = 4  # of our own, to tell them from another agent's
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 
@@ -51,6 +54,7 @@ class Reports:
         self._redis = redis
         self._node_id = node_id
         self._log = structlog.get_logger()
+        self._own_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
 
     async def worker_changed(
         self,
@@ -85,11 +89,19 @@ class Reports:
             await pipe.execute()
 
     async def node_alive(self, report: NodeReport) -> bool:
-        """Heartbeat of the node; False if it was not registered (any more) and now is."""
+        """Heartbeat of the node; False if it was not registered (any more) and now is.
+
+        A report that we did not write is of an earlier agent, or, between two of ours, of another that runs now.
+        """
+        is_first, data = not self._own_reports, codec.encode(report)
+        self._own_reports.append(data)  # before it is sent: it may arrive, and our reply get lost
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.sadd(keys.NODES, self._node_id)
-            pipe.set(keys.node(self._node_id), codec.encode(report), ex=keys.NODE_TTL_S, get=True)
+            pipe.set(keys.node(self._node_id), data, ex=keys.NODE_TTL_S, get=True)
             _, previous = await pipe.execute()
+        if previous is not None and not is_first and previous not in self._own_reports:
+            remedy = f"give each a name of its own in {NODE_ID}; two of one name start each worker twice"
+            self._log.error("two_agents_of_one_name", node_id=self._node_id, remedy=remedy)
         return previous is not None
 
     async def is_drained(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @contextmanager
 def started(state_dir: Path, *command: str, **env: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A process of ours and the file with what it says; killed at the end if it still runs."""
-    told = state_dir / "told"
+    told = state_dir / f"told-{secrets.token_hex(4)}"
     variables = {**os.environ, "GLOWPLUG_STATE_DIR": str(state_dir), "GLOWPLUG_DEV": "1", "GLOWPLUG_PORT": "0", **env}
     with told.open("wb") as file:
         process = subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=variables, stdout=file, stderr=file)
@@ -39,6 +40,18 @@ def test_an_agent_that_never_reached_its_queue_server_stops_when_it_is_told(shor
         agent.send_signal(signal.SIGTERM)
         assert agent.wait(timeout=30) == 0
         assert b"agent_stopped" in told.read_bytes()
+
+
+def test_a_second_agent_of_the_same_name_is_refused(short_tmp_path: Path) -> None:
+    """Both would read the same orders, and start each worker twice. Another name may run beside it."""
+    url = {"REDIS_URL": f"unix://{short_tmp_path}/nobody.sock", "GLOWPLUG_NODE_ID": "node/1"}
+    with started(short_tmp_path, "worker", "agent", **url) as (_, told):
+        eventually_sync(lambda: b"zygote_ready" in told.read_bytes(), what="the agent to run")
+        with started(short_tmp_path, "worker", "agent", **url) as (second, told):
+            assert second.wait(timeout=30) == 78
+            assert 'a node agent runs as node "node/1"' in told.read_text()
+        with started(short_tmp_path, "worker", "agent", **{**url, "GLOWPLUG_NODE_ID": "node-2"}) as (_, told):
+            eventually_sync(lambda: b"zygote_ready" in told.read_bytes(), what="the agent of another name to run")
 
 
 @pytest.mark.parametrize("command", [("scheduler", "gateway"), ("scheduler", "scheduler"), ("worker", "agent")])
