@@ -20,6 +20,7 @@ T = TypeVar("T")
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 STOP_TIMEOUT_S = 60.0
 START_LIMIT_S = 60.0  # a loaded machine takes its time
+_OF_NO_MODEL = ("gp:zygote", "gp:spare")
 
 
 def glowplug_command() -> list[str]:
@@ -119,9 +120,9 @@ class Server:
         )
 
     def worker_pids(self) -> list[int]:
-        """Processes of ours that are workers: they call themselves ``gp:MODEL``."""
+        """Processes of ours that are workers of a model: they call themselves ``gp:MODEL``."""
         names = {pid: command_name(pid) for pid in descendants(self.process.pid)}
-        return [pid for pid, name in names.items() if name.startswith("gp:") and name != "gp:zygote"]
+        return [pid for pid, name in names.items() if name.startswith("gp:") and name not in _OF_NO_MODEL]
 
     def stop(self) -> int:
         """SIGTERM and wait; the exit status."""

@@ -12,6 +12,7 @@ from snapshots.chunks import digest_chunks
 from worker.backends.cuda.cuda_backend import CudaBackend
 from worker.backends.cuda.cuda_model import CudaModel, CudaResources
 from worker.backends.cuda.emulated_device import EmulatedDevice
+from worker.backends.cuda.transfers import PinnedBuffers
 from worker.backends.cuda.weight_stream import PinnedRing, StreamSettings
 from worker.backends.protocol import ModelPlan, WeightBlob
 
@@ -32,7 +33,7 @@ def emulated_backend() -> CudaBackend:
 
 def make_resources(device: EmulatedDevice, settings: StreamSettings = SETTINGS, **options: bool) -> CudaResources:
     """What a warmed worker has, without the time of warming up."""
-    return CudaResources(device, PinnedRing(device, settings), settings, "f32", **options)
+    return CudaResources(device, PinnedRing(device, settings), PinnedBuffers(device), settings, "f32", **options)
 
 
 def bind(plan: ModelPlan, device: EmulatedDevice, num_blocks: int = 16, **options: bool) -> CudaModel:

@@ -41,6 +41,32 @@ def test_device_tests_pass_on_the_stand_in() -> None:
     )
 
 
+REFUSED_IMAGE = """
+from worker.backends.cuda.cupy_device import CupyDevice
+from worker.backends.cuda.device import DeviceError
+from worker.backends.cuda.opening import load_kernels
+
+asked = []
+CupyDevice(0, lambda _: b"of another time", lambda architecture: asked.append(architecture) or load_kernels(90)).close()
+assert asked == [90], asked
+for wrong in ({}, {"compile_kernels": lambda _: b"no better"}):
+    try:
+        CupyDevice(0, lambda _: b"of another time", **wrong)
+    except DeviceError as error:
+        assert "GPU 0 cannot be used" in str(error), error
+    else:
+        raise AssertionError("an image that the driver refuses was taken")
+"""
+
+
+def test_an_image_that_the_driver_refuses_is_compiled_anew_once() -> None:
+    """An older driver cannot read what ships: the device asks for a compilation, and gives up after one."""
+    path = os.pathsep.join((str(TESTS.parent), str(TESTS / "stand_in_cupy")))
+    command = [sys.executable, "-c", REFUSED_IMAGE]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.timeout(240)
 def test_kernel_suite_runs_through_the_device() -> None:
     """The suite of the emulation, with every launch by way of CuPy: one of each family."""

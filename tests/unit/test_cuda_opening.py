@@ -11,7 +11,7 @@ import pytest
 from worker.agent_settings import read_agent_settings
 from worker.backends.choice import make_backend
 from worker.backends.cuda.device import DeviceError
-from worker.backends.cuda.opening import load_kernels
+from worker.backends.cuda.opening import compile_kernels, load_kernels
 from worker.backends.detection import detect_backend
 from worker.backends.protocol import BackendError
 
@@ -67,6 +67,12 @@ def test_warming_without_cupy_or_gpu_says_what_is_missing() -> None:
     """On a machine like this one the backend fails when it warms up, with an error that requests are told."""
     with pytest.raises(DeviceError, match=r"needs CuPy|cannot be used"):
         make_backend("cuda", 1).warm()
+
+
+def test_compiling_for_a_device_that_no_compiler_knows_is_refused() -> None:
+    """The message says for which device, and what to install or that the compiler refuses."""
+    with pytest.raises(DeviceError, match=r"compute capability 1\.3, and none could be compiled"):
+        compile_kernels(13)
 
 
 def test_shipped_kernels_are_for_every_device_since_ampere() -> None:

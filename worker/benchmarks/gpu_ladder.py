@@ -24,6 +24,7 @@ from worker.backends.cuda.cuda_model import CudaModel, CudaResources
 from worker.backends.cuda.device import Device, DeviceError
 from worker.backends.cuda.opening import open_device
 from worker.backends.cuda.sample_model import LLAMA_1B, LLAMA_8B, TINY, SampleShape, make_sample_plan
+from worker.backends.cuda.transfers import PinnedBuffers
 from worker.backends.cuda.weight_stream import PinnedRing, StreamSettings
 from worker.backends.protocol import ModelPlan, SequenceInput
 from worker.backends.sampling_rows import SamplingRow
@@ -230,10 +231,10 @@ def sweep_stream(shape: SampleShape, device: Device, settings: StreamSettings) -
     """Bytes a second of the whole stream of weights for each setting of :data:`SWEEP`."""
     plan = make_sample_plan(shape, "bf16", fill_random)
     num_bytes = plan.blob.data.nbytes if plan.blob is not None else 0
-    rows = []
+    rows, pinned = [], PinnedBuffers(device)
     for threads, slots, slot_bytes in SWEEP:
         tried = replace(settings, num_threads=threads, num_slots=slots, slot_bytes=slot_bytes)
-        resources = CudaResources(device, PinnedRing(device, tried), tried)
+        resources = CudaResources(device, PinnedRing(device, tried), pinned, tried)
         rates = []
         for _ in range(2):
             begin_s = time.perf_counter()
@@ -260,7 +261,7 @@ def run_ladder(
 ) -> Figures:
     """All figures of ``device`` for ``(shape, stored)`` models."""
     settings = StreamSettings.for_cores(count_usable_cores())
-    resources = CudaResources(device, PinnedRing(device, settings), settings)
+    resources = CudaResources(device, PinnedRing(device, settings), PinnedBuffers(device), settings)
     memory = device.read_memory()
     figures: Figures = {
         "architecture": device.architecture,

@@ -10,6 +10,7 @@ from worker.backends import cuda_kernels as kernels
 from worker.backends.cuda.cuda_model import CudaModel, CudaResources
 from worker.backends.cuda.device import ACTIVATION_BYTES, Device, MatrixProduct
 from worker.backends.cuda.sample_model import TINY, SampleShape, make_sample_plan
+from worker.backends.cuda.transfers import PinnedBuffers
 from worker.backends.cuda.weight_stream import PinnedRing, StreamSettings
 from worker.backends.cuda_kernels import Activation
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
@@ -53,7 +54,8 @@ class CudaBackend:
             return
         device = self._make_device()
         ring = PinnedRing(device, self._settings)
-        resources = CudaResources(device, ring, self._settings, self._quantised_activation, self._uses_graphs)
+        pinned = PinnedBuffers(device)
+        resources = CudaResources(device, ring, pinned, self._settings, self._quantised_activation, self._uses_graphs)
         _warm_products(device)
         for stored in ("bf16", "f32", "f16", "int8", "fp8", "int4"):
             _warm_kernels(resources, TINY, stored)

@@ -16,7 +16,7 @@ from worker.backends.cuda.device_sampling import DeviceSampler
 from worker.backends.cuda.kv_pool import KvPool
 from worker.backends.cuda.step_layout import StepShape, check_inputs, choose_shape, fill_step, place_step
 from worker.backends.cuda.step_values import Command, DeviceCopy, StepMemory
-from worker.backends.cuda.transfers import Transfers
+from worker.backends.cuda.transfers import PinnedBuffers, Transfers
 from worker.backends.cuda.weight_image import WeightImage, choose_activation, lay_out_weights
 from worker.backends.cuda.weight_stream import PinnedRing, StreamSettings, WeightStream
 from worker.backends.cuda.workspace import Workspace
@@ -34,6 +34,7 @@ class CudaResources:
 
     device: Device
     ring: PinnedRing
+    pinned: PinnedBuffers
     settings: StreamSettings
     quantised_activation: Activation = "bf16"
     uses_graphs: bool = True
@@ -61,7 +62,7 @@ class CudaModel:
         self._context_length, self._vocab_size = plan.context_length, plan.vocab_size
         self._compute = device.make_stream()
         self._done: Event = device.make_event()
-        self._transfers = Transfers(device, self._compute)
+        self._transfers = Transfers(device, self._compute, resources.pinned)
         shape = (plan.num_layers, plan.num_kv_heads, plan.head_dim)
         self._kv = KvPool(device, self._compute, self._transfers, shape, activation)
         self._workspace = Workspace(device, self._on_growth)

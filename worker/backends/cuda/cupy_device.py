@@ -41,6 +41,8 @@ _OUT_OF_MEMORY: Final = 2  # cudaErrorMemoryAllocation
 _WORKSPACE_BYTES: Final = {True: 32 << 20, False: 8 << 20}  # by: Hopper or newer
 #: cublasStatus_t as CUDA's codes: ALLOC_FAILED is out of memory, EXECUTION_FAILED what ran before has failed.
 _CUBLAS_CODES: Final = {3: _OUT_OF_MEMORY, 13: 719}
+#: CUresult codes of an image that this driver cannot use: invalid, no code for the device, PTX invalid or too new.
+_REFUSED_IMAGES: Final = frozenset({200, 209, 218, 222, 300})
 #: cudaError codes after which a context answers nothing else. Source: CUDA Runtime API, "Data types", cudaError.
 STICKY_CODES: Final = frozenset({214, 700, 702, 708, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999})
 
@@ -58,8 +60,11 @@ class CupyMemory:
 class CupyDevice:
     """One GPU, by its number as CUDA counts. Opening it creates the context, loads the kernels and cuBLAS."""
 
-    def __init__(self, number: int, load_kernels: Callable[[int], bytes]) -> None:
-        """``load_kernels`` gives a fatbin for a compute capability.
+    def __init__(
+        self, number: int, load_kernels: Callable[[int], bytes], compile_kernels: Callable[[int], bytes] | None = None
+    ) -> None:
+        """``load_kernels`` gives a fatbin for a compute capability, ``compile_kernels`` what is tried once where this
+        driver refuses that one.
 
         Raises:
             DeviceError: no such device, no driver, or nothing in the fatbin runs on it.
@@ -77,8 +82,7 @@ class CupyDevice:
             self.architecture = int(properties["major"]) * 10 + int(properties["minor"])
             self.num_processors = int(properties["multiProcessorCount"])
             self.name = properties["name"].decode()
-            self._module = function.Module()
-            self._module.load(load_kernels(self.architecture))
+            self._module = self._load_module(load_kernels, compile_kernels)
             self._matrices = self._open_matrix_library()
         except DeviceError:
             raise
@@ -247,6 +251,17 @@ class CupyDevice:
             return called(*arguments)
         except Exception as error:  # CUDARuntimeError, CUDADriverError, CUBLASError
             self._raise(error, getattr(called, "__name__", "a call"))
+
+    def _load_module(self, load: Callable[[int], bytes], compile_anew: Callable[[int], bytes] | None) -> Any:
+        module = function.Module()
+        try:
+            module.load(load(self.architecture))
+        except Exception as error:  # CUDADriverError
+            if compile_anew is None or getattr(error, "status", 0) not in _REFUSED_IMAGES:
+                raise
+            module = function.Module()
+            module.load(compile_anew(self.architecture))
+        return module
 
     def _open_matrix_library(self) -> MatrixLibrary:
         """The handle's first product would load code and take a workspace: warm-up makes one of each type."""

@@ -10,7 +10,7 @@ from worker.backends.cuda.cuda_backend import CudaBackend
 from worker.backends.cuda.device import Device, DeviceError
 from worker.backends.cuda.weight_stream import StreamSettings
 from worker.backends.encoder_protocol import BoundEncoder, EncoderPlan
-from worker.backends.kernels.build import build_kernels
+from worker.backends.kernels.build import choose_compiler
 from worker.backends.kernels.manifest import (
     FATBIN,
     StaleKernelsError,
@@ -52,7 +52,7 @@ def open_device(number: int, read_kernels: ReadKernels | None = None) -> Device:
         raise DeviceError(
             f"the cuda backend needs CuPy: pip install 'glowplug[gpu-cuda12]' or 'glowplug[gpu-cuda13]' ({error})"
         ) from error
-    return CupyDevice(number, lambda architecture: load_kernels(architecture, read_kernels))
+    return CupyDevice(number, lambda architecture: load_kernels(architecture, read_kernels), compile_kernels)
 
 
 def load_kernels(architecture: int, read_kernels: ReadKernels | None = None) -> bytes:
@@ -75,11 +75,28 @@ def load_kernels(architecture: int, read_kernels: ReadKernels | None = None) -> 
                 return found
         if manifest.runs_on(architecture):
             return verify_kernels().read_bytes()
-        begin_s = time.monotonic()
-        built = build_kernels((architecture,))
-    except (StaleKernelsError, KernelBuildError) as error:
+    except StaleKernelsError as error:
         raise DeviceError(f"no kernels for compute capability {architecture / 10:.1f}: {error}") from error
+    return compile_kernels(architecture)
+
+
+def compile_kernels(architecture: int) -> bytes:
+    """The kernels for ``architecture``, compiled now, with a line in the log: what ships is for other devices, or the
+    driver refuses it (an older one cannot read its compression, or its PTX).
+
+    Raises:
+        DeviceError: no compiler is installed, or it does not know the device.
+    """
+    begin_s = time.monotonic()
+    try:
+        _, compile_target = choose_compiler("auto")
+        code = compile_target(f"sm_{architecture}").code
+    except KernelBuildError as error:
+        raise DeviceError(
+            f"what ships has no kernels that this driver takes for compute capability {architecture / 10:.1f}, and "
+            f"none could be compiled: {error}"
+        ) from error
     structlog.get_logger().warning(
         "kernels_compiled", architecture=architecture, elapsed_ms=round((time.monotonic() - begin_s) * 1000)
     )
-    return built.fatbin
+    return code

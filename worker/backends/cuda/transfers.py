@@ -1,4 +1,7 @@
-"""Small pinned buffers for what goes to and from the device in each step: a ring, so that no step waits for another."""
+"""Small pinned buffers for what goes to and from the device in each step: a ring, so that no step waits for another.
+
+They are made when a worker warms up, as the ring of weights is, and serve one model after the other.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,26 @@ import numpy.typing as npt
 from worker.backends.cuda.device import ByteArray, Device, Event, Place, Stream, align
 
 _NUM_BUFFERS: Final = 4
-_FIRST_BYTES: Final = 1 << 18
+#: Of each: 32 rows of masks over 256,000 tokens, or the logits of one. Page-locking more is left to rare steps.
+_FIRST_BYTES: Final = 1 << 20
+
+
+class PinnedBuffers:
+    """The buffers, with the event of the latest copy from or to each."""
+
+    def __init__(self, device: Device) -> None:
+        self.buffers: list[ByteArray] = [device.pin(_FIRST_BYTES) for _ in range(_NUM_BUFFERS)]
+        self.events: list[Event] = [device.make_event() for _ in self.buffers]
 
 
 class Transfers:
     """Copies between ordinary arrays and the device on one stream. Engine thread only."""
 
-    def __init__(self, device: Device, stream: Stream) -> None:
+    def __init__(self, device: Device, stream: Stream, pinned: PinnedBuffers) -> None:
+        """``pinned`` is nobody else's meanwhile."""
         self._device = device
         self._stream = stream
-        self._buffers: list[ByteArray] = [device.pin(_FIRST_BYTES) for _ in range(_NUM_BUFFERS)]
-        self._events: list[Event] = [device.make_event() for _ in self._buffers]
+        self._buffers, self._events = pinned.buffers, pinned.events
         self._next = 0
 
     def take_in(self, num_bytes: int) -> ByteArray:
