@@ -10,7 +10,8 @@ an Xid of a program         it is reported and logged; the      (none needed)
 an Xid of the device        fault                               a reset, then ``config reload``
 an uncorrected ECC error    fault; the driver ends the programs a reset, which sets the driver's count back; or
                             that had read it                    ``config reload``: the count so far is accepted
-rows wait to be mapped out  fault                               a reset, which maps them out
+rows wait to be mapped out  fault                               a reset, which maps them out; or ``config reload``: the
+                                                                driver keeps clear of them meanwhile
 rows cannot be mapped out   fault                               another card
 the GPU is lost             fault                               when the driver can read it again
 it is partitioned so that   fault                               another partition
@@ -31,6 +32,7 @@ from scheduler.contract.messages import GpuReport
 from worker.nvml import GpuReading, open_nvml
 
 MIN_INTERVAL_S: Final = 1.0
+REMAP_PENDING: Final = "bad rows of its memory wait to be mapped out"
 MAX_XIDS: Final = 8  # kept of each GPU
 #: Errors of the device itself, after which only a reset helps. Source: NVIDIA, "Xid Errors", tables of r570 and later.
 DEVICE_XIDS: Final[dict[int, str]] = {
@@ -67,6 +69,7 @@ class GpuMonitor:
         self._faults: dict[str, str] = {}
         self._ecc: dict[str, int] = {}
         self._accepted_ecc: dict[str, int] = {}  # by an operator
+        self._accepted_remaps: set[str] = set()  # likewise: rows may wait there for the next reset
         self._told: dict[str, str] = {}  # faults that the log has, by UUID
         self._log = structlog.get_logger()
 
@@ -92,6 +95,7 @@ class GpuMonitor:
         driver says of their present state holds on."""
         self._faults.clear()
         self._accepted_ecc = dict(self._ecc)
+        self._accepted_remaps = {reading.uuid for reading in self._readings if reading.remap_pending}
         for reading in self._readings:
             self._tell_fault(reading)
 
@@ -137,6 +141,8 @@ class GpuMonitor:
             return state
         if reading.uncorrected_ecc > self._accepted_ecc.get(reading.uuid, 0):
             return f"{reading.uncorrected_ecc} uncorrected memory errors: reset it, or accept them (config reload)"
+        if reading.remap_pending and reading.uuid not in self._accepted_remaps:
+            return f"{REMAP_PENDING}: reset it (nvidia-smi --gpu-reset), or accept that (config reload)"
         return self._faults.get(reading.uuid, "")
 
     def _note_errors(self, reading: GpuReading) -> None:
@@ -157,6 +163,8 @@ class GpuMonitor:
         self._ecc[reading.uuid] = reading.uncorrected_ecc
         accepted = self._accepted_ecc.get(reading.uuid, 0)
         self._accepted_ecc[reading.uuid] = min(accepted, reading.uncorrected_ecc)  # a reset sets the count back
+        if not reading.remap_pending:
+            self._accepted_remaps.discard(reading.uuid)
 
     def _tell_fault(self, reading: GpuReading) -> None:
         fault, told = self._fault_of(reading), self._told.get(reading.uuid, "")
@@ -171,13 +179,11 @@ class GpuMonitor:
 
 
 def describe_state(reading: GpuReading) -> str:
-    """Why a GPU cannot be used, by its present state alone, and the remedy; empty: it can."""
+    """Why a GPU cannot be used whatever anybody accepts, and the remedy; empty: it can."""
     if reading.refused:
         return reading.refused
     if reading.is_lost:
         return "the driver has lost it: reset it, or restart the machine"
     if reading.remap_failed:
         return "bad rows of its memory cannot be mapped out: replace it"
-    if reading.remap_pending:
-        return "bad rows of its memory wait to be mapped out: reset it (nvidia-smi --gpu-reset)"
     return ""

@@ -174,3 +174,20 @@ def test_another_user_moves_nobody(driver: FakeCheckpointDriver) -> None:
     assert isinstance(checkpoint, DriverCheckpoint)
     answer = releaser._carry_out("suspend", ME, os.getuid() + 1, checkpoint)
     assert (answer.status != 0, "no order for user" in answer.error, driver.calls()) == (True, True, [])
+
+
+def test_the_helper_ends_with_its_agent(driver: FakeCheckpointDriver) -> None:
+    """Whatever ends the agent closes its end of the helper's standard input."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0glowplug-release-test-" + os.urandom(8).hex())
+        listener.listen()
+        command = [*release_process.RELEASER_COMMAND, str(listener.fileno())]
+        process = subprocess.Popen(
+            command, pass_fds=(listener.fileno(),), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b'{"reason":""}\n'
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+        process.stdout.close()

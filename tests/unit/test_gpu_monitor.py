@@ -96,7 +96,7 @@ async def test_the_driver_is_asked_at_most_once_a_second() -> None:
     [
         ({"uncorrected_ecc": 2}, "2 uncorrected memory errors", True),
         ({"new_xids": (48,)}, "Xid 48", True),
-        ({"remap_pending": True}, "wait to be mapped out", False),
+        ({"remap_pending": True}, "wait to be mapped out", True),
         ({"remap_failed": True, "remap_pending": True}, "cannot be mapped out", False),
         ({"refused": "MIG mode is on and it has no instance: make some"}, "no instance", False),
     ],
@@ -129,6 +129,7 @@ async def test_accepted_memory_errors_count_anew_after_more_of_them_or_a_reset()
     await monitor.refresh()
     monitor.accept()
     assert monitor.devices() == ["GPU-a"]
+    assert monitor.reports({}, {})[0].uncorrected_ecc == 2
     for count, expected in ((3, []), (2, ["GPU-a"]), (0, ["GPU-a"]), (1, [])):
         source.readings = [reading(uncorrected_ecc=count)]
         await monitor.refresh(now=True)

@@ -90,8 +90,8 @@ class FakeDriver:
     [
         ({}, "ok", "compute capability 9.0, driver 570, 4.0 of 24.0 GiB used"),
         ({"is_lost": True}, "fail", "lost"),
-        ({"remap_pending": True}, "fail", "wait to be mapped out; no worker is sent there"),
-        ({"remap_failed": True}, "fail", "cannot be mapped out"),
+        ({"remap_pending": True}, "warn", "wait to be mapped out"),
+        ({"remap_failed": True}, "fail", "cannot be mapped out; no worker is sent there"),
         ({"refused": "MIG mode is on and it has no instance: make some"}, "fail", "MIG mode is on"),
         ({"instance": 2}, "ok", "0:2: Stand-in"),
         ({"uncorrected_ecc": 3}, "warn", "3 uncorrected memory errors"),

@@ -17,7 +17,7 @@ from typing import Final
 
 from worker.backends.cores import count_usable_cores
 from worker.diagnosis.findings import Finding
-from worker.gpu_monitor import GpuSource, describe_state
+from worker.gpu_monitor import REMAP_PENDING, GpuSource, describe_state
 from worker.nvml import GpuReading, open_nvml
 
 GIB: Final = 1024**3
@@ -180,6 +180,8 @@ def _describe_gpu(gpu: GpuReading) -> Finding:
     cause, _, remedy = describe_state(gpu).partition(": ")
     if cause:
         return Finding("GPU", "fail", f"{seen}; {cause}; no worker is sent there", remedy)
+    if gpu.remap_pending:
+        return Finding("GPU", "warn", f"{seen}; {REMAP_PENDING}", "nvidia-smi --gpu-reset")
     if gpu.uncorrected_ecc:
         told = f"{seen}; {gpu.uncorrected_ecc} uncorrected memory errors"
         return Finding("GPU", "warn", told, "nvidia-smi --gpu-reset maps bad rows out; replace a card that goes on")
