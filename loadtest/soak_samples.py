@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -12,6 +13,7 @@ from typing import Any, Final
 from loadtest.processes import command_name, descendants, memory_bytes
 
 MIB: Final = 1024 * 1024
+LISTENING: Final = "0A"
 #: Two-sided 95 % quantiles of Student's t for small degrees of freedom; 1.96 from the last on.
 STUDENT_T: Final = (
     (1, 12.7),
@@ -24,6 +26,7 @@ STUDENT_T: Final = (
     (40, 2.02),
     (80, 1.99),
 )
+#: ``fds`` are without the clients' connections, which are as many as there are requests under way.
 KINDS: Final = ("rss_mib", "pss_mib", "fds", "threads")
 
 
@@ -40,7 +43,9 @@ class Sample:
 class Samples:
     """All samples of one run of ``glowplug serve``. May be used in a thread; one call at a time."""
 
-    def __init__(self, serve_pid: int, state_dir: Path) -> None:
+    def __init__(self, serve_pid: int, state_dir: Path, port: int = 0) -> None:
+        """``port``: where clients connect to; their connections are counted apart."""
+        self._port = port
         self.rows: list[Sample] = []
         self._serve_pid = serve_pid
         self._state_dir = state_dir
@@ -51,7 +56,7 @@ class Samples:
         at_s = time.monotonic() - self._began_s
         for pid, role in self._roles().items():
             try:
-                self.rows.append(Sample(at_s, role, pid, read_process(pid)))
+                self.rows.append(Sample(at_s, role, pid, read_process(pid, self._port)))
             except OSError:
                 continue
 
@@ -67,9 +72,11 @@ class Samples:
                 points = [(row.at_s / 3600, row.values[kind]) for row in rows]
                 if len(points) >= 3:
                     slope, confidence = fit_slope(points)
+                    late = points[len(points) // 2 :]
                     slopes[kind] = {
                         "slope_per_hour": round(slope, 2),
                         "confidence_per_hour": round(confidence, 2),
+                        "late_slope_per_hour": round(fit_slope(late)[0], 2) if len(late) >= 3 else None,
                         "first": points[0][1],
                         "last": points[-1][1],
                     }
@@ -97,18 +104,31 @@ class Samples:
         return {**roles, redis_pid: "redis"}
 
 
-def read_process(pid: int) -> dict[str, float]:
-    """Memory in MiB, open descriptors and threads of a process.
+def read_process(pid: int, port: int = 0) -> dict[str, float]:
+    """Memory in MiB, descriptors, connections that clients made to ``port``, and threads of a process.
 
     Raises:
         OSError: it is gone.
     """
+    clients = client_sockets(pid, port) if port else 0
     return {
         "rss_mib": round(memory_bytes(pid, "Rss") / MIB, 2),
         "pss_mib": round(memory_bytes(pid) / MIB, 2),
-        "fds": len(os.listdir(f"/proc/{pid}/fd")),
+        "fds": len(os.listdir(f"/proc/{pid}/fd")) - clients,
+        "clients": clients,
         "threads": len(os.listdir(f"/proc/{pid}/task")),
     }
+
+
+def client_sockets(pid: int, port: int) -> int:
+    """How many of a process's descriptors are connections to its ``port``. Source: proc(5), /proc/net/tcp."""
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    ours = {f"socket:[{row[9]}]" for row in rows if row[1].endswith(f":{port:04X}") and row[3] != LISTENING}
+    count = 0
+    for descriptor in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            count += os.readlink(f"/proc/{pid}/fd/{descriptor}") in ours
+    return count
 
 
 def fit_slope(points: list[tuple[float, float]]) -> tuple[float, float]:

@@ -157,9 +157,11 @@ class StubWorker:
                     last_id = entry_id
                     message = codec.decode(fields[keys.FIELD.encode()], InboxMessage)
                     if isinstance(message, Demand) and not self.is_away:
-                        tasks.add(asyncio.create_task(self._serve(publisher, message.request_id)))
+                        task = asyncio.create_task(self._serve(publisher, message.request_id))
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
         finally:
-            for task in tasks:
+            for task in tuple(tasks):
                 task.cancel()
             await publisher.aclose()
 
@@ -172,6 +174,7 @@ class StubWorker:
         self.seen.append(request)
         await self.script(request, lambda frame: publisher.publish([(request_id, frame)]))
         await publisher.wait_logged(run)
+        publisher.end(run)
 
 
 @dataclass

@@ -158,6 +158,7 @@ if ARGV[3] == '1' then
   local body = redis.call('GET', KEYS[4])
   redis.call('ZREM', KEYS[5], ARGV[2])
   redis.call('DEL', KEYS[3], KEYS[4], '{keys.listener("")}' .. ARGV[2], '{keys.crashes("")}' .. ARGV[2])
+  redis.call('EXPIRE', '{keys.record("")}' .. ARGV[2], {keys.LOG_TTL_S})
   if body then redis.call('SET', KEYS[2], redis.sha1hex(body), 'EX', ARGV[4]) end
 else
   {_RING.format(bell="KEYS[6]")}

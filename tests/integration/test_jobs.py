@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from scheduler.contract import codec, keys
 from scheduler.contract.errors import ErrorCode
-from scheduler.contract.messages import GenerateRequest, TerminalFrame
+from scheduler.contract.messages import GenerateRequest, RequestRecord, TerminalFrame
 from scheduler.contract.states import Priority
 from scheduler.dispatch import Dispatcher
 from tests.eventually import eventually
@@ -79,6 +79,21 @@ async def test_request_runs_once_and_leaves_nothing_private(redis: Redis, dispat
     remaining = set(await redis.keys("*")) - of_the_queue
     assert remaining == {keys.result("r1").encode()}
     assert 0 < await redis.ttl(keys.result("r1")) <= keys.RESULT_TTL_S
+
+
+async def test_a_record_lives_no_longer_than_the_log_of_a_request_that_ended(
+    redis: Redis, dispatcher: Dispatcher
+) -> None:
+    """There is nothing to come back for then; a busy server would keep an hour of them."""
+    record = RequestRecord("r1", "acme", MODEL, "5ca1ab1e", "chat", "gw", ("r1",), 1, False, 1)
+    handler = Handler(holds=True)
+    async with serving_worker(redis, handler) as worker:
+        await dispatcher.enqueue(make_request("r1"), record=record)
+        await eventually(lambda: handler.started)
+        assert await redis.ttl(keys.record("r1")) > keys.LOG_TTL_S
+        handler.go.set()
+        await eventually(lambda: worker.num_running == 0)
+    assert 0 < await redis.ttl(keys.record("r1")) <= keys.LOG_TTL_S
 
 
 async def test_repeated_enqueue_after_the_end_is_recognised(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import socket
 from pathlib import Path
 
 import pytest
 
 from loadtest.soak import Outcome, by_minute
-from loadtest.soak_samples import Sample, Samples, fit_slope
+from loadtest.soak_samples import Sample, Samples, client_sockets, fit_slope
+from loadtest.soak_store import KeyKind
 
 
 def test_a_leak_is_outside_its_confidence_and_noise_is_not() -> None:
@@ -51,3 +54,34 @@ def test_minutes_count_by_when_a_request_was_sent_and_leave_out_failures() -> No
         {"minute": 0, "n": 2, "p50_ms": 20.0, "p99_ms": 29.8},
         {"minute": 1, "n": 1, "p50_ms": 50.0, "p99_ms": 50.0},
     ]
+
+
+def test_what_fills_up_is_slower_in_the_later_half() -> None:
+    """A cache that is full after a minute has a slope over all samples, and none in the later half."""
+    samples = Samples(1, Path("/nonexistent"))
+    steady = {"pss_mib": 40.0, "fds": 9.0, "threads": 3.0}
+    samples.rows = [Sample(10.0 * i, "worker", 7, {**steady, "rss_mib": 50.0 + min(i, 6)}) for i in range(30)]
+    slope = samples.slopes(0.0)["worker"]["slopes"]["rss_mib"]
+    assert slope["slope_per_hour"] > 10
+    assert slope["late_slope_per_hour"] == 0
+
+
+def test_connections_of_clients_are_told_from_other_descriptors() -> None:
+    """Three clients of a listener count as three; its own socket and theirs at the other end do not."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert client_sockets(os.getpid(), port) == 0
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        accepted = [listener.accept()[0] for _ in range(3)]
+        assert client_sockets(os.getpid(), port) == 3
+        for one in (*clients, *accepted):
+            one.close()
+
+
+def test_what_has_an_end_has_a_bound() -> None:
+    """Keys with a TTL come to what arrives within it, traces to as many as are kept; keys without one have no bound."""
+    mib = 1024 * 1024
+    assert KeyKind("gp:log", 10, mib / 100, 600).bound_mib(2.0) == pytest.approx(12.0)
+    assert KeyKind("gp:trace", 10, mib / 1000, 3600).bound_mib(100.0) == pytest.approx(10.0)
+    assert KeyKind("gp:log", 10_000, mib / 1000, 1).bound_mib(0.1) == pytest.approx(10.0)  # more than that are there
+    assert KeyKind("gp:odd", 10, 100.0, None).bound_mib(2.0) is None
