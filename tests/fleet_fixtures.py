@@ -317,6 +317,18 @@ def copy_linked(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target, copy_function=copy))
 
 
+def flip_one_bit(path: Path, position: int) -> None:
+    """Change the lowest bit of one byte of a file that may be a hard link: only this name's content changes."""
+    own = path.with_name(f"{path.name}.own")
+    shutil.copyfile(path, own)
+    with own.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+    os.replace(own, path)
+
+
 @contextlib.contextmanager
 def stopped(*pids: int) -> Iterator[None]:
     """SIGSTOP now, SIGCONT at the end."""

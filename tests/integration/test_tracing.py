@@ -174,6 +174,7 @@ async def test_a_collector_that_is_down_fails_no_request_and_holds_no_one_up(
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "5")
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8")
+    monkeypatch.setattr("scheduler.gateway.span_export.FLUSH_LIMIT_S", 0.3)
     async with run_gateway(redis_url, tmp_path, tracing=TracingSettings()) as harness:
         answers = await asyncio.gather(*(harness.post(CHAT, chat_body()) for _ in range(20)))
         assert [status for status, _, _ in answers] == [200] * 20

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.fuzz.fuzz_http import LIMITS, run_cases
 from tests.gateway_fixtures import chat_body, run_gateway
 
-CASES = 1500
+CASES = 1000
 
 
 async def test_threat_malformed_http(redis_url: str, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,15 @@ from loadtest.streaming_client import chat_body, get_text, post_stream
 from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
 from tests.eventually import eventually_sync
+from tests.fleet_fixtures import copy_linked, flip_one_bit
 
 MODEL = "smollm2"
 
 
 @pytest.fixture
 def state_dir(smollm2_state_dir: Path, short_tmp_path: Path) -> Path:
-    """A full private copy: these tests write into it."""
-    target = short_tmp_path / "state"
-    shutil.copytree(smollm2_state_dir, target)
-    return target
-
-
-def flip_one_bit(path: Path, position: int) -> None:
-    """Change the lowest bit of one byte in place."""
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 1]))
+    """A private copy, of which one file is going to be another."""
+    return copy_linked(smollm2_state_dir, short_tmp_path / "state")
 
 
 def tampered_file(state_dir: Path, kind: str) -> Path:

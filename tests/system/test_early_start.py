@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from snapshots.keyring import KeyRing
 from snapshots.manifest import WEIGHTS
 from snapshots.store import SnapshotStore
 from tests.eventually import eventually_sync
+from tests.fleet_fixtures import copy_linked, flip_one_bit
 
 MODEL = "smollm2"
 #: Slow enough that the worker always comes before the last weight, on a loaded machine too: 1.8 s for all of them.
@@ -27,8 +27,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def private_state_dir(smollm2_state_dir: Path, short_tmp_path: Path) -> Path:
-    """A full private copy, to be damaged."""
-    return Path(shutil.copytree(smollm2_state_dir, short_tmp_path / "state"))
+    """A private copy, to be damaged."""
+    return copy_linked(smollm2_state_dir, short_tmp_path / "state")
 
 
 def read_events(log: Path) -> list[str]:
@@ -60,12 +60,7 @@ def test_an_early_worker_of_wrong_weights_says_nothing(
     keyring = KeyRing.from_file(private_state_dir / "keys" / "snapshot.keys")
     store = SnapshotStore(private_state_dir / "store")
     path = store.blob_path(store.read_manifest(MODEL, keyring).blobs[WEIGHTS])
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.seek(0 if where == "first" else path.stat().st_size - 1)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1]))
+    flip_one_bit(path, 0 if where == "first" else path.stat().st_size - 1)
     log = short_tmp_path / "serve.log"
     with Server(private_state_dir, log=log) as server:
         server.wait_ready()
