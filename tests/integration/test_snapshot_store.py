@@ -250,7 +250,7 @@ def test_publishing_waits_for_a_collection_in_another_process(tmp_path: Path) ->
         assert builder.stdout.readline() == b"leaving\n"
         eventually_sync(lambda: _waits_for_lock(builder.pid), what="the writer waits for the lock")
         assert files_below(tmp_path / "blobs") == set()
-    assert builder.wait(timeout=10) == 0
+    assert builder.wait(timeout=60) == 0
     assert len(files_below(tmp_path / "blobs")) == 1
 
 

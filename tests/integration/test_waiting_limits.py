@@ -102,11 +102,11 @@ async def test_a_request_that_waits_past_its_life_in_the_queue(
         if ended_by != "sweeper":
             await stack.enter_async_context(serving_worker(gateway.redis, run))
         if is_streamed:
-            _, blocks = await asyncio.wait_for(waiting, 15)
+            _, blocks = await asyncio.wait_for(waiting, 60)
             check_expired(events_of(blocks)[-1]["error"])
             assert not any("[DONE]" in block for block in blocks)
         else:
-            status, headers, answer = await asyncio.wait_for(waiting, 15)
+            status, headers, answer = await asyncio.wait_for(waiting, 60)
             assert (status, headers["Retry-After"], headers["x-should-retry"]) == (503, "30", "true")
             check_expired(answer["error"])
         await assert_ended_once(gateway, request_id)

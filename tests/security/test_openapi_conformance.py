@@ -85,7 +85,7 @@ def search(url: str, document: dict[str, Any], path: str, method: str, seen: Cou
     def send(case: Any) -> None:
         if isinstance(case.body, dict) and "model" in case.body and len(str(case.body["model"])) % 3:
             case.body["model"] = model
-        response = case.call(base_url=url, timeout=20)
+        response = case.call(base_url=url, timeout=60)
         seen[response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
 

@@ -40,7 +40,7 @@ async def test_workers_that_die_in_a_row_are_started_with_a_back_off(
                 lambda number=number: len(fleet.log_events(leader, "worker_died_running")) == number,  # type: ignore[misc]
                 what=f"death {number} noticed",
             )
-        await asyncio.wait_for(asking, 40)
+        await asyncio.wait_for(asking, 90)
         await fleet.check(answer, TOKENS)
         deaths = fleet.log_events(leader, "worker_died_running")
         assert [death["deaths"] for death in deaths] == [1, 2, 3, 4]

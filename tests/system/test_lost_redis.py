@@ -62,7 +62,7 @@ async def ask_many_and_kill_server(fleet: Fleet) -> tuple[list[Answer], list[asy
 
 
 async def check_all(fleet: Fleet, answers: list[Answer], asking: list[asyncio.Task[Answer]]) -> None:
-    await asyncio.wait_for(asyncio.gather(*asking), 40)
+    await asyncio.wait_for(asyncio.gather(*asking), 90)
     for answer in answers:
         await fleet.check(answer, TOKENS)
 

@@ -363,7 +363,7 @@ async def test_engine_thread_serves_submissions_and_stops() -> None:
             assert outcome.token_ids() == SOLO_TOKENS[0]
     finally:
         harness.engine.stop()
-        thread.join(timeout=10)
+        thread.join(timeout=60)
     assert not thread.is_alive()
     assert harness.engine.statistics().tokens_generated == 2 * len(SOLO_TOKENS[0])
 
