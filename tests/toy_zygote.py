@@ -1,4 +1,5 @@
-"""A real zygote with small workers: ``python tests/toy_zygote.py FD``. The order's model says what a worker does."""
+"""A real zygote with small workers: ``python tests/toy_zygote.py [preparing] FD``. The order's model says what a worker
+does. With ``preparing`` it is for ever about to prepare what it is asked to."""
 
 from __future__ import annotations
 
@@ -8,8 +9,34 @@ import socket
 import sys
 from pathlib import Path
 
-from worker.spawn_order import SpawnedFds, SpawnOrder
+from worker.spawn_order import FromZygote, PrepareModel, SpawnedFds, SpawnOrder
 from worker.zygote import Zygote
+
+
+class NeverReady:
+    """Keeps the files of each preparation, and does not begin with any. (The real one's imports start threads.)"""
+
+    def __init__(self) -> None:
+        self._kept: list[SpawnedFds] = []
+
+    def begin(self, message: PrepareModel, fds: SpawnedFds) -> None:
+        self._kept.append(fds.duplicate())
+
+    def close_files(self) -> None:
+        for fds in self._kept:
+            fds.close()
+
+    def forget(self, snapshot_id: str) -> None: ...
+
+    def wait_ms(self) -> int | None:
+        return None
+
+    def step(self) -> FromZygote | None:
+        return None
+
+    def before_fork(self, order: SpawnOrder, fds: SpawnedFds) -> None: ...
+
+    def after_fork(self) -> None: ...
 
 
 def run_toy_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> int:
@@ -40,4 +67,5 @@ def run_toy_worker(order: SpawnOrder, fds: SpawnedFds, forked_mono_ns: int) -> i
 
 
 if __name__ == "__main__":
-    Zygote(socket.socket(fileno=int(sys.argv[1])), run_toy_worker).serve()
+    preparer = NeverReady() if "preparing" in sys.argv else None
+    Zygote(socket.socket(fileno=int(sys.argv[-1])), run_toy_worker, preparer).serve()

@@ -137,6 +137,12 @@ class PreparedModels:
             preparation.close()
             _return_free_memory()
 
+    def close_files(self) -> None:
+        """In a child: let go of the files of preparations under way, so that it neither reads other models' weights nor
+        keeps them in memory."""
+        for preparation in self._preparations.values():
+            preparation.close_files()
+
     def wait_ms(self) -> int | None:
         """Milliseconds until :meth:`step` has something to do; None: nothing is left."""
         dues = [preparation.due_mono_s for preparation in self._unfinished()]

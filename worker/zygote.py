@@ -68,6 +68,8 @@ class ModelPreparer(Protocol):
 
     def begin(self, message: PrepareModel, fds: SpawnedFds) -> None: ...
 
+    def close_files(self) -> None: ...
+
     def forget(self, snapshot_id: str) -> None: ...
 
     def wait_ms(self) -> int | None: ...
@@ -220,6 +222,8 @@ class Zygote:
             os.close(self._wake_write)
             self._channel.close()
             self._reader.close()
+            if self._preparer is not None:
+                self._preparer.close_files()
             _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != self._pid:  # the zygote died before the line above could bind us to it
                 os._exit(EXIT_CRASHED)

@@ -59,11 +59,11 @@ def is_running(pid: int) -> bool:
 class Harness:
     """A client with a toy zygote, what it reported, and two files for the workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: tuple[str, ...] = TOY_COMMAND) -> None:
         self.exits: dict[str, WorkerExited] = {}
         self.lost: list[str] = []
         self.fds = SpawnedFds(memory_file(b"weights"), memory_file(b"guest"))
-        self.client = ZygoteClient(on_exit=self._on_exit, on_lost=self.lost.extend, command=TOY_COMMAND)
+        self.client = ZygoteClient(on_exit=self._on_exit, on_lost=self.lost.extend, command=command)
 
     def _on_exit(self, message: WorkerExited) -> None:
         self.exits[message.worker_id] = message
@@ -77,8 +77,8 @@ class Harness:
 
 
 @asynccontextmanager
-async def started() -> AsyncIterator[Harness]:
-    harness = Harness()
+async def started(command: tuple[str, ...] = TOY_COMMAND) -> AsyncIterator[Harness]:
+    harness = Harness(command)
     await harness.client.start()
     try:
         yield harness
@@ -141,6 +141,19 @@ async def test_worker_has_only_its_own_descriptors(short_tmp_path: Path) -> None
         assert seen["comm"] == f"gp:inspect:{path}"[:15]
         assert seen["ppid"] == zygote.client.pid
         assert len(os.listdir(f"/proc/{zygote.client.pid}/fd")) == 6  # streams, channel, wake-up pipe: nothing leaks
+
+
+async def test_worker_has_no_descriptor_of_another_model(short_tmp_path: Path) -> None:
+    """One that is forked while others are being prepared could read their weights, and would keep them in memory."""
+    async with started((*TOY_COMMAND, "preparing")) as zygote:
+        await zygote.client.prepare(PrepareModel("another", b"manifest", "numpy", 1), zygote.fds)
+        path = short_tmp_path / "seen"
+        await zygote.spawn("a", f"inspect:{path}")
+        await zygote.wait_exit("a")
+        seen = ast.literal_eval(path.read_text())
+        listing_fds = 1  # the listed folder
+        assert len([fd for fd in seen["fds"] if fd > 2]) == 2 + listing_fds
+        assert len(os.listdir(f"/proc/{zygote.client.pid}/fd")) == 6 + 2  # it goes on with the preparation itself
 
 
 async def test_signal_reaches_the_named_worker_only() -> None:
