@@ -1,4 +1,4 @@
-"""A server at its limits (memory, clients) and a gateway at its own (descriptors): clear answers, and it passes."""
+"""A server at its limits (memory, clients, speed) and a gateway at its own (descriptors): clear answers; it passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from scheduler.contract.connection import connect
 from scheduler.contract.messages import GenerateRequest, StepFrame, TokenEvent
 from tests.eventually import eventually
 from tests.fleet_fixtures import RedisProcess
-from tests.gateway_fixtures import GatewayHarness, chat_body, run_gateway, say
+from tests.gateway_fixtures import GatewayHarness, chat_body, end, events_of, run_gateway, say
+from tests.slow_redis import slow_redis
 
 CHAT = "/v1/chat/completions"
 
@@ -88,6 +89,30 @@ async def test_a_server_at_its_client_limit_is_a_503_and_passes(
 
 async def is_served(gateway: GatewayHarness) -> bool:
     return (await post(gateway))[0] == 200
+
+
+async def test_a_slow_server_delays_tokens_and_loses_none(redis_url: str, tmp_path: Path, short_tmp_path: Path) -> None:
+    """Each of its answers takes as long as many steps: streams and their ends come late, whole and in order."""
+    num_tokens = 60
+
+    async def script(request: GenerateRequest, publish: Any) -> None:
+        for number in range(num_tokens):
+            publish(StepFrame((TokenEvent(0, 1, f"{number} "),), 1))
+            await asyncio.sleep(0.002)  # a step of the engine, which does not wait for the server
+        publish(end())
+
+    async with (
+        slow_redis(short_tmp_path / "slow.sock", redis_url.removeprefix("unix://"), 0.03) as slow_url,
+        run_gateway(slow_url, tmp_path, script) as gateway,
+    ):
+        streams = await asyncio.gather(*(gateway.stream(CHAT, chat_body()) for _ in range(4)))
+        for _, blocks in streams:
+            deltas = [event["choices"][0]["delta"] for event in events_of(blocks)]
+            text = "".join(delta.get("content") or "" for delta in deltas)
+            assert text == "".join(f"{number} " for number in range(num_tokens))
+            assert blocks[-1] == "data: [DONE]"
+        statistics = gateway.server.gateway.hub.statistics()
+        assert (statistics.live + statistics.filled, statistics.open_streams) == (4 * (num_tokens + 1), 0)
 
 
 async def test_a_gateway_without_descriptors_lives_and_serves_again(redis_url: str, tmp_path: Path) -> None:
