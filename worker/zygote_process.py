@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Final, NamedTuple
 
 #: Command line of a zygote; the number of its channel's descriptor is appended.
 ZYGOTE_COMMAND: Final = (sys.executable, "-m", "worker", "zygote")
+#: Variables that hold a key: the agent's alone. Workers run guests, and neither verify nor call anybody.
+KEY_VARIABLES: Final = frozenset({"GLOWPLUG_SNAPSHOT_KEY", "GLOWPLUG_API_KEY"})
 
 
 class ZygoteProcess(NamedTuple):
@@ -22,7 +25,8 @@ class ZygoteProcess(NamedTuple):
 def start_zygote_process(command: Sequence[str] = ZYGOTE_COMMAND) -> ZygoteProcess:
     """Start a zygote (1 ms). Not by asyncio's subprocess: uvloop's lets inheritable descriptors through.
 
-    It gets its own session: Ctrl-C in a terminal reaches the agent alone, which then drains the workers.
+    It gets its own session: Ctrl-C in a terminal reaches the agent alone, which then drains the workers. No key that was
+    given as a variable is passed on.
 
     Raises:
         OSError: no descriptor or no process is to be had.
@@ -36,6 +40,7 @@ def start_zygote_process(command: Sequence[str] = ZYGOTE_COMMAND) -> ZygoteProce
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env={name: value for name, value in os.environ.items() if name not in KEY_VARIABLES},
             )
     except OSError:
         ours.close()

@@ -156,6 +156,20 @@ async def test_worker_has_no_descriptor_of_another_model(short_tmp_path: Path) -
         assert len(os.listdir(f"/proc/{zygote.client.pid}/fd")) == 6 + 2  # it goes on with the preparation itself
 
 
+async def test_workers_have_no_key(short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that the agent was given as a variable stays with the agent; all other settings reach its workers."""
+    monkeypatch.setenv("GLOWPLUG_SNAPSHOT_KEY", "main:5ec2e75ec2e7")
+    monkeypatch.setenv("GLOWPLUG_API_KEY", "gp_5ec2e75ec2e7")
+    monkeypatch.setenv("GLOWPLUG_LOG_LEVEL", "warning")
+    async with started() as zygote:
+        path = short_tmp_path / "seen"
+        await zygote.spawn("a", f"environment:{path}")
+        await zygote.wait_exit("a")
+        seen = path.read_text()
+    assert "GLOWPLUG_LOG_LEVEL" in seen
+    assert "5ec2e7" not in seen
+
+
 async def test_signal_reaches_the_named_worker_only() -> None:
     """SIGTERM to one worker leaves its neighbour alone; a signal to one that ended does nothing."""
     async with started() as zygote:
