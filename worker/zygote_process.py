@@ -25,8 +25,8 @@ class ZygoteProcess(NamedTuple):
 def start_zygote_process(command: Sequence[str] = ZYGOTE_COMMAND) -> ZygoteProcess:
     """Start a zygote (1 ms). Not by asyncio's subprocess: uvloop's lets inheritable descriptors through.
 
-    It gets its own session: Ctrl-C in a terminal reaches the agent alone, which then drains the workers. No key that was
-    given as a variable is passed on.
+    It gets its own session: Ctrl-C in a terminal reaches the agent alone, which then drains the workers. No key that
+    was given as a variable is passed on.
 
     Raises:
         OSError: no descriptor or no process is to be had.
