@@ -21,6 +21,7 @@ import click
 from scheduler.command import state_dir_option
 from scheduler.gpu_table import gpu_table
 from scheduler.plain_tables import make_console, make_table
+from scheduler.waiting_line import WaitingLine
 
 NO_SERVER_EXIT: Final = 3
 #: The API key to send, where the server needs one; `ps` and `trace` need the scope admin.
@@ -178,14 +179,20 @@ def _stream_events(address: str, body: dict[str, Any]) -> Iterator[str]:
         ClickException: the server refused it, or it ended with an error.
         NoServer: the stream has no end.
     """
-    for line in read_lines(address, _request(address, "POST", CHAT_PATH, body)):
-        event = line.decode("utf-8").rstrip("\r\n").removeprefix("data: ")
-        if event == "[DONE]":
-            return
-        if event.startswith("{"):  # the other lines are comments, ids and the blanks between
-            yield event
-            if "error" in (told := json.loads(event)):
-                raise click.ClickException(told["error"]["message"])
+    waiting = WaitingLine()
+    try:
+        for line in read_lines(address, _request(address, "POST", CHAT_PATH, body)):
+            event = line.decode("utf-8").rstrip("\r\n").removeprefix("data: ")
+            waiting.show(event)
+            if event == "[DONE]":
+                return
+            if event.startswith("{"):  # the other lines are comments, ids and the blanks between
+                waiting.clear()
+                yield event
+                if "error" in (told := json.loads(event)):
+                    raise click.ClickException(told["error"]["message"])
+    finally:
+        waiting.clear()
     raise NoServer(f"{address} broke off before the end of its answer")
 
 

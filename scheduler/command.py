@@ -5,6 +5,7 @@ Modules are named by string, so this table may point into every package without 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import io
@@ -97,6 +98,13 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and (near := difflib.get_close_matches(args[0], VERBS, n=3)):
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {' or '.join(near)}?")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:

@@ -171,6 +171,28 @@ def test_results_that_cannot_be_written_are_told_before_the_batch_or_with_the_wa
     assert list(tmp_path.glob("*.part")) == []
 
 
+def test_a_verb_with_a_slip_is_told_the_right_one() -> None:
+    """Close ones only."""
+    assert "Did you mean serve?" in refuse("servee").output
+    assert "Did you mean" not in refuse("frobnicate").output
+
+
+def test_on_a_terminal_a_wake_is_shown_until_the_first_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line on stderr, erased before the answer and when the wake fails; nothing of it in a pipe."""
+    stream = [b": waking model=m stage=queued eta_ms=9\n", b": waking model=m stage=spawning eta_ms=4\n"]
+    stream += [b'data: {"choices": [{"delta": {"content": "hi"}}]}\n', b"data: [DONE]\n"]
+    monkeypatch.setattr(client_commands, "_request", lambda *_: None)
+    monkeypatch.setattr(client_commands, "read_lines", lambda *_: iter(stream))
+    monkeypatch.setenv("TERM", "xterm")
+    erase = "\r\x1b[K"
+    for is_terminal, expected in ((True, f"{erase}waking m: queued{erase}waking m: spawning{erase}"), (False, "")):
+        terminal = io.StringIO()
+        monkeypatch.setattr(terminal, "isatty", lambda answer=is_terminal: answer)
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert list(client_commands.stream_chat("http://x", {})) == ["hi"]
+        assert terminal.getvalue() == expected
+
+
 def test_letters_that_the_terminal_has_not_end_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Latin-1 terminal: bars of `trace` become question marks."""
     trace = {"request_id": "a", "model": "m", "cold_tier": "T2", "ttft_ms": 1.0, "marks": {"accepted": 1, "b": 2}}
