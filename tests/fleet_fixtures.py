@@ -31,6 +31,7 @@ from scheduler.contract.connection import connect
 from scheduler.contract.messages import StatusReport, StepFrame, TerminalFrame
 from scheduler.embedded_redis import find_server_binary
 from tests.eventually import eventually
+from tests.log_lines import read_log
 
 CHAT = "/v1/chat/completions"
 DURABLE = ("--appendonly", "yes", "--appendfsync", "everysec")
@@ -169,8 +170,7 @@ class Fleet:
 
     def log_events(self, name: str, event: str) -> list[dict[str, Any]]:
         """Log lines of that event."""
-        lines = (line for line in self.log(name).splitlines() if line.startswith("{") and f'"{event}"' in line)
-        return [found for line in lines if (found := json.loads(line))["event"] == event]
+        return read_log(self.state_dir / f"{name}.log", event)
 
     def send(self, name: str, number: signal.Signals) -> None:
         self.parts[name].send_signal(number)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import signal
@@ -36,6 +35,7 @@ from scheduler.dispatch import Dispatcher
 from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
 from tests.eventually import WITHIN_S, eventually
+from tests.log_lines import read_log
 from worker.build.model_sources import open_located
 from worker.build.snapshot_builder import build_snapshot
 
@@ -136,8 +136,7 @@ class Host:
 
     def logged_pid(self, worker_id: str) -> int:
         """Pid of a worker as its agent logged it, before the worker itself has said a word."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if '"worker_started"' in line]
-        return next(int(line["pid"]) for line in lines if line["worker_id"] == worker_id)
+        return next(int(line["pid"]) for line in read_log(self.log, "worker_started") if line["worker_id"] == worker_id)
 
     # --- as the scheduler ---------------------------------------------------------------------------------------------
 

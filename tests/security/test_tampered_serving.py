@@ -15,6 +15,7 @@ from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
 from tests.eventually import eventually_sync
 from tests.fleet_fixtures import copy_linked, flip_one_bit
+from tests.log_lines import read_log
 
 MODEL = "smollm2"
 
@@ -63,8 +64,7 @@ def test_threat_changed_snapshot_served(state_dir: Path, kind: str, status: int,
         eventually_sync(
             lambda: "\nglowplug_security_events_total{" in get_text(server.url, "/metrics")[1], what="a counted event"
         )
-    events = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    assert [e for e in events if e.get("event") == "security" and e.get("level") == "critical"]
+    assert [event for event in read_log(log, "security") if event.get("level") == "critical"]
     verify = subprocess.run(
         [*glowplug_command(), "verify", MODEL, "--state-dir", str(state_dir)], capture_output=True, text=True
     )

@@ -14,6 +14,7 @@ from snapshots.manifest import WEIGHTS
 from snapshots.store import SnapshotStore
 from tests.eventually import eventually_sync
 from tests.fleet_fixtures import copy_linked, flip_one_bit
+from tests.log_lines import read_log
 
 MODEL = "smollm2"
 #: Slow enough that the worker always comes before the last weight, on a loaded machine too: 1.8 s for all of them.
@@ -32,8 +33,7 @@ def private_state_dir(smollm2_state_dir: Path, short_tmp_path: Path) -> Path:
 
 
 def read_events(log: Path) -> list[str]:
-    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    return [line["event"] for line in lines]
+    return [line["event"] for line in read_log(log)]
 
 
 @pytest.mark.usefixtures("slow")

@@ -25,6 +25,7 @@ from scheduler.contract.telemetry import Mark
 from tests.checkpoint_fixtures import CHECKPOINTED, RUNNING
 from tests.eventually import eventually, eventually_sync
 from tests.gpu_host_fixtures import GPU, OTHER_GPU, EmulatedGpus, GpuHost
+from tests.log_lines import read_log
 from tests.worker_fixtures import MODEL, NODE, copy_state_dir, make_request, wait_gone
 
 
@@ -293,8 +294,7 @@ def test_spares_on_a_cpu_are_refused_with_a_reason(redis_url: str, short_tmp_pat
 
 def logged(host: GpuHost, event: str) -> list[dict[str, Any]]:
     """Lines of that event in the agent's log."""
-    lines = [json.loads(line) for line in host.log.read_text().splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] == event]
+    return read_log(host.log, event)
 
 
 def glowplug(server: Server, *words: str) -> subprocess.CompletedProcess[str]:

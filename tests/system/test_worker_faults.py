@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
@@ -18,6 +17,7 @@ from scheduler.contract.messages import ForgetModel, TerminalFrame
 from snapshots.keyring import KeyRing
 from snapshots.store import SnapshotStore
 from tests.eventually import eventually
+from tests.log_lines import read_log
 from tests.worker_fixtures import CHECKPOINT, MODEL, Host, copy_state_dir, make_request
 from worker.build.model_sources import open_located
 from worker.build.quantize import WeightFormat
@@ -94,7 +94,7 @@ async def test_a_second_sigterm_ends_a_workers_drain_at_once(host: Host) -> None
     await eventually(is_draining, what="drain")
     os.kill(report.pid, signal.SIGTERM)
     await host.wait_change("w1", "cold", exited=True)
-    lines = [json.loads(line) for line in host.log.read_text().splitlines() if '"worker_drained"' in line]
+    lines = read_log(host.log, "worker_drained")
     assert lines[0]["handed_back"] > 0
     await host.spawn("w2")
     for request_id in storm:
@@ -208,7 +208,7 @@ async def test_a_file_spoilt_at_run_time_takes_its_snapshot_out_of_service_only(
     refused = await host.wait_change("w2", "failed", exited=True)
     assert refused.error is not None
     assert refused.error.code is ErrorCode.SNAPSHOT_CORRUPT
-    events = [json.loads(line) for line in host.log.read_text().splitlines() if '"event": "security"' in line]
+    events = read_log(host.log, "security")
     assert [event["level"] for event in events] == ["critical"]
     card = await host.card()
     assert card is not None
