@@ -33,6 +33,15 @@ ACTIVATIONS = tuple(DTYPES)
 KERNELS_ON = "GLOWPLUG_KERNELS_ON"
 
 
+#: Seed of the suite's inputs; 1 where nobody says, so that a test that fails once fails always.
+SEED = "GLOWPLUG_KERNELS_SEED"
+
+
+def seeded_rng() -> np.random.Generator:
+    """Numbers of the run's seed, from their beginning."""
+    return np.random.default_rng(int(os.environ.get(SEED, "1")))
+
+
 class DeviceKernels:
     """Kernels on a device, launched as the emulator launches them: arrays go there before and come back after."""
 

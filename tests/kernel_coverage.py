@@ -1,12 +1,13 @@
 """``python tests/kernel_coverage.py``: the kernels' suite with a table of what it tried and how exact the results were.
 
-Runs in the emulation, or on a GPU with ``GLOWPLUG_KERNELS_ON=cuda``. Exits with 1 where a test failed or a kernel was
-never launched.
+Runs in the emulation, or on a GPU with ``GLOWPLUG_KERNELS_ON=cuda``; other inputs with ``GLOWPLUG_KERNELS_SEED=N``.
+Exits with 1 where a test failed or a kernel was never launched.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -42,7 +43,7 @@ def main() -> int:
     status = pytest.main(
         ["-q", "-c", str(TESTS / "gpu.ini"), "--no-header", "-p", "no:asyncio", *SUITE], plugins=[collector]
     )
-    from cuda_fixtures import emulator
+    from cuda_fixtures import SEED, emulator
 
     kernels = emulator()
     print(f"{'test':36} {'inputs':>6} {'largest relative error':>24}")
@@ -53,6 +54,7 @@ def main() -> int:
     print(json.dumps({"inputs": sum(collector.inputs.values()), "largest_relative_errors": largest}))
     missing = sorted(kernels.kernels - kernels.launched)
     covered = len(kernels.launched & kernels.kernels)
+    print(f"seed {os.environ.get(SEED, '1')}")
     print(f"{sum(collector.inputs.values())} inputs, {kernels.num_launches} launches in three thread orders each")
     print(f"kernels launched: {covered} of {len(kernels.kernels)}{', not: ' + ', '.join(missing) if missing else ''}")
     return 1 if status or missing else 0

@@ -59,10 +59,39 @@ for wrong in ({}, {"compile_kernels": lambda _: b"no better"}):
 """
 
 
-def test_an_image_that_the_driver_refuses_is_compiled_anew_once() -> None:
-    """An older driver cannot read what ships: the device asks for a compilation, and gives up after one."""
+REFUSED_CAPTURE = """
+from worker.backends.cuda.cupy_device import CupyDevice
+from worker.backends.cuda.device import CaptureRefused, DeviceLost, MatrixProduct
+from worker.backends.cuda.matrix_library import MatrixLibraryError
+from worker.backends.cuda.opening import load_kernels
+
+device = CupyDevice(0, load_kernels)
+place, stream = device.allocate(1024), device.make_stream()
+sizes = {"num_rows": 8, "num_outputs": 8, "width": 8, "out_stride": 8}
+product = MatrixProduct("f32", place, place, place, **sizes)
+
+def refuse(**_):
+    raise MatrixLibraryError("cublasGemmEx", 13)
+
+device._matrices.multiply = refuse
+for call, expected in (
+    (lambda: device.capture(stream, lambda: device.multiply(product, stream)), CaptureRefused),
+    (lambda: device.multiply(product, stream), DeviceLost),
+):
+    try:
+        call()
+    except expected:
+        continue
+    raise AssertionError(expected)
+"""
+
+
+@pytest.mark.parametrize("script", [REFUSED_IMAGE, REFUSED_CAPTURE], ids=["image", "capture"])
+def test_what_a_device_refuses_is_met_with_what_is_left(script: str) -> None:
+    """An older driver cannot read what ships: kernels are compiled anew, once. A product that fails while captured
+    costs the graph, not the worker; the same failure of one that runs is the device's end."""
     path = os.pathsep.join((str(TESTS.parent), str(TESTS / "stand_in_cupy")))
-    command = [sys.executable, "-c", REFUSED_IMAGE]
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -207,7 +207,10 @@ class CupyDevice:
                 stream.end_capture()
             except Exception:  # an invalidated capture; what led to it is what is raised
                 pass
-            if isinstance(error, DeviceError) and not isinstance(error, DeviceLost):
+            # cuBLAS says of what cannot be captured that it failed to execute. Nothing ran: had the device been lost
+            # before, the next call would say so.
+            is_cublas = isinstance(error.__cause__, MatrixLibraryError)
+            if isinstance(error, DeviceError) and (is_cublas or not isinstance(error, DeviceLost)):
                 raise CaptureRefused(str(error)) from error
             raise
         try:
