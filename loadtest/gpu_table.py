@@ -80,6 +80,10 @@ def _http(record: Figures) -> Iterator[str]:
         else:
             bar = BARS_MS.get(line["tier"])
             against = f" (bar for 8B bf16: {bar:.0f})" if bar else ""
+            if line.get("disk_bytes_per_s"):
+                against = (
+                    f" (bar: {line['weights_bytes'] / line['disk_bytes_per_s'] * 1e3 + 1e3:.0f}, the disk and 1 s)"
+                )
             yield (
                 f"HTTP {line['tier']}: {line['median_ms']:.1f} ms{against}, "
                 f"{line['min_ms']:.1f} to {line['max_ms']:.1f}, n={line['num_samples']}, "

@@ -10,7 +10,7 @@ import pytest
 
 from loadtest import gpu_peers
 from loadtest.gpu_check import list_steps, parse_options
-from loadtest.gpu_http import Rounds
+from loadtest.gpu_http import Rounds, _read_direct, read_disk_rate
 from loadtest.gpu_steps import GpuRun, Outcome, Step, read_documents
 from loadtest.gpu_table import format_report
 
@@ -39,6 +39,17 @@ def test_rounds_end_at_the_deadline_but_there_is_one() -> None:
     """A tier that begins late has a figure all the same; one in time has all of its rounds."""
     assert list(Rounds(10, time.monotonic() - 1)) == [0]
     assert list(Rounds(3, time.monotonic() + 60)) == [0, 1, 2]
+
+
+def test_disk_rate_is_of_all_bytes_and_the_bar_of_t1_follows(tmp_path: Path) -> None:
+    """A file of odd size is read to its end; the table says bytes over that rate and a second more."""
+    path = tmp_path / "blob"
+    path.write_bytes(bytes(5 * 4096 + 17))
+    assert _read_direct(path, 0) == 5 * 4096 + 17
+    assert read_disk_rate(path) > 0
+    tier = {"tier": "T1", "median_ms": 1.0, "min_ms": 1.0, "max_ms": 1.0, "num_samples": 1, "tiers_seen": ["T1"]}
+    figures = {"phase_medians_ms": {}, "weights_bytes": 4_000_000, "disk_bytes_per_s": 2_000_000}
+    assert any("bar: 3000" in line for line in format_report({"http": tier | figures}))
 
 
 def test_a_step_is_told_by_its_last_line_of_text() -> None:
