@@ -5,7 +5,8 @@ Three layers, each enough to stop a different mistake, none needing a privilege:
 * resource limits: CPU seconds, private memory (RLIMIT_DATA: Wasmtime reserves terabytes of address space that it never
   touches, so RLIMIT_AS is of no use), size of what it writes, number of descriptors, no core files;
 * Landlock: no path can be opened, no TCP port connected or bound, no process outside signalled;
-* seccomp: no new program, no new process (threads are fine), no socket, no tracing, no kernel interface beyond that.
+* seccomp: no new program, no new process (threads are fine), no socket, no tracing, no signal to others, no kernel
+  interface beyond that.
 
 Landlock and seccomp are used where the kernel has them; :func:`confine` says which layers hold.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import platform
 import resource
 import signal
@@ -67,6 +69,7 @@ class _Architecture:
     clone: int
     clone3: int
     prlimit64: int
+    tgkill: int
     denied: dict[str, int]
 
 
@@ -76,12 +79,14 @@ ARCHITECTURES: Final = {
         clone=56,
         clone3=435,
         prlimit64=302,
+        tgkill=234,
         denied={
             "execve": 59, "execveat": 322, "fork": 57, "vfork": 58, "socket": 41, "socketpair": 53, "connect": 42,
             "bind": 49, "ptrace": 101, "kill": 62, "process_vm_readv": 310, "process_vm_writev": 311,
             "pidfd_getfd": 438, "pidfd_open": 434, "io_uring_setup": 425, "bpf": 321, "perf_event_open": 298,
             "userfaultfd": 323, "keyctl": 250, "add_key": 248, "request_key": 249, "mount": 165, "unshare": 272,
-            "setns": 308, "open_by_handle_at": 304, "shmget": 29, "msgget": 68, "setrlimit": 160,
+            "setns": 308, "open_by_handle_at": 304, "shmget": 29, "msgget": 68, "setrlimit": 160, "tkill": 200,
+            "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_send_signal": 424,
         },
     ),
     "aarch64": _Architecture(
@@ -89,12 +94,14 @@ ARCHITECTURES: Final = {
         clone=220,
         clone3=435,
         prlimit64=261,
+        tgkill=131,
         denied={
             "execve": 221, "execveat": 281, "socket": 198, "socketpair": 199, "connect": 203, "bind": 200,
             "ptrace": 117, "kill": 129, "process_vm_readv": 270, "process_vm_writev": 271, "pidfd_getfd": 438,
             "pidfd_open": 434, "io_uring_setup": 425, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282,
             "keyctl": 219, "add_key": 217, "request_key": 218, "mount": 40, "unshare": 97, "setns": 268,
-            "open_by_handle_at": 265, "shmget": 194, "msgget": 186, "setrlimit": 164,
+            "open_by_handle_at": 265, "shmget": 194, "msgget": 186, "setrlimit": 164, "tkill": 130,
+            "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "pidfd_send_signal": 424,
         },
     ),
 }  # fmt: skip
@@ -202,6 +209,12 @@ def _filter_program(architecture: _Architecture) -> list[bytes]:
         step(BPF_JUMP_EQUAL, 0, if_false=2),
         step(BPF_LOAD_WORD, OFFSET_THIRD_ARGUMENT + 4),
         step(BPF_JUMP_EQUAL, 0, if_true=1),
+        refuse,
+        step(BPF_RETURN, SECCOMP_ALLOW),
+        # To itself only: how a process aborts.
+        step(BPF_JUMP_EQUAL, architecture.tgkill, if_false=4),
+        step(BPF_LOAD_WORD, OFFSET_FIRST_ARGUMENT),
+        step(BPF_JUMP_EQUAL, os.getpid(), if_true=1),
         refuse,
         step(BPF_RETURN, SECCOMP_ALLOW),
         step(BPF_JUMP_EQUAL, architecture.clone, if_false=3),
