@@ -126,13 +126,13 @@ async def test_a_request_whose_model_does_not_wake_in_time(
 ) -> None:
     """The gateway's own limit: a 503 with the limit, the cause where it is known, and when to come back; the request
     leaves the queue with an end."""
-    async with run_gateway(redis_url, tmp_path, cold_start_limit_s=0.2) as gateway:
+    async with run_gateway(redis_url, tmp_path, cold_start_limit_s=0.5) as gateway:
         await gateway.publish(make_card(), status=msgspec.structs.replace(make_status(), **report))
         gateway.worker.is_away = True
         waiting = asyncio.create_task(gateway.post(CHAT, chat_body()))
         request_id = await queued(gateway)
         status, headers, answer = await waiting
         assert (status, answer["error"]["code"], headers["Retry-After"]) == (503, "wake_timeout", "30")
-        for words in (f'"{MODEL}"', "0.2 s", "try again", cause):
+        for words in (f'"{MODEL}"', "0.5 s", "try again", cause):
             assert words in answer["error"]["message"]
         await assert_ended_once(gateway, request_id)

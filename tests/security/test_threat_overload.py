@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from scheduler.api_keys import Scope, change_keys, create_key, key_file_path
@@ -57,6 +58,14 @@ async def assert_serves(gateway: GatewayHarness) -> None:
     assert status == 200
 
 
+async def serves(gateway: GatewayHarness) -> bool:
+    """The same, with limits so small that a loaded machine may not meet them at the first try."""
+    try:
+        return (await gateway.post(CHAT, chat_body()))[0] == 200
+    except aiohttp.ClientError:
+        return False
+
+
 async def is_answered(gateway: GatewayHarness, rest: bytes) -> bool:
     """Whether a whole header got its answer; on a loaded machine it may come later than such a small limit."""
     answer = await send(gateway, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + rest)
@@ -71,7 +80,7 @@ async def test_threat_slow_headers(redis_url: str, tmp_path: Path) -> None:
         assert await send(gateway, b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ") == b""
         for rest in (b"", b"GET /"):
             await eventually(lambda rest=rest: is_answered(gateway, rest), what="an answer in time, then an end")
-        await assert_serves(gateway)
+        await eventually(lambda: serves(gateway), what="others served")
 
 
 async def test_threat_slow_body(redis_url: str, tmp_path: Path) -> None:
