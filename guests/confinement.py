@@ -5,8 +5,8 @@ Three layers, each enough to stop a different mistake, none needing a privilege:
 * resource limits: CPU seconds, private memory (RLIMIT_DATA: Wasmtime reserves terabytes of address space that it never
   touches, so RLIMIT_AS is of no use), size of what it writes, number of descriptors, no core files;
 * Landlock: no path can be opened, no TCP port connected or bound, no process outside signalled;
-* seccomp: no new program, no new process (threads are fine), no socket, no tracing, no signal to others, no kernel
-  interface beyond that.
+* seccomp: no new program, no new process (threads are fine), no socket, no tracing, no signal to others, nothing that
+  changes the machine, even for root.
 
 Landlock and seccomp are used where the kernel has them; :func:`confine` says which layers hold.
 """
@@ -86,7 +86,11 @@ ARCHITECTURES: Final = {
             "pidfd_getfd": 438, "pidfd_open": 434, "io_uring_setup": 425, "bpf": 321, "perf_event_open": 298,
             "userfaultfd": 323, "keyctl": 250, "add_key": 248, "request_key": 249, "mount": 165, "unshare": 272,
             "setns": 308, "open_by_handle_at": 304, "shmget": 29, "msgget": 68, "setrlimit": 160, "tkill": 200,
-            "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_send_signal": 424,
+            "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "pidfd_send_signal": 424, "umount2": 166,
+            "pivot_root": 155, "chroot": 161, "init_module": 175, "finit_module": 313, "delete_module": 176,
+            "kexec_load": 246, "kexec_file_load": 320, "reboot": 169, "swapon": 167, "swapoff": 168, "acct": 163,
+            "settimeofday": 164, "clock_settime": 227, "adjtimex": 159, "clock_adjtime": 305, "sethostname": 170,
+            "setdomainname": 171, "iopl": 172, "ioperm": 173, "syslog": 103, "quotactl": 179,
         },
     ),
     "aarch64": _Architecture(
@@ -101,7 +105,11 @@ ARCHITECTURES: Final = {
             "pidfd_open": 434, "io_uring_setup": 425, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282,
             "keyctl": 219, "add_key": 217, "request_key": 218, "mount": 40, "unshare": 97, "setns": 268,
             "open_by_handle_at": 265, "shmget": 194, "msgget": 186, "setrlimit": 164, "tkill": 130,
-            "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "pidfd_send_signal": 424,
+            "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "pidfd_send_signal": 424, "umount2": 39,
+            "pivot_root": 41, "chroot": 51, "init_module": 105, "finit_module": 273, "delete_module": 106,
+            "kexec_load": 104, "kexec_file_load": 294, "reboot": 142, "swapon": 224, "swapoff": 225, "acct": 89,
+            "settimeofday": 170, "clock_settime": 112, "adjtimex": 171, "clock_adjtime": 266, "sethostname": 161,
+            "setdomainname": 162, "syslog": 116, "quotactl": 60,
         },
     ),
 }  # fmt: skip
