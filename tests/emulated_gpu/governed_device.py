@@ -62,7 +62,7 @@ def _orders() -> dict[str, int]:
     return found
 
 
-def open_emulated(number: int, _load_kernels: object) -> GovernedDevice:
+def open_emulated(number: int, *_kernels: object) -> GovernedDevice:
     """Instead of CuPy's. Says which GPU this process may see."""
     print(f"emulated gpu {number} of {os.environ.get('CUDA_VISIBLE_DEVICES')} in {os.getpid()}", file=sys.stderr)
     return GovernedDevice(lambda launch: None)
