@@ -21,6 +21,7 @@ import click
 from scheduler.command import state_dir_option
 from scheduler.gpu_table import gpu_table
 from scheduler.plain_tables import make_console, make_table
+from scheduler.readiness_probe import LOOPBACK_OF
 from scheduler.waiting_line import WaitingLine
 
 NO_SERVER_EXIT: Final = 3
@@ -268,7 +269,8 @@ def server_url(state_dir: Path, url: str | None) -> str:
         raise NoServer(
             f"no server runs on {state_dir} ({path} is missing): start one with `glowplug serve`, or name it with --url"
         ) from error
-    return f"{found.get('scheme', 'http')}://{found['host']}:{found['port']}"
+    host = LOOPBACK_OF.get(found["host"], found["host"])
+    return f"{found.get('scheme', 'http')}://{f'[{host}]' if ':' in host else host}:{found['port']}"
 
 
 def _connect(scheme: str, host: str, port: int | None) -> http.client.HTTPConnection:

@@ -9,6 +9,8 @@ from typing import Final
 #: Set where the gateway serves TLS.
 TLS_CERT: Final = "GLOWPLUG_TLS_CERT"
 PROBE_LIMIT_S: Final = 1.0
+#: Where this machine reaches a server that listens on all addresses.
+LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def own_scheme() -> str:
@@ -19,9 +21,8 @@ def own_scheme() -> str:
 def answers_ready(address: tuple[str, int]) -> bool:
     """Whether the gateway says that it can serve: itself, Redis and a node agent are there. Blocks, bounded."""
     host, port = address
-    connect_host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
-        with _connect(connect_host, port) as client:
+        with _connect(LOOPBACK_OF.get(host, host), port) as client:
             client.sendall(b"GET /readyz HTTP/1.0\r\nHost: glowplug\r\n\r\n")
             return client.recv(64).split(b" ")[1:2] == [b"200"]
     except OSError:

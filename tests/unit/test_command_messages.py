@@ -15,6 +15,8 @@ from click.testing import CliRunner, Result
 
 from scheduler import api_keys_command, batch_command, client_commands
 from scheduler.command import main
+from worker.diagnosis.command import _check_redis
+from worker.diagnosis.setup_checks import check_configuration
 
 
 @pytest.fixture(autouse=True)
@@ -30,11 +32,6 @@ def refuse(*arguments: str) -> Result:
     return result
 
 
-def serve_at(state_dir: Path, address: dict[str, Any]) -> None:
-    (state_dir / "run").mkdir()
-    (state_dir / "run" / "serve.json").write_text(json.dumps(address))
-
-
 @pytest.mark.parametrize("verb", ["serve", "gateway", "scheduler", "agent"])
 @pytest.mark.parametrize(
     ("variable", "value"),
@@ -48,6 +45,18 @@ def test_what_starts_processes_ends_with_78_where_settings_cannot_be_used(
     result = refuse(verb)
     assert result.exit_code == 78
     assert (variable if variable != "GLOWPLUG_CONFIG" else value) in result.output
+
+
+def test_doctor_calls_a_wrong_address_of_the_queue_server_wrong_and_not_itself_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A port that is none: a failure with a remedy. A scheme that is none: the check of the configuration tells it."""
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:99999")
+    (finding,) = _check_redis()
+    assert (finding.level, "ports up to 65535" in finding.seen, finding.remedy[:10]) == ("fail", True, "correct it")
+    monkeypatch.setenv("REDIS_URL", "nonsense")
+    assert list(_check_redis()) == []
+    assert "REDIS_URL" in next(check_configuration()).seen
 
 
 def test_a_verb_that_needs_no_queue_server_does_not_ask_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +89,22 @@ def test_a_server_s_address_that_may_not_be_read_is_not_a_server_that_does_not_r
     result = refuse("ps")
     assert "Permission denied" in result.output
     assert "glowplug serve" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("::1", "http://[::1]:8080"),
+        ("::", "http://[::1]:8080"),
+        ("0.0.0.0", "http://127.0.0.1:8080"),
+        ("10.0.0.9", "http://10.0.0.9:8080"),
+    ],
+)
+def test_the_server_of_a_state_folder_is_asked_where_it_can_be_reached(tmp_path: Path, host: str, address: str) -> None:
+    """IPv6 in brackets; one that listens everywhere, on loopback."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "serve.json").write_text(json.dumps({"host": host, "port": 8080}))
+    assert client_commands.server_url(tmp_path, None) == address
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8080", "localhost", "ftp://127.0.0.1", "http://", "http://127.0.0.1:99999"])

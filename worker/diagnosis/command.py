@@ -47,7 +47,10 @@ def diagnose(state_dir: Path) -> list[Finding]:
 
 
 def _check_redis() -> Iterator[Finding]:
-    url = read_process_settings().redis_url
+    try:
+        url = read_process_settings().redis_url
+    except SettingsError:
+        return  # told by the check of the configuration
     if not os.environ.get("REDIS_URL") and not Path(url.removeprefix("unix://")).exists():
         yield Finding("Redis", "ok", "embedded; starts with `glowplug serve`")
         return

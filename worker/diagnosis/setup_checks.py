@@ -101,7 +101,10 @@ def check_store(state_dir: Path) -> Iterator[Finding]:
 
 async def check_redis(url: str) -> list[Finding]:
     """Reachable, new enough, keeps what it holds, and near."""
-    redis: Any = connect(url)
+    try:
+        redis: Any = connect(url)
+    except SettingsError as error:
+        return [Finding("Redis", "fail", str(error), "correct it; without REDIS_URL an embedded one is used")]
     try:
         async with asyncio.timeout(CONNECT_LIMIT_S):  # its own retries go on for longer than a person waits
             info: dict[str, Any] = await redis.info()
