@@ -41,7 +41,6 @@ class Child:
     process: subprocess.Popen[bytes] | None = None
     pidfd: int = -1
     restart_at_s: float | None = None  # monotonic
-    asked_to_stop: bool = False
     exits_s: deque[float] = field(default_factory=deque)
 
     @property

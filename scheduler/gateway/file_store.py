@@ -20,7 +20,6 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -33,7 +32,6 @@ from scheduler.gateway.errors import HttpError
 FILE_PREFIX: Final = "file-"
 ID_BYTES: Final = 16  # random: an id cannot be guessed, and is not the only thing that protects a file
 ABANDONED_UPLOAD_S: Final = 3600.0
-COPY_BYTES: Final = 256 * 1024
 _DATA, _META, _UPLOAD = ".data", ".json", ".upload-"
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -222,14 +220,3 @@ class FileStore:
         except (OSError, msgspec.MsgspecError):
             return None
         return None if found.expires_at <= (time.time() if now_s is None else now_s) else found
-
-
-def read_pieces(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, piece by piece.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with open(path, "rb") as file:
-        while piece := file.read(COPY_BYTES):
-            yield piece

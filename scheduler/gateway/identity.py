@@ -7,7 +7,7 @@ from typing import Final
 
 from aiohttp import web
 
-from scheduler.api_keys import ApiKey, Scope
+from scheduler.api_keys import ApiKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,6 @@ class Identity:
     def key_id(self) -> str:
         """What may be logged of the key; empty without keys."""
         return "" if self.key is None else self.key.id
-
-    def has_scope(self, scope: Scope) -> bool:
-        """Whether the request may do what ``scope`` covers."""
-        return self.key is None or scope in self.key.scopes
 
     def may_see(self, model: str) -> bool:
         """Whether ``model`` exists for who asks; what does not is answered like an unknown name."""

@@ -110,7 +110,7 @@ def test_the_server_of_a_state_folder_is_asked_where_it_can_be_reached(tmp_path:
 @pytest.mark.parametrize("url", ["127.0.0.1:8080", "localhost", "ftp://127.0.0.1", "http://", "http://127.0.0.1:99999"])
 @pytest.mark.parametrize("verb", [("ps",), ("run", "m", "hi"), ("pin", "m"), ("batch", "list"), ("config", "reload")])
 def test_an_address_that_is_none_is_wrong_usage(verb: tuple[str, ...], url: str) -> None:
-    """It used to be asked at port 80 of this machine, which then "does not answer"."""
+    """Not asked at port 80 of this machine, which then "does not answer"."""
     result = refuse(*verb, "--url", url)
     assert result.exit_code == 2
     assert "http://127.0.0.1:8080" in result.output
