@@ -31,6 +31,7 @@ from scheduler.gateway.errors import HttpError
 
 FILE_PREFIX: Final = "file-"
 ID_BYTES: Final = 16  # random: an id cannot be guessed, and is not the only thing that protects a file
+COPY_BYTES: Final = 256 * 1024
 ABANDONED_UPLOAD_S: Final = 3600.0
 _DATA, _META, _UPLOAD = ".data", ".json", ".upload-"
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
