@@ -228,6 +228,27 @@ def test_compiled_grammars_are_kept_up_to_a_number() -> None:
     own.close()
 
 
+def test_a_guest_that_cannot_tell_its_vocabulary_is_opened_once() -> None:
+    """Each request that asks for a grammar fails with the guest's error, and leaves no instance behind."""
+
+    class Broken(WordText):
+        def token_bytes(self, token_id: int) -> bytes:
+            raise GuestTrap("unreachable executed")
+
+    opened: list[WordText] = []
+
+    def open_text() -> WordText:
+        opened.append(Broken())
+        return opened[-1]
+
+    own = Grammars(open_text, VOCAB, (EOS,))
+    for _ in range(3):
+        with pytest.raises(GuestTrap):
+            own.compile(regex("a")).result(30)
+    assert len(opened) == 1
+    own.close()
+
+
 def test_vocabulary_is_asked_from_the_guest() -> None:
     """Bytes of every token, special tokens found by what detokenising hides, forced text as the guest splits it."""
     text = WordText()

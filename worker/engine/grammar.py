@@ -100,7 +100,8 @@ class GrammarMatcher:
 class Grammars:
     """Compiled grammars of one model, and the threads that work on them. Engine thread only, but for the futures.
 
-    ``open_text`` opens a guest instance for the grammar threads; it is called once, by the first compilation.
+    ``open_text`` opens a guest instance for the grammar threads; it is called once, by the first compilation that gets
+    so far.
     """
 
     def __init__(
@@ -111,7 +112,8 @@ class Grammars:
         self._eos = eos_token_ids
         self._lock = threading.Lock()  # of the cache: looked up by the engine, written by the compiler
         self._compiled: OrderedDict[OutputGrammar, LLMatcher] = OrderedDict()
-        self._tokenizer: LLTokenizer | None = None  # written by the compiling thread
+        self._text: TextModel | None = None  # written by the compiling thread, as the next
+        self._tokenizer: LLTokenizer | None = None
         self._compiler = ThreadPoolExecutor(1, "grammar-compile")  # starts no thread before it is used
         self._masks = ThreadPoolExecutor(1, "grammar-masks")
 
@@ -162,7 +164,8 @@ class Grammars:
         if self._tokenizer is None:
             if self._open_text is None or not self._eos:
                 raise _refuse("this model has no text or no end token: its output cannot be held to a grammar")
-            vocabulary = GrammarVocabulary(self._open_text(), self._vocab_size, self._eos)
+            self._text = self._text or self._open_text()
+            vocabulary = GrammarVocabulary(self._text, self._vocab_size, self._eos)
             # Without slices it is built in half the time (50 ms, in which the GIL is held) and masks take as long.
             self._tokenizer = LLTokenizer(vocabulary, self._vocab_size, list(self._eos), [])  # type: ignore[arg-type]  # by attributes
         try:
