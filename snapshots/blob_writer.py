@@ -205,13 +205,18 @@ def create_locked_file(path: Path) -> int:
     """A new file, open for writing and locked by this descriptor.
 
     Raises:
-        StoreError: it cannot be created.
+        StoreError: it cannot be created, or locked.
     """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise StoreError(f"cannot create {path}: {describe_disk_error(error)}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+        raise StoreError(f"cannot lock {path}: {describe_disk_error(error)}") from error
     return fd
 
 

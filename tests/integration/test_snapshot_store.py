@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -170,6 +171,21 @@ def test_verify_lists_every_problem(tmp_path: Path) -> None:
         "weights, chunk 0 at byte 0",
         f"weights, chunk 1 at byte {CHUNK_BYTES}",
     ]
+
+
+def test_a_file_system_without_locks_is_told_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared folder whose server has no locks: an error of ours, no file and no descriptor left."""
+    store = SnapshotStore(tmp_path)
+
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StoreError, match="No locks available"):
+        store.add_blob_bytes(b"content")
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_verify_lists_what_the_disk_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
