@@ -41,10 +41,10 @@ def export_listener(tls_cert: Path | None, tls_key: Path | None, no_auth: bool) 
     """Hand the options on to the gateway process.
 
     Raises:
-        ClickException: one of the two TLS files is missing.
+        UsageError: one of the two TLS files is missing.
     """
     if (tls_cert is None) != (tls_key is None):
-        raise click.ClickException("--tls-cert and --tls-key go together")
+        raise click.UsageError("--tls-cert and --tls-key go together")
     if tls_cert is not None and tls_key is not None:
         os.environ.update(GLOWPLUG_TLS_CERT=str(tls_cert), GLOWPLUG_TLS_KEY=str(tls_key))
     if no_auth:

@@ -144,8 +144,12 @@ def test_a_server_that_dies_while_it_answers_is_told_so(verb: tuple[str, ...], a
 
         def serve() -> None:
             connection, _ = server.accept()
-            with connection:
-                connection.recv(65536)
+            with connection, connection.makefile("rb") as request:
+                num_bytes = 0
+                while line := request.readline().strip():
+                    if line.lower().startswith(b"content-length:"):
+                        num_bytes = int(line.split(b":")[1])
+                request.read(num_bytes)  # all of it: closing with bytes unread would reset the connection
                 connection.sendall(answer)
 
         thread = threading.Thread(target=serve)
