@@ -30,7 +30,7 @@ from scheduler.contract.messages import (
     WorkerReport,
 )
 from scheduler.contract.states import SlotState
-from snapshots.errors import SnapshotError
+from snapshots.errors import BlobCorrupt, SnapshotError
 from snapshots.keyring import KeyRing
 from snapshots.rollback import NewestSeen
 from snapshots.store import SnapshotStore
@@ -323,14 +323,16 @@ class NodeAgent:
         holder = f"prefetch:{secrets.token_hex(4)}"
         try:
             await self._cache.acquire(entry.card.snapshot_id, entry.manifest, holder)
-            await self._cache.wait_whole(entry.card.snapshot_id)
+            if await self._cache.wait_whole(entry.card.snapshot_id):
+                self._log.info("prefetched", model=model, sealed_bytes=self._cache.sealed_bytes().get(model, 0))
+            else:
+                self._log.error("prefetch_failed", model=model, error="filling ended early")
         except (SnapshotError, NoRoom) as error:
             self._log.error("prefetch_failed", model=model, error=str(error))
-            if isinstance(error, SnapshotError):
+            if isinstance(error, BlobCorrupt):  # others are no sign of tampering: no memory, a key that is missing here
                 await self._on_corrupt(entry, error)
         finally:
             self._cache.release(holder)
-        self._log.info("prefetched", model=model, sealed_bytes=self._cache.sealed_bytes().get(model, 0))
         await keep_trying(self._beat, "reporting sealed bytes")
 
     async def _spawn(self, command: SpawnWorker, received_mono_ns: int) -> None:

@@ -23,12 +23,12 @@ from snapshots.manifest import Manifest
 from worker.backends.choice import make_backend
 from worker.backends.encoder_protocol import BoundEncoder
 from worker.backends.protocol import Backend, BackendError, BackendFull, BoundModel
+from worker.device_release import connect_release
 from worker.engine.parking import IdleParking
 from worker.engine.step_loop import StepLoop, bind_plan, make_step_loop
 from worker.engine.types import RequestStep
 from worker.kernel_images import read_kernels
 from worker.prepared_models import InheritedModel
-from worker.process_release import connect_release
 from worker.restore import PreparedModel, RestoredModel, prepare_model
 from worker.spawn_order import SpawnedFds, SpawnOrder
 

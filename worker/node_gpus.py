@@ -8,7 +8,7 @@ from scheduler.contract.messages import GpuReport
 from worker.agent_settings import AgentSettings
 from worker.backends.detection import CPU_BACKENDS
 from worker.gpu_monitor import GpuMonitor
-from worker.release_process import ReleaseProcess
+from worker.releaser_child import ReleaseProcess
 from worker.spare_workers import SpareForker, SpareWorkers
 
 

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from worker.backends.cuda.checkpoint import CheckpointRefused, DriverCheckpoint, probe_checkpoint
-from worker.process_release import PEER_CREDENTIALS, RESUME, SUSPEND, Probed, ReleaseAnswer
+from worker.device_release import PEER_CREDENTIALS, RESUME, SUSPEND, Probed, ReleaseAnswer
 
 MAX_CALLERS: Final = 64
 ORDER_LIMIT_S: Final = 5.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures.thread  # noqa: F401  # asyncio loads it with the first thread that it starts
+import contextlib
 import gc
 import os
 import signal
@@ -275,7 +276,8 @@ class WorkerSlot:
                 self._log.warning("redis_unreachable", doing="heartbeat", error=str(error))
             await asyncio.sleep(HEARTBEAT_S)
             if num_beats % SHARE_EVERY_BEATS == 0:
-                self._proportional_bytes = await asyncio.to_thread(read_proportional_bytes)
+                with contextlib.suppress(OSError):  # no descriptor left on this host: the figure stays what it was
+                    self._proportional_bytes = await asyncio.to_thread(read_proportional_bytes)
             num_beats += 1
 
     def _report(self) -> WorkerReport:

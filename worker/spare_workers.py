@@ -102,9 +102,10 @@ class SpareWorkers:
 
         Raises:
             OSError: it has ended meanwhile.
+            ChannelBroken: the order is too large for a message; the spare ends.
         """
-        packet = encode_packet(TakeOrder(order), len(fds.all))
         with spare.channel as channel:
+            packet = encode_packet(TakeOrder(order), len(fds.all))
             sent = send_packet(channel, packet, fds.all)
             if sent < len(packet):  # the manifest of a large model
                 await asyncio.get_running_loop().sock_sendall(channel, packet[sent:])

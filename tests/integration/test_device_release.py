@@ -16,11 +16,11 @@ import structlog
 
 from tests.checkpoint_fixtures import CHECKPOINTED, RUNNING, FakeCheckpointDriver
 from tests.eventually import eventually
-from worker import release_process, releaser
+from worker import releaser, releaser_child
 from worker.backends.cuda.checkpoint import DriverCheckpoint, probe_checkpoint
 from worker.backends.protocol import BackendError, BackendFull, BackendLost
-from worker.process_release import DriverRelease, connect_release
-from worker.release_process import ReleaseProcess
+from worker.device_release import DriverRelease, connect_release
+from worker.releaser_child import ReleaseProcess
 
 ME = os.getpid()
 
@@ -35,7 +35,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCheckpointDri
 
 @pytest.fixture
 async def helper(driver: FakeCheckpointDriver, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ReleaseProcess]:
-    monkeypatch.setattr(release_process, "RESTART_AFTER_S", 0.01)
+    monkeypatch.setattr(releaser_child, "RESTART_AFTER_S", 0.01)
     process = ReleaseProcess()
     running = asyncio.create_task(process.run())
     await eventually(lambda: process.address, what="the helper's address")
@@ -99,7 +99,7 @@ async def test_a_driver_that_hangs_is_given_up(helper: ReleaseProcess, driver: F
 def ask_in_a_child(address: str) -> str:
     """Another process leaves its device and comes back."""
     code = (
-        "from worker.process_release import DriverRelease\n"
+        "from worker.device_release import DriverRelease\n"
         f"release = DriverRelease({address!r})\n"
         "release.suspend(); print('suspended', end=', '); release.resume(); print('resumed')"
     )
@@ -181,7 +181,7 @@ def test_the_helper_ends_with_its_agent(driver: FakeCheckpointDriver) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("\0glowplug-release-test-" + os.urandom(8).hex())
         listener.listen()
-        command = [*release_process.RELEASER_COMMAND, str(listener.fileno())]
+        command = [*releaser_child.RELEASER_COMMAND, str(listener.fileno())]
         process = subprocess.Popen(
             command, pass_fds=(listener.fileno(),), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from worker.process_release import Probed
+from worker.device_release import Probed
 
 RELEASER_COMMAND: Final = (sys.executable, "-m", "worker", "releaser")
 RESTART_AFTER_S: Final = 1.0
