@@ -69,6 +69,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         from tests.python_guest_fixtures import begin_building
 
         begin_building()
+    if not session.config.option.collectonly and any(
+        hasattr(m, name) for m in modules for name in ("emulator", "emulated_backend")
+    ):
+        import cuda_fixtures
+
+        cuda_fixtures.begin_building()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

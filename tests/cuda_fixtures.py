@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy.typing as npt
 
 from worker.backends.cuda.device import Device, Place, align
 from worker.backends.cuda_kernels import Launch
-from worker.backends.kernels.emulation.emulator import KernelEmulator, ThreadOrder, build_emulator
+from worker.backends.kernels.emulation.emulator import EmulationError, KernelEmulator, ThreadOrder, build_emulator
 from worker.backends.kernels.manifest import load_manifest
 
 CACHE_FOLDER = Path(__file__).resolve().parent.parent / ".cache" / "kernels"
@@ -86,6 +88,23 @@ class DeviceKernels:
         self._device.synchronise(self._done)
 
 
+_building: list[threading.Thread] = []
+
+
+def begin_building() -> None:
+    """Start what takes fifteen seconds the first time, beside the tests that come before those that need it.
+
+    What goes wrong is told by :func:`emulator`, which tries again.
+    """
+
+    def build() -> None:
+        with contextlib.suppress(EmulationError, OSError):
+            build_emulator(CACHE_FOLDER)
+
+    _building.append(threading.Thread(target=build, name="emulator", daemon=True))
+    _building[-1].start()
+
+
 @functools.cache
 def emulator() -> KernelEmulator | DeviceKernels:
     """The shipped kernels, compiled once for each content of the sources; on a GPU where the environment says so."""
@@ -93,6 +112,8 @@ def emulator() -> KernelEmulator | DeviceKernels:
         from worker.backends.cuda.opening import open_device
 
         return DeviceKernels(open_device(0))
+    for thread in _building:
+        thread.join()
     return build_emulator(CACHE_FOLDER)
 
 

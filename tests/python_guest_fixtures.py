@@ -111,7 +111,7 @@ def begin_building() -> None:
 
 def _wait_built(name: str) -> bytes:
     process, folder = _building()
-    assert process.wait(100) == 0, (folder / LOG).read_text()
+    assert process.wait(200) == 0, (folder / LOG).read_text()
     return (folder / name).read_bytes()
 
 
