@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from scheduler.child_process import Child, decide_restart_delay_s, read_start_ticks, stop_leftovers
-from scheduler.contract.environment import EXIT_SETTINGS
+from scheduler.contract.environment import EXIT_SETTINGS, SNAPSHOT_KEY
 from scheduler.embedded_redis import EmbeddedRedisError, EmbeddedServer, ensure_server, server_url, stop_server
 from scheduler.readiness_probe import answers_ready, own_scheme
 
@@ -161,11 +161,11 @@ class _Supervisor:
         if child is None:
             child = self.children[name] = Child(name, self.options.commands[name])
         if name != "gateway":
-            child.start(self._environment())
+            child.start(self._environment(name))
         else:
             read_end, write_end = os.pipe()
             try:
-                child.start({**self._environment(), READY_FD: str(write_end)}, pass_fds=(write_end,))
+                child.start({**self._environment(name), READY_FD: str(write_end)}, pass_fds=(write_end,))
             finally:
                 os.close(write_end)
             if self.ready_pipe >= 0:
@@ -174,10 +174,11 @@ class _Supervisor:
             self.ready_pipe, self.ready_text = read_end, b""
         self._record_children()
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, part: str) -> dict[str, str]:
+        """What a part finds in its environment; of the key that signs snapshots, the agent alone hears."""
         options = self.options
         host, port = self.address or (options.host, options.port)  # a restarted gateway keeps its port
-        environment = dict(os.environ)
+        environment = {name: value for name, value in os.environ.items() if part == "agent" or name != SNAPSHOT_KEY}
         environment.update(
             GLOWPLUG_STATE_DIR=str(options.state_dir),
             GLOWPLUG_HOST=host,

@@ -26,7 +26,8 @@ name, journal = sys.argv[1], sys.argv[2]
 def note(event):
     with open(journal, "a") as file:
         file.write(json.dumps({"part": name, "event": event, "pid": os.getpid(), "redis": os.environ["REDIS_URL"],
-                               "port": os.environ["GLOWPLUG_PORT"]}) + "\\n")
+                               "port": os.environ["GLOWPLUG_PORT"],
+                               "has_key": "GLOWPLUG_SNAPSHOT_KEY" in os.environ}) + "\\n")
 
 def main():
     note("start")
@@ -168,6 +169,13 @@ def test_serves_then_leaves_nothing_behind(serve: Callable[..., Serve]) -> None:
     assert not is_alive(ready["redis_pid"])
     assert not socket_path(served.state_dir / "redis").exists()
     assert {path.name for path in (served.state_dir / "run").iterdir()} == {"serve.lock"}
+
+
+def test_only_the_agent_has_the_key(serve: Callable[..., Serve]) -> None:
+    """A key that signs snapshots, given as a variable, is not in the gateway, which talks to the world."""
+    running = serve(environment={"GLOWPLUG_SNAPSHOT_KEY": "k1:" + "ab" * 32})
+    running.wait_ready()
+    assert {entry["part"] for entry in running.journal if entry["has_key"]} == {"agent"}
 
 
 def test_interrupt_reaches_the_parts_once(serve: Callable[..., Serve]) -> None:
