@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from typing import Final
@@ -9,6 +10,7 @@ from typing import Final
 #: Set where the gateway serves TLS.
 TLS_CERT: Final = "GLOWPLUG_TLS_CERT"
 PROBE_LIMIT_S: Final = 1.0
+MAX_ANSWER_BYTES: Final = 4096
 #: Where this machine reaches a server that listens on all addresses.
 LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -18,15 +20,24 @@ def own_scheme() -> str:
     return "https" if os.environ.get(TLS_CERT) else "http"
 
 
-def answers_ready(address: tuple[str, int]) -> bool:
-    """Whether the gateway says that it can serve: itself, Redis and a node agent are there. Blocks, bounded."""
+def find_what_is_missing(address: tuple[str, int]) -> str:
+    """Why the gateway cannot serve yet: Redis, a scheduler or a node agent is missing; empty when it can. Blocks,
+    bounded."""
     host, port = address
     try:
         with _connect(LOOPBACK_OF.get(host, host), port) as client:
             client.sendall(b"GET /readyz HTTP/1.0\r\nHost: glowplug\r\n\r\n")
-            return client.recv(64).split(b" ")[1:2] == [b"200"]
-    except OSError:
-        return False
+            answer = client.recv(MAX_ANSWER_BYTES)
+            if answer.split(b" ", 2)[1:2] == [b"200"]:
+                return ""
+            while len(answer) < MAX_ANSWER_BYTES and (more := client.recv(MAX_ANSWER_BYTES)):
+                answer += more
+    except OSError as error:
+        return f"the gateway does not answer ({error})"
+    try:
+        return "; ".join(map(str, json.loads(answer.partition(b"\r\n\r\n")[2])["reasons"]))
+    except (ValueError, LookupError, TypeError):
+        return "the gateway is not ready"
 
 
 def _connect(host: str, port: int) -> socket.socket:

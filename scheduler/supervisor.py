@@ -31,12 +31,14 @@ from typing import Any, Final
 from scheduler.child_process import Child, decide_restart_delay_s, read_start_ticks, stop_leftovers
 from scheduler.contract.environment import EXIT_SETTINGS, SNAPSHOT_KEY
 from scheduler.embedded_redis import EmbeddedRedisError, EmbeddedServer, ensure_server, server_url, stop_server
-from scheduler.readiness_probe import answers_ready, own_scheme
+from scheduler.readiness_probe import find_what_is_missing, own_scheme
+from scheduler.run_folder import RunFolder
 
 READY_FD: Final = "GLOWPLUG_READY_FD"  # the gateway writes {"host", "port"} to it once it accepts
 READY_POLL_S: Final = 0.01
 SLOW_READY_POLL_S: Final = 0.25
 SLOW_START_S: Final = 10.0
+TELL_AFTER_S: Final = 4.0  # who waits wants to know for what
 LEFTOVER_GRACE_S: Final = 3.0
 AT_ONCE_GRACE_S: Final = 5.0
 
@@ -81,7 +83,7 @@ def run_serve(options: ServeOptions) -> int:
     options = replace(options, state_dir=options.state_dir.absolute())
     try:
         with _serve_lock(options.state_dir):
-            return _Supervisor(options).run()
+            return _Supervisor(options, RunFolder(options.state_dir)).run()
     except (ServeError, EmbeddedRedisError) as error:
         print(f"glowplug serve: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -112,6 +114,7 @@ class _Supervisor:
     """The loop and all it owns. One instance a process, in the main thread."""
 
     options: ServeOptions
+    folder: RunFolder
     children: dict[str, Child] = field(default_factory=dict)
     redis_dir: Path | None = None  # None: REDIS_URL names a server that is not ours
     redis_url: str = ""
@@ -122,6 +125,7 @@ class _Supervisor:
     ready_text: bytes = b""
     address: tuple[str, int] | None = None
     is_ready: bool = False
+    has_told: bool = False  # what it waits for
     started_s: float = 0.0
     signals: list[signal.Signals] = field(default_factory=list)
     wakeup: tuple[int, int] = (-1, -1)
@@ -130,9 +134,9 @@ class _Supervisor:
 
     def run(self) -> int:
         self.started_s = time.monotonic()
-        leftovers = self._read_json("children.json")
-        previous = self._read_json("serve.json")
-        self._path("serve.json").unlink(missing_ok=True)
+        leftovers = self.folder.read("children.json")
+        previous = self.folder.read("serve.json")
+        self.folder.remove("serve.json")
         stopped = stop_leftovers(leftovers, LEFTOVER_GRACE_S) if leftovers else []
         external_url = os.environ.get("REDIS_URL")
         if external_url:
@@ -232,8 +236,16 @@ class _Supervisor:
                 self._on_exit(child)
             if child.restart_at_s is not None and child.restart_at_s <= time.monotonic():
                 self._start(child.name)
-        if not self.is_ready and self.address is not None and answers_ready(self.address):
+        if not self.is_ready:
+            self._look_for_readiness()
+
+    def _look_for_readiness(self) -> None:
+        missing = "the gateway does not accept yet" if self.address is None else find_what_is_missing(self.address)
+        if not missing:
             self._on_ready()
+        elif not self.has_told and time.monotonic() - self.started_s > TELL_AFTER_S:
+            self.has_told = True
+            print(f"glowplug serve: still starting: {missing} (`glowplug logs` has more)", file=sys.stderr, flush=True)
 
     def _reload(self) -> None:
         """SIGHUP as service managers send it: the parts that can read their configuration again do so."""
@@ -245,8 +257,8 @@ class _Supervisor:
     def _wait_s(self) -> float | None:
         now_s = time.monotonic()
         waits = [child.restart_at_s - now_s for child in self.children.values() if child.restart_at_s is not None]
-        if not self.is_ready and self.address is not None:
-            is_slow = now_s - self.started_s > SLOW_START_S
+        if not self.is_ready:
+            is_slow = self.address is None or now_s - self.started_s > SLOW_START_S
             waits.append(SLOW_READY_POLL_S if is_slow else READY_POLL_S)
         return max(0.0, min(waits)) if waits else None
 
@@ -285,7 +297,7 @@ class _Supervisor:
         self.is_ready = True
         host, port = self.address
         scheme = own_scheme()
-        self._write_json(
+        self.folder.write(
             "serve.json",
             {
                 "pid": os.getpid(),
@@ -319,11 +331,11 @@ class _Supervisor:
         if self.log is None:
             self._start_log()
         self.log.info("stopping", signals=[number.name for number in self.signals])
-        self._path("serve.json").unlink(missing_ok=True)
+        self.folder.remove("serve.json")
         for name, grace_s in STOP_GRACE_S.items():
             if name in self.children:
                 self._stop(self.children[name], grace_s)
-        self._path("children.json").unlink(missing_ok=True)
+        self.folder.remove("children.json")
         for descriptor in (self.ready_pipe, self.redis_pidfd):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -334,7 +346,8 @@ class _Supervisor:
         """SIGTERM, then SIGKILL after ``grace_s``. At once: a part drains no longer when it is signalled twice."""
         child.restart_at_s = None
         child.send(signal.SIGTERM)
-        deadline_s = time.monotonic() + grace_s
+        begin_s = time.monotonic()
+        deadline_s = begin_s + grace_s
         hurried = False
         while child.is_running:
             if len(self.signals) > 1 and not hurried:
@@ -343,7 +356,8 @@ class _Supervisor:
                 deadline_s = min(deadline_s, time.monotonic() + AT_ONCE_GRACE_S)
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or len(self.signals) > 2:
-                self.log.error("part_killed", part=child.name, pid=child.pid, after_s=grace_s)
+                after_s = round(time.monotonic() - begin_s, 1)
+                self.log.error("part_killed", part=child.name, pid=child.pid, after_s=after_s)
                 child.send(signal.SIGKILL)
                 child.reap()
                 return
@@ -376,22 +390,7 @@ class _Supervisor:
 
     def _record_children(self) -> None:
         running = [child.pid for child in self.children.values() if child.is_running]
-        self._write_json("children.json", {str(pid): read_start_ticks(pid) for pid in running})
-
-    def _path(self, name: str) -> Path:
-        return self.options.state_dir / "run" / name
-
-    def _read_json(self, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads(self._path(name).read_text())
-        except (OSError, ValueError):
-            return {}
-        return value if isinstance(value, dict) else {}
-
-    def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        temporary = self._path(f"{name}.tmp")
-        temporary.write_text(json.dumps(value))
-        temporary.rename(self._path(name))
+        self.folder.write("children.json", {str(pid): read_start_ticks(pid) for pid in running})
 
 
 def _has_terminal() -> bool:

@@ -38,8 +38,10 @@ def main():
     if name == "gateway":
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                self.send_response(200 if self.path == "/readyz" else 404)
+                is_unready = "unready" in sys.argv and not os.path.exists(journal + ".ready")
+                self.send_response(404 if self.path != "/readyz" else 503 if is_unready else 200)
                 self.end_headers()
+                self.wfile.write(json.dumps({"reasons": ["no node agent", "no scheduler"]}).encode())
             def log_message(self, *_):
                 pass
         server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["GLOWPLUG_PORT"])), Handler)
@@ -61,7 +63,9 @@ sys.exit(main())
 
 SERVE = """
 import json, pathlib, sys
+from scheduler import supervisor
 from scheduler.supervisor import ServeOptions, run_serve
+supervisor.TELL_AFTER_S = 0.1
 state_dir, commands = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 sys.exit(run_serve(ServeOptions(state_dir=state_dir, port=0, dev=True, commands=commands)))
 """
@@ -176,6 +180,18 @@ def test_only_the_agent_has_the_key(serve: Callable[..., Serve]) -> None:
     running = serve(environment={"GLOWPLUG_SNAPSHOT_KEY": "k1:" + "ab" * 32})
     running.wait_ready()
     assert {entry["part"] for entry in running.journal if entry["has_key"]} == {"agent"}
+
+
+def test_who_waits_is_told_for_what(serve: Callable[..., Serve], short_tmp_path: Path) -> None:
+    """A server that is not ready after a while says once what is missing; then it becomes ready as any other."""
+    running = serve(gateway="unready")
+    log = short_tmp_path / "log"
+    said = "glowplug serve: still starting: no node agent; no scheduler"
+    eventually_sync(lambda: said in log.read_text(), what="the line that says what is missing")
+    assert not (running.state_dir / "run" / "serve.json").exists()
+    running.journal_path.with_name("journal.ready").touch()
+    running.wait_ready()
+    assert log.read_text().count("still starting") == 1
 
 
 def test_interrupt_reaches_the_parts_once(serve: Callable[..., Serve]) -> None:
