@@ -134,7 +134,8 @@ async def stay_silent(request: GenerateRequest, publish: Publish) -> None:
 
 @dataclass
 class StubWorker:
-    """Takes every request that is announced and runs ``script`` for it. ``seen`` are the requests, in order.
+    """Takes every request that is announced and runs ``script`` for it. ``seen`` are the requests, in order, and
+    ``errors`` what went wrong with them here.
 
     With ``is_away`` it takes none: requests stay in the queue.
     """
@@ -142,6 +143,7 @@ class StubWorker:
     redis: Redis
     script: Script = field(default_factory=lambda: say("Hello", " world"))
     seen: list[GenerateRequest] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     is_away: bool = False
 
     async def run(self) -> None:
@@ -160,14 +162,24 @@ class StubWorker:
                         task = asyncio.create_task(self._serve(publisher, message.request_id))
                         tasks.add(task)
                         task.add_done_callback(tasks.discard)
+        except Exception as error:
+            self.errors.append(f"the worker ended: {error!r}")
+            raise
         finally:
             for task in tuple(tasks):
                 task.cancel()
             await publisher.aclose()
 
     async def _serve(self, publisher: TokenPublisher, request_id: str) -> None:
+        try:
+            await self._serve_or_raise(publisher, request_id)
+        except Exception as error:
+            self.errors.append(f"{request_id}: {error!r}")
+
+    async def _serve_or_raise(self, publisher: TokenPublisher, request_id: str) -> None:
         body = await self.redis.get(keys.job(request_id))
         if body is None:
+            self.errors.append(f"{request_id}: it was announced and is not there")
             return
         request = job_queue.decode_job(body)
         run = await publisher.begin(request, 1)

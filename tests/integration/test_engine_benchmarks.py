@@ -23,12 +23,12 @@ def test_prefix_cache_benchmark_counts_hits(tmp_path: Path) -> None:
 
 
 def test_long_prompt_benchmark_measures_both_sides(tmp_path: Path) -> None:
-    """Streams before and during the prompt, and the prompt alone and beside them, all have figures."""
+    """Streams with and without the prompt, and the prompt alone and beside them, all have figures."""
     target = tmp_path / "figures.json"
     options = ["--streams", "2", "--prompt-tokens", "64", "--rounds", "6", "--runs", "1"]
     assert long_prompt.main(["--source", TINY, *options, "--json", str(target)]) == 0
     median = json.loads(target.read_text())["median"]
-    assert all(median[name] > 0 for name in ("p99_ratio", "ttft_ratio", "before_p99_ms", "during_p99_ms"))
+    assert all(median[name] > 0 for name in ("p99_ratio", "ttft_ratio", "without_p99_ms", "during_p99_ms"))
 
 
 def test_attention_cost_is_measured_and_drawn(tmp_path: Path) -> None:

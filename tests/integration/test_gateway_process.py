@@ -70,6 +70,13 @@ async def worker_of(redis_url: str, script: Any) -> AsyncIterator[StubWorker]:
     await redis.aclose()
 
 
+async def wait_taken(worker: StubWorker, response: aiohttp.ClientResponse) -> None:
+    """Until the worker has the request of a stream that has begun."""
+    assert response.status == 200, await response.text()
+    await eventually(lambda: worker.seen or worker.errors, what="the request at the worker")
+    assert worker.errors == []
+
+
 async def test_sigterm_lets_a_stream_finish_and_refuses_new_connections(redis_url: str, tmp_path: Path) -> None:
     """The listener closes first; what streams goes on; then the process ends with 0."""
     go_on = asyncio.Event()
@@ -84,7 +91,7 @@ async def test_sigterm_lets_a_stream_finish_and_refuses_new_connections(redis_ur
         aiohttp.ClientSession() as client,
         client.post(url + CHAT, json=chat_body(stream=True)) as response,
     ):
-        await eventually(lambda: len(worker.seen) == 1)
+        await wait_taken(worker, response)
         process.send_signal(signal.SIGTERM)
         await eventually(lambda: refuses(client, url))
         go_on.set()
@@ -159,9 +166,9 @@ async def test_a_second_signal_ends_the_draining_at_once(redis_url: str, tmp_pat
         worker_of(redis_url, script) as worker,
         gateway_process(redis_url, tmp_path, GLOWPLUG_GATEWAY_DRAIN_GRACE_S="100") as (process, url),
         aiohttp.ClientSession() as client,
-        client.post(url + CHAT, json=chat_body(stream=True)),
+        client.post(url + CHAT, json=chat_body(stream=True)) as response,
     ):
-        await eventually(lambda: len(worker.seen) == 1)
+        await wait_taken(worker, response)
         process.send_signal(signal.SIGINT)
         await eventually(lambda: refuses(client, url))
         process.send_signal(signal.SIGINT)
