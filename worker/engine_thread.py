@@ -34,6 +34,9 @@ from worker.spawn_order import SpawnedFds, SpawnOrder
 
 #: Wasmtime wants 512 KiB of C stack for the guest and as much again for the host below it.
 STACK_BYTES: Final = 16 * 1024 * 1024
+NAP_S: Final = 50e-6
+#: A pool has started long before; a GPU takes longer, and gains nothing by it.
+MAX_NAPS_S: Final = 0.03
 
 
 class EngineListener(Protocol):
@@ -77,6 +80,7 @@ class EngineThread:
         self._guest_engine = guest_engine
         self._listener: EngineListener | None = None
         self._attached = threading.Event()
+        self._is_warm = threading.Event()
         self._is_restored = threading.Event()
         self._engine: StepLoop | None = None
         self._parking: IdleParking | None = None
@@ -89,7 +93,14 @@ class EngineThread:
         self._thread.start()
 
     def wait_restored(self, timeout_s: float) -> None:
-        """Wait until the model is restored, or has failed to be; at most ``timeout_s``. Any thread but this one."""
+        """Wait until the model is restored, or has failed to be; at most ``timeout_s``. Any thread but this one.
+
+        First in naps: the kernel puts the first thread of a new pool of products on the core where this one spins for
+        it, and finds out with its next tick (4 ms) or when a thread goes to sleep on another core.
+        """
+        naps_end_s = time.monotonic() + min(timeout_s, MAX_NAPS_S)
+        while not self._is_warm.wait(NAP_S) and time.monotonic() < naps_end_s:
+            pass
         self._is_restored.wait(timeout_s)
 
     def attach(self, listener: EngineListener) -> None:
@@ -116,6 +127,7 @@ class EngineThread:
             engine.run()
         except Exception as failure:  # whatever it is, the slot must hear of it: a silent thread would hang the worker
             error = failure
+            self._is_warm.set()
             self._is_restored.set()
         self._wait_listener().on_ended(error)
 
@@ -157,6 +169,7 @@ class EngineThread:
         backend = self._warm if inherited is None else inherited.backend
         backend = backend or make_backend(order.backend, order.num_threads, self._read_kernels)
         backend.warm()
+        self._is_warm.set()
         self.marks[Mark.DEVICE_READY] = time.monotonic_ns()
         if inherited is not None:
             model, bound = inherited.model, inherited.bound
