@@ -33,6 +33,7 @@ PRIMED = f"{MODEL}-primed"  # as `glowplug build` makes it: the default system p
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 COLD_IDLE_TIMEOUT_S = 0.3
 RUNNING_JOBS = 64
+WARM_UP_REQUESTS = 10  # after a wake the node prepares the model for the next one, on the same cores
 IDLE_WATCH_S = 10.0
 
 
@@ -241,7 +242,8 @@ def measure_dispatch(report: Report, state_dir: Path, config: Path, rounds: int)
     with Server(state_dir, "--config", str(config)) as server:
         server.wait_ready()
         server.wait_listed(MODEL)
-        checked(post_stream(server.url, chat_body(MODEL, max_tokens=1)))
+        for _ in range(WARM_UP_REQUESTS):
+            checked(post_stream(server.url, chat_body(MODEL, max_tokens=1)))
         report.add("dispatch", "ms", "T4", [_dispatch_ms(server.url) for _ in range(rounds)])
         with held_streams(server.url, chat_body(MODEL, max_tokens=2000, ignore_eos=True), RUNNING_JOBS):
             values = [_dispatch_ms(server.url) for _ in range(rounds)]
