@@ -18,7 +18,7 @@ from tests.unit.test_cpu_attention_tiles import (
     THREE_RUNS,
     compute_exactly,
 )
-from worker.backends import cpu_attention_prompts
+from worker.backends import cpu_attention_packed, cpu_attention_prompts
 from worker.backends.cpu_attention_packed import PACKED_KEYS, PackedPrompts
 from worker.backends.cpu_attention_prompts import attend_many
 from worker.backends.cpu_attention_scratch import AttentionScratch, AttentionShape, SequenceShare
@@ -144,6 +144,18 @@ def test_packed_bytes_are_bounded() -> None:
     assert prompts.num_bytes == 3 * one.num_bytes  # the first one's went
     assert len(prompts.find(tables[2], 5 * PACKED_KEYS, 0, planes, ONE_RUN)) == 4
     assert prompts.num_bytes == 4 * one.num_bytes
+
+
+def test_nothing_is_packed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that has all the room there is costs no packing in the portions that follow."""
+    planes, table = make_planes(), (1,)
+    one = PackedPrompts()
+    one.find(table, PACKED_KEYS, 0, planes, ONE_RUN)
+    prompts = PackedPrompts(max_bytes=2 * one.num_bytes)
+    assert len(prompts.find(table, 3 * PACKED_KEYS, 0, planes, ONE_RUN)) == 2
+    monkeypatch.setattr(cpu_attention_packed, "_pack", None)
+    assert len(prompts.find(table, 4 * PACKED_KEYS, 0, planes, ONE_RUN)) == 2
+    assert prompts.find(table, 4 * PACKED_KEYS, 1, planes, ONE_RUN) == []
 
 
 def test_what_ended_is_forgotten() -> None:

@@ -17,14 +17,13 @@ import numkong
 import numpy as np
 import numpy.typing as npt
 
-from worker.backends.cpu_buffers import transpose_into, wrap_array
+from worker.backends.cpu_buffers import round_into, transpose_into, wrap_array
 from worker.backends.kv_blocks import Runs, cut_runs, skip_tokens
 from worker.backends.protocol import FloatArray
 
 # Any: the stub of dots_packed lacks ``threads``.
 _dots_packed: Final[Any] = numkong.dots_packed
 _dots_pack: Final[Any] = numkong.dots_pack
-_astype: Final[Any] = numkong.astype
 
 #: Keys that are packed together, as soon as all of them are there.
 PACKED_KEYS: Final = 256
@@ -66,6 +65,7 @@ class PackedPrompts:
     def __init__(self, max_bytes: int = MAX_PACKED_BYTES) -> None:
         self._max_bytes = max_bytes
         self._prompts: dict[int, _Prompt] = {}  # by identity of the block table; used last: at the end
+        self._tile_bytes = 0  # of the latest tile: all of a model are alike
         self.num_bytes = 0
 
     def find(
@@ -85,8 +85,11 @@ class PackedPrompts:
         while len(tiles) > num_wanted:  # written anew by this step
             self.num_bytes -= tiles.pop().num_bytes
         while len(tiles) < num_wanted:
+            if not self._make_room(self._tile_bytes, prompt):
+                break  # before anything is packed in vain: every portion comes here in every layer
             first = len(tiles) * PACKED_KEYS
             tile = _pack(planes, cut_runs(runs, first, first + PACKED_KEYS))
+            self._tile_bytes = tile.num_bytes
             if not self._make_room(tile.num_bytes, prompt):
                 break
             tiles.append(tile)
@@ -133,7 +136,6 @@ class PackedDesk:
         self.key = num_kv_heads, num_rows, head_dim
         self.queries = np.empty((num_kv_heads, num_rows, head_dim), ml_dtypes.bfloat16)
         self.query_tensors = [wrap_array(rows) for rows in self.queries]
-        self.all_queries = wrap_array(self.queries.reshape(-1, head_dim))
         self.scores: FloatArray = np.empty((0, num_kv_heads, num_rows, PACKED_KEYS), np.float32)
         self.grow(1)
 
@@ -170,7 +172,7 @@ def attend_packed(
     by_row = queries.transpose(0, 1, 3, 2).reshape(num_kv_heads, group * num_tokens, head_dim)
     rows: FloatArray = np.ascontiguousarray(by_row)  # of one token it is a view
     desk.grow(len(tiles))
-    _astype(wrap_array(rows.reshape(-1, head_dim)), "bfloat16", out=desk.all_queries)
+    round_into(desk.queries, rows)
     for tile, own in zip(tiles, desk.score_tensors, strict=False):
         for query, keys, scores in zip(desk.query_tensors, tile.keys, own, strict=True):
             _dots_packed(query, keys, out=scores, threads=1)
@@ -181,8 +183,7 @@ def attend_packed(
     sums = _weigh(packed, last)
     result = _sum_rest(last, planes[num_kv_heads:], rest)
     if tiles:
-        rounded = desk.weights[: len(tiles)]
-        _astype(wrap_array(packed), "bfloat16", out=wrap_array(rounded))
+        round_into(desk.weights[: len(tiles)], packed)
         for tile, own, parts in zip(tiles, desk.weight_tensors, desk.part_tensors, strict=False):
             for weights, values, part in zip(own, tile.values, parts, strict=True):
                 _dots_packed(weights, values, out=part, threads=1)
@@ -234,7 +235,7 @@ def _pack(planes: FloatArray, runs: Runs) -> PackedTile:
     for begin, end in runs:
         size = end - begin
         for plane, target in zip(planes, rounded, strict=True):
-            _astype(wrap_array(plane[begin:end]), "bfloat16", out=wrap_array(target[first : first + size]))
+            round_into(target[first : first + size], plane[begin:end])
         first += size
     num_kv_heads = len(planes) // 2
     columns = np.empty((planes.shape[2], PACKED_KEYS), ml_dtypes.bfloat16)

@@ -18,14 +18,13 @@ import numkong
 import numpy as np
 import numpy.typing as npt
 
-from worker.backends.cpu_buffers import transpose_into, wrap_array
+from worker.backends.cpu_buffers import round_into, transpose_into, wrap_array
 from worker.backends.kv_blocks import Runs, cut_runs
 from worker.backends.protocol import FloatArray
 
 # Any: the stub of dots_packed lacks ``threads``.
 _dots_packed: Final[Any] = numkong.dots_packed
 _dots_pack: Final[Any] = numkong.dots_pack
-_astype: Final[Any] = numkong.astype
 
 #: Keys of a tile. With 384 rows of queries its scores take 768 KiB.
 TILE_KEYS: Final = 512
@@ -108,7 +107,7 @@ class _Sweep:
         # Behind each query what is subtracted from its scores, in two parts: the product then subtracts for nothing.
         self._queries = memory.halves("queries", self._num_rows, self._head_dim + _SHIFTS)
         rows = queries.transpose(0, 2, 1).reshape(self._num_rows, self._head_dim)
-        self._queries[:, : self._head_dim] = _round(rows, memory.halves("rows", *rows.shape))
+        self._queries[:, : self._head_dim] = round_into(memory.halves("rows", *rows.shape), rows)
 
     def sum_tiles(self, *, follows_maximum: bool) -> FloatArray:
         """Weighted sums of values, and behind them those of weights, ``[G * T, Dh + 1]``; valid until the next sweep.
@@ -135,7 +134,7 @@ class _Sweep:
                 if not follows_maximum:
                     self._shift(largest)
             np.exp(scores, scores)
-            weights = _round(scores, memory.halves("weights", *scores.shape))
+            weights = round_into(memory.halves("weights", *scores.shape), scores)
             _dots_packed(wrap_array(weights), self._pack_values(runs), out=wrap_array(part), threads=1)
             np.add(total, part, total)
         return total
@@ -172,12 +171,6 @@ class _Sweep:
         rows = self._memory.halves("rows", sum(end - begin for begin, end in runs), self._head_dim)
         first = 0
         for begin, end in runs:
-            _round(source[begin:end], rows[first : first + end - begin])
+            round_into(rows[first : first + end - begin], source[begin:end])
             first += end - begin
         return rows
-
-
-def _round(source: FloatArray, target: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """``target``, with ``source`` rounded to bf16."""
-    _astype(wrap_array(np.ascontiguousarray(source)), "bfloat16", out=wrap_array(target))
-    return target

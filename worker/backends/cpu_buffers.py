@@ -27,6 +27,7 @@ _BIG_TILE_ROWS: Final = 128
 _TRANSPOSE_COLUMNS: Final = 64
 
 _from_pointer: Final[Any] = numkong.from_pointer  # Any: its stub wants literal dtype names
+_astype: Final[Any] = numkong.astype
 
 
 def pad_rows(num_rows: int) -> int:
@@ -104,6 +105,12 @@ def transpose_into(target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
     for begin in range(0, num_columns, _TRANSPOSE_COLUMNS):
         end = begin + _TRANSPOSE_COLUMNS
         np.copyto(target[:, begin:end], source[begin:end].T)
+
+
+def round_into(target: npt.NDArray[Any], source: FloatArray) -> npt.NDArray[Any]:
+    """``target``, contiguous, with ``source`` rounded to bf16."""
+    _astype(wrap_array(np.ascontiguousarray(source)), "bfloat16", out=wrap_array(target))
+    return target
 
 
 class TensorMemo:
